@@ -1,0 +1,218 @@
+"""A PEFT adapter, opened from its config and its header: every key accounted for."""
+
+from __future__ import annotations
+
+import math
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_core.adapter_config import LoraConfig, read_config
+from merge_core.checkpoint import read_header, read_json
+from merge_core.errors import InputError, Problem, gathered, refuse
+from merge_core.layout import TensorSpec
+from merge_core.peft_fields import FEATURE_KEYS
+from merge_core.storage import FileIdentity
+
+CONFIG = "adapter_config.json"
+SAFETENSORS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
+FACTOR_DTYPES = frozenset({"F32", "F16", "BF16"})
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
+_WEIGHT = re.compile(r"^(?P<path>.+)@(?P<weight>[-+]?(\d+\.?\d*|\.\d+))$")
+_REPAIR = "Save the adapter again with PEFT; the file is damaged or incomplete"
+_NOT_YET = "Merge this adapter with PEFT's merge_and_unload for now"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRankPair:
+    """The two factors of one module: delta = scaling * B @ A."""
+
+    a: TensorSpec
+    """[rank, in_features]"""
+    b: TensorSpec
+    """[out_features, rank]"""
+    rank: int
+    scaling: float
+    """alpha / r (or alpha / sqrt(r)), without the adapter's weight."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """What a PEFT adapter consists of, and the weight that it is merged with."""
+
+    path: Path
+    weight: float
+    file: FileIdentity
+    config: LoraConfig
+    pairs: Mapping[str, LowRankPair]
+    """By module path, such as ``model.layers.0.self_attn.q_proj``."""
+    notes: tuple[str, ...]
+
+
+def parse_adapter(text: str | Path) -> tuple[Path, float]:
+    """Split ``path@0.5`` into path and weight; a path that exists as a whole has weight 1."""
+    match = _WEIGHT.match(str(text))
+    if match is None or Path(text).exists():
+        return Path(text), 1.0
+    return Path(match["path"]), float(match["weight"])
+
+
+def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
+    """Open the adapter in directory ``path``.
+
+    Raises:
+        InputError: with every problem of its config and its keys.
+    """
+    if not (path / CONFIG).is_file():
+        raise _no_adapter(path)
+    problems: list[Problem] = []
+    config: LoraConfig | None = None
+    tensors: tuple[TensorSpec, ...] = ()
+    if not math.isfinite(weight) or weight == 0:
+        what = f"weight {weight} merges nothing sensible"
+        problems.append(Problem(what, str(path), "Give a weight other than 0, or leave it out"))
+    with gathered(problems):
+        config = read_config(read_json(path / CONFIG), str(path / CONFIG))
+    with gathered(problems):
+        name = _weights_file(path)
+        tensors = _list_tensors(path / name)
+        _refuse_strange_keys(tensors, path / name)
+    pairs = _pairs(tensors, config, str(path), problems) if config is not None else {}
+    if problems or config is None:
+        raise InputError(problems)
+    both = (path / SAFETENSORS).exists() and (path / PICKLE).exists()
+    return Adapter(
+        path=path,
+        weight=weight,
+        file=FileIdentity.of(path, name),
+        config=config,
+        pairs=pairs,
+        notes=(f"{path}: {PICKLE} is left out, as PEFT does beside {SAFETENSORS}",) * both,
+    )
+
+
+def load_pickle(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """The tensors of an ``adapter_model.bin``, loaded with ``weights_only``.
+
+    The one place where planning needs torch: a pickle has no header that could be read alone.
+    ``device="meta"`` gives names, dtypes and shapes without reading the data.
+
+    Raises:
+        InputError: it is no such file, or holds anything but tensors.
+    """
+    import torch
+
+    try:
+        mapped = zipfile.is_zipfile(path) and device == "cpu"
+        state = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
+    except Exception as error:  # noqa: BLE001 - torch.load raises whatever the damaged bytes lead it to
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what = f"cannot be loaded with weights_only ({reason})"
+        raise refuse(what, str(path), "Save it as adapter_model.safetensors") from None
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise refuse("holds more than tensors", str(path), "Save it as adapter_model.safetensors")
+    return state
+
+
+def _no_adapter(path: Path) -> InputError:
+    where = str(path)
+    if not path.is_dir():
+        kind = "is a file, not an adapter directory" if path.exists() else "does not exist"
+        return refuse(f"ADAPTER {kind}", where, f"Give the directory that holds {CONFIG}")
+    below = sorted(p.parent.name for p in path.glob(f"*/{CONFIG}"))
+    if below:
+        remedy = f"Give one of its adapters, for example {path / below[0]}"
+        return refuse(f"has no {CONFIG}; there is one in {', '.join(below[:5])}", where, remedy)
+    if (path / "config.json").is_file():
+        return refuse("is a checkpoint, not an adapter", where, "Give BASE first, then ADAPTER")
+    return refuse(f"has no {CONFIG}", where, f"Give the directory that holds {CONFIG}")
+
+
+def _weights_file(path: Path) -> str:
+    for name in (SAFETENSORS, PICKLE):
+        if (path / name).is_file():
+            return name
+    raise refuse(f"has neither {SAFETENSORS} nor {PICKLE}", str(path), _REPAIR)
+
+
+def _list_tensors(path: Path) -> tuple[TensorSpec, ...]:
+    if path.name == SAFETENSORS:
+        return read_header(path).tensors
+    names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+    return tuple(
+        TensorSpec(
+            name=name,
+            dtype=names.get(str(tensor.dtype), str(tensor.dtype)),
+            shape=tuple(tensor.shape),
+            offset=0,  # a pickle is read by name
+            nbytes=tensor.numel() * tensor.element_size(),
+        )
+        for name, tensor in load_pickle(path, device="meta").items()
+    )
+
+
+def _refuse_strange_keys(tensors: tuple[TensorSpec, ...], path: Path) -> None:
+    """One problem a feature that is not merged yet, one an unknown key."""
+    if not tensors:
+        raise refuse("the adapter is empty: it holds no tensor", str(path), _REPAIR)
+    by_feature: dict[str, list[str]] = {}
+    problems: list[Problem] = []
+    for name in (t.name for t in tensors):
+        feature = next((label for regex, label in FEATURE_KEYS if regex.search(name)), None)
+        if feature:
+            by_feature.setdefault(feature, []).append(name)
+        elif not (name.startswith(_PREFIX) and _FACTOR.match(name)):
+            what = f"key {name!r} is not known, and nothing is dropped silently"
+            problems.append(Problem(what, str(path), _REPAIR))
+    for feature, names in by_feature.items():
+        what = f"{feature} is not merged yet ({len(names)} tensors, such as {names[0]!r})"
+        problems.append(Problem(what, str(path), _NOT_YET))
+    if problems:
+        raise InputError(problems)
+
+
+def _pairs(
+    tensors: tuple[TensorSpec, ...], config: LoraConfig, where: str, problems: list[Problem]
+) -> dict[str, LowRankPair]:
+    sides: dict[str, dict[str, TensorSpec]] = {}
+    for tensor in tensors:
+        match = _FACTOR.match(tensor.name.removeprefix(_PREFIX))
+        if match:
+            sides.setdefault(match["module"], {})[match["side"]] = tensor
+    pairs = {}
+    for module, found in sides.items():
+        with gathered(problems):
+            pairs[module] = _pair(module, found, config, where)
+    return pairs
+
+
+def _pair(
+    module: str, found: Mapping[str, TensorSpec], config: LoraConfig, where: str
+) -> LowRankPair:
+    at = f"{where}, module {module}"
+    if len(found) == 1:
+        (side,) = found
+        other = "B" if side == "A" else "A"
+        raise refuse(f"has lora_{side} but no lora_{other}", at, _REPAIR)
+    a, b = found["A"], found["B"]
+    for factor in (a, b):
+        if len(factor.shape) != 2 or 0 in factor.shape:
+            what = f"{factor.name} has shape {list(factor.shape)}, not two sizes above 0"
+            raise refuse(what, at, _REPAIR)
+        if factor.dtype not in FACTOR_DTYPES:
+            raise refuse(
+                f"{factor.name} is {factor.dtype}, not F32, F16 or BF16",
+                at,
+                "Cast the adapter to one of them",
+            )
+    rank, scaling = config.resolve(module)
+    if not a.shape[0] == b.shape[1] == rank:
+        what = f"lora_A has rank {a.shape[0]}, lora_B {b.shape[1]}, the config says {rank}"
+        raise refuse(what, at, "Use the adapter_config.json that was saved with these weights")
+    return LowRankPair(a=a, b=b, rank=rank, scaling=scaling)

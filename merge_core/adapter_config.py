@@ -1,0 +1,159 @@
+"""adapter_config.json: read in full, so that no field that changes the arithmetic is missed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from merge_core.errors import InputError, Problem
+from merge_core.peft_fields import (
+    FEATURE_FIELDS,
+    INERT_FIELDS,
+    PLAIN_INITS,
+    READ_FIELDS,
+    TUNERS,
+)
+
+T = TypeVar("T")
+
+_NOT_YET = "Merge this adapter with PEFT's merge_and_unload for now"
+_REPAIR = "Correct the value, or save the adapter again with PEFT"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """The fields of a plain LoRA that decide its delta."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    fan_in_fan_out: bool
+
+    def resolve(self, module: str) -> tuple[int, float]:
+        """Rank and scaling of ``module``, a path such as ``model.layers.0.self_attn.q_proj``.
+
+        Scaling is alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732), where r and alpha
+        may each be overridden by the first pattern that matches.
+        """
+        rank = _first_match(self.rank_pattern, module, self.rank)
+        alpha = _first_match(self.alpha_pattern, module, self.alpha)
+        return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def read_config(fields: Mapping[str, Any], where: str) -> LoraConfig:
+    """The config that ``fields`` describe.
+
+    Raises:
+        InputError: with every field that is malformed, unknown, or belongs to a feature that
+            raymeld does not merge yet.
+    """
+    kind = fields.get("peft_type")
+    if kind != "LORA":
+        raise InputError([_other_tuner(kind, where)])
+    problems = [*_unsupported(fields, where), *_unknown(fields, where), *_malformed(fields, where)]
+    if problems:
+        raise InputError(problems)
+    return LoraConfig(
+        rank=fields.get("r", 8),
+        alpha=fields.get("lora_alpha", 8),
+        rslora=fields.get("use_rslora") or False,
+        rank_pattern=fields.get("rank_pattern") or {},
+        alpha_pattern=fields.get("alpha_pattern") or {},
+        fan_in_fan_out=fields.get("fan_in_fan_out") or False,
+    )
+
+
+def _first_match(pattern: Mapping[str, T], module: str, default: T) -> T:
+    """PEFT's rule (``get_pattern_key``): keys are regexes, tried in the order of the file, which
+    must match the whole path or a suffix of it that starts behind a dot.
+    """
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _other_tuner(kind: Any, where: str) -> Problem:
+    if kind in TUNERS:
+        return Problem(f"peft_type {kind} is not merged yet, only LORA is", where, _NOT_YET)
+    return Problem(f"peft_type is {kind!r}, which is no PEFT type", where, _REPAIR)
+
+
+def _unsupported(fields: Mapping[str, Any], where: str) -> list[Problem]:
+    problems = [
+        Problem(f"{feature} is not merged yet ({name} is set)", where, _NOT_YET)
+        for name, feature in FEATURE_FIELDS.items()
+        if fields.get(name)
+    ]
+    if fields.get("bias", "none") != "none":
+        what = f"trained biases (bias={fields['bias']!r}) are not merged yet"
+        problems.append(Problem(what, where, _NOT_YET))
+    init = fields.get("init_lora_weights", True)
+    if str(init).lower() not in PLAIN_INITS:
+        what = f"init_lora_weights={init!r} may change the base weights that the factors refer to"
+        remedy = (
+            "Save the adapter again as plain LoRA: save_pretrained(...,"
+            " path_initial_model_for_weight_conversion=...)"
+        )
+        problems.append(Problem(what, where, remedy))
+    return problems
+
+
+def _unknown(fields: Mapping[str, Any], where: str) -> list[Problem]:
+    known = READ_FIELDS | INERT_FIELDS | FEATURE_FIELDS.keys()
+    return [
+        Problem(
+            f"field {name!r} = {value!r} is not known and could change the arithmetic",
+            where,
+            "Use a newer raymeld, or remove the field if you know that it is inert",
+        )
+        for name, value in fields.items()
+        if name not in known and value not in (None, False, "", [], {})
+    ]
+
+
+def _malformed(fields: Mapping[str, Any], where: str) -> list[Problem]:
+    checks: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
+        ("r", 8, _is_rank, "a whole number above 0"),
+        ("lora_alpha", 8, _is_number, "a finite number"),
+        ("use_rslora", False, _is_flag, "true or false"),
+        ("fan_in_fan_out", False, _is_flag, "true or false"),
+        ("rank_pattern", {}, lambda v: _is_pattern(v, _is_rank), "a map of regexes to ranks"),
+        ("alpha_pattern", {}, lambda v: _is_pattern(v, _is_number), "a map of regexes to numbers"),
+    )
+    return [
+        Problem(f"{name} is {fields[name]!r}, not {expected}", where, _REPAIR)
+        for name, default, is_valid, expected in checks
+        if not is_valid(fields.get(name, default))
+    ]
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_flag(value: Any) -> bool:
+    return value is None or type(value) is bool
+
+
+def _is_pattern(value: Any, is_valid: Any) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, dict) and all(_is_regex(k) and is_valid(v) for k, v in value.items())
+
+
+def _is_regex(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True

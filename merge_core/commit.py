@@ -1,0 +1,144 @@
+"""The commit: accepting workers' parts, and making the directory a checkpoint, in that order.
+
+A receipt is the acceptance. It is made durable before the part gets its final name, so that
+after a crash the names that are missing can be given, and a late twin of an accepted attempt is
+recognised and thrown away. config.json is written last of all: it is the one commit point.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from merge_core import __version__
+from merge_core.checkpoint import CONFIG, INDEX
+from merge_core.errors import RaymeldError
+from merge_core.ledger import Receipt, write_ledger
+from merge_core.output import parts_directory, receipts_directory, state_directory
+from merge_core.plan import MergePlan, Shard
+from merge_core.storage import replaced, reported, sync_directory, write_durably
+
+
+class Assembly:
+    """The destination as its one writer of record sees it; rebuilt from the receipts."""
+
+    def __init__(self, plan: MergePlan, out: Path) -> None:
+        self._plan, self._out = plan, out
+        self._fingerprint = plan.fingerprint
+        self._receipts: dict[int, Receipt] = {}
+        for path in sorted(receipts_directory(out).glob("*.json")):
+            receipt = Receipt.from_json(path.read_bytes())
+            self._receipts[receipt.shard] = receipt
+            self._publish_shard(receipt)
+
+    @property
+    def accepted(self) -> frozenset[int]:
+        """Indices of the shards that are done."""
+        return frozenset(self._receipts)
+
+    def accept(self, receipt: Receipt) -> bool:
+        """Take a finished part as the shard, unless another attempt was taken before.
+
+        Calling it again with the same receipt is harmless.
+
+        Raises:
+            RaymeldError: the receipt or the part does not match the plan.
+        """
+        if not 0 <= receipt.shard < len(self._plan.shards):
+            raise RaymeldError(f"the plan has no shard {receipt.shard}", receipt.worker)
+        earlier = self._receipts.get(receipt.shard)
+        if earlier is not None and earlier.part != receipt.part:
+            (parts_directory(self._out) / Path(receipt.part).name).unlink(missing_ok=True)
+            return False
+        if earlier is None:
+            self._check(receipt, self._plan.shards[receipt.shard])
+            name = f"shard-{receipt.shard:05}.json"
+            write_durably(receipts_directory(self._out) / name, receipt.to_json())
+            self._receipts[receipt.shard] = receipt
+        self._publish_shard(receipt)
+        return True
+
+    def write_record(self) -> None:
+        """Write index, side files and ledger, once every shard is accepted.
+
+        Raises:
+            RaymeldError: shards are missing.
+        """
+        missing = set(range(len(self._plan.shards))) - self.accepted
+        if missing:
+            raise RaymeldError(f"shards {sorted(missing)} are missing", str(self._out))
+        if len(self._plan.shards) > 1:
+            write_durably(self._out / INDEX, index_json(self._plan))
+        self._copy_side_files()
+        write_ledger(
+            state_directory(self._out) / "ledger.parquet",
+            self._receipts.values(),
+            {shard.index: shard.name for shard in self._plan.shards},
+            {"raymeld": __version__, "fingerprint": self._fingerprint, "written": time.time()},
+        )
+
+    def publish(self, verified: Mapping[str, Any]) -> None:
+        """Make OUT a checkpoint: the last inputs check, what was verified, then config.json.
+
+        Raises:
+            StorageError: an input changed during the merge.
+        """
+        for file in (*self._plan.base_files, *self._plan.side_files):
+            file.check(self._plan.base)
+        for adapter in self._plan.adapters:
+            adapter.file.check(adapter.path)
+        state = state_directory(self._out)
+        write_durably(state / "verified.json", json.dumps(verified, indent=1).encode())
+        write_durably(self._out / CONFIG, (state / CONFIG).read_bytes())
+        for leftover in (parts_directory(self._out), receipts_directory(self._out)):
+            shutil.rmtree(leftover)
+
+    def _publish_shard(self, receipt: Receipt) -> None:
+        """Give an accepted part its final name, unless it has it already."""
+        part = parts_directory(self._out) / receipt.part
+        final = self._out / self._plan.shards[receipt.shard].name
+        with reported(final):
+            if part.exists():
+                os.rename(part, final)
+                sync_directory(self._out)
+
+    def _check(self, receipt: Receipt, shard: Shard) -> None:
+        """Compare what a worker says it did, and the file's size and header, with the plan."""
+        part = parts_directory(self._out) / receipt.part
+        where = f"{shard.name}, attempt {receipt.attempt} by {receipt.worker}"
+        if receipt.fingerprint != self._fingerprint:
+            raise RaymeldError(f"was made from plan {receipt.fingerprint[:12]}", where)
+        said = [(t.tensor, t.dtype, t.shape, t.nbytes) for t in receipt.tensors]
+        planned = [
+            (t.target.name, t.target.dtype, t.target.shape, t.target.nbytes) for t in shard.tasks
+        ]
+        if said != planned:
+            raise RaymeldError("its tensors are not those of the plan", where)
+        header = shard.layout().header
+        with reported(part), part.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != shard.size or file.read(len(header)) != header:
+                raise RaymeldError(f"its part ({size} bytes) is not as planned", where)
+
+    def _copy_side_files(self) -> None:
+        for file in self._plan.side_files:
+            source, target = self._plan.base / file.name, self._out / file.name
+            with reported(source):
+                data = source.read_bytes()
+            if len(data) != file.size:
+                raise replaced(source)
+            with reported(target):
+                target.parent.mkdir(exist_ok=True)
+            write_durably(target, data)
+
+
+def index_json(plan: MergePlan) -> bytes:
+    """model.safetensors.index.json, byte for byte as transformers writes it."""
+    weight_map = {task.target.name: shard.name for shard in plan.shards for task in shard.tasks}
+    content = {"metadata": {"total_size": plan.total_size}, "weight_map": weight_map}
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,113 @@
+"""What can go wrong, and the exit code that each failure ends with.
+
+    RaymeldError                 1  the merge failed
+    |-- InputError               2  base, adapter, options or OUT are not what a merge needs
+    |-- VerificationError        3  written, but a check failed: nothing was published
+    |-- NonFiniteError           1  a merged value is NaN or infinite
+    |-- DeviceMemoryError        1  the device or the machine ran out of memory
+    |-- StorageError             1  a read or write failed (disk full, permission, vanished file)
+    `-- InterruptedMergeError  130  Ctrl-C or SIGTERM
+
+All of them cross process borders, so each keeps its constructor's positional arguments in
+``args``: that is what pickle calls the class with on the other side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: what it is, where it was found, and what the reader can do."""
+
+    what: str
+    where: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}. {self.remedy}"
+
+
+class RaymeldError(Exception):
+    """Root of everything that raymeld raises on purpose.
+
+    Args:
+        what: what is wrong, without a full stop.
+        where: tensor, file, shard or node.
+        remedy: what to do about it, as a sentence.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, where: str = "", remedy: str = "") -> None:
+        super().__init__(what, where, remedy)
+        self.what, self.where, self.remedy = what, where, remedy
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        return f"{head}. {self.remedy}" if self.remedy else head
+
+
+class InputError(RaymeldError, ValueError):
+    """Every problem found in the input, so that the user fixes them in one go."""
+
+    exit_code = 2
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        Exception.__init__(self, tuple(problems))
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        if len(self.problems) == 1:
+            return str(self.problems[0])
+        listed = "\n".join(f"  {n}. {problem}" for n, problem in enumerate(self.problems, 1))
+        return f"{len(self.problems)} problems:\n{listed}"
+
+
+class VerificationError(RaymeldError):
+    """A check on the written checkpoint failed; it was not published."""
+
+    exit_code = 3
+
+
+class NonFiniteError(RaymeldError):
+    """A merged value is NaN or infinite."""
+
+
+class DeviceMemoryError(RaymeldError, MemoryError):
+    """A lane could not get the memory it needs; a retry takes fewer lanes."""
+
+
+class StorageError(RaymeldError, OSError):
+    """A read or a write failed and is not likely to pass by itself."""
+
+    def __init__(self, what: str, where: str = "", remedy: str = "") -> None:
+        RaymeldError.__init__(self, what, where, remedy)
+
+    __str__ = RaymeldError.__str__
+
+
+class InterruptedMergeError(RaymeldError):
+    """The user or the machine asked the merge to stop."""
+
+    exit_code = 130
+
+
+def refuse(what: str, where: str, remedy: str) -> InputError:
+    """The InputError for a single problem."""
+    return InputError([Problem(what, where, remedy)])
+
+
+@contextlib.contextmanager
+def gathered(problems: list[Problem]) -> Iterator[None]:
+    """Move the problems of an InputError raised inside into ``problems`` and go on.
+
+    This is how the plan reports everything at once instead of the first thing it meets.
+    """
+    try:
+        yield
+    except InputError as error:
+        problems.extend(error.problems)

@@ -1,0 +1,150 @@
+"""What was done, tensor by tensor: the receipt of a shard and the ledger of a merge.
+
+A worker returns one receipt a shard; the collector keeps each as a small durable file, and folds
+them into ``ledger.parquet`` at the commit: one row a tensor. Reports are made from it alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_core.storage import write_durably
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorRecord:
+    """How one output tensor came about."""
+
+    tensor: str
+    action: str
+    """``copied``, ``converted`` or ``merged``."""
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    digest: str
+    """See ``merge_core.digest``."""
+    bytes_read: int
+    bytes_written: int
+    read_seconds: float
+    """Summed over lanes, like the other two; lanes overlap, so the sum may exceed the clock."""
+    merge_seconds: float
+    write_seconds: float
+    base_norm: float | None = None
+    """Frobenius norm of the base tensor; this and the next two only where a delta was added."""
+    delta_norm: float | None = None
+    largest_change: float | None = None
+    """Largest absolute element of the delta."""
+
+    @property
+    def relative_change(self) -> float | None:
+        """Norm of the delta relative to the norm of the base; None where that is no number."""
+        if self.delta_norm is None or not self.base_norm:
+            return None
+        return self.delta_norm / self.base_norm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What a worker says about one finished attempt of a shard."""
+
+    fingerprint: str
+    """Of the plan that it worked from."""
+    shard: int
+    attempt: int
+    part: str
+    """File name of the finished part, unique to this attempt."""
+    size: int
+    worker: str
+    host: str
+    device: str
+    started: float
+    """Seconds since the epoch."""
+    seconds: float
+    lanes: str
+    """What the worker chose, and why."""
+    tensors: tuple[TensorRecord, ...]
+
+    def to_json(self) -> bytes:
+        """The receipt as it is kept on disk."""
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Receipt:
+        """The receipt that ``to_json`` wrote."""
+        fields = json.loads(data)
+        rows = fields.pop("tensors")
+        tensors = tuple(TensorRecord(**{**row, "shape": tuple(row["shape"])}) for row in rows)
+        return cls(**fields, tensors=tensors)
+
+
+def write_ledger(
+    path: Path, receipts: Iterable[Receipt], files: Mapping[int, str], about: Mapping[str, Any]
+) -> None:
+    """Fold ``receipts`` into a Parquet file of one row a tensor.
+
+    Args:
+        files: name of each shard's file, by shard index.
+        about: what holds for the whole merge; kept as JSON in the file's metadata.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        _row(receipt, files[receipt.shard], record)
+        for receipt in sorted(receipts, key=lambda r: r.shard)
+        for record in receipt.tensors
+    ]
+    table = pa.Table.from_pylist(rows, schema=_schema())
+    table = table.replace_schema_metadata({"raymeld": json.dumps(about)})
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    write_durably(path, buffer.getvalue())
+
+
+def _row(receipt: Receipt, file: str, record: TensorRecord) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(record),
+        "relative_change": record.relative_change,
+        "file": file,
+        "shard": receipt.shard,
+        "attempt": receipt.attempt,
+        "worker": receipt.worker,
+        "host": receipt.host,
+        "device": receipt.device,
+    }
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    text, whole, real = pa.string(), pa.int64(), pa.float64()
+    columns = {
+        "tensor": text,
+        "file": text,
+        "action": text,
+        "dtype": text,
+        "shape": pa.list_(whole),
+        "nbytes": whole,
+        "digest": text,
+        "shard": whole,
+        "attempt": whole,
+        "worker": text,
+        "host": text,
+        "device": text,
+        "bytes_read": whole,
+        "bytes_written": whole,
+        "read_seconds": real,
+        "merge_seconds": real,
+        "write_seconds": real,
+        "base_norm": real,
+        "delta_norm": real,
+        "relative_change": real,
+        "largest_change": real,
+    }
+    return pa.schema(list(columns.items()))

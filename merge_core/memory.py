@@ -1,0 +1,165 @@
+"""How many lanes a worker takes, from the memory that it finds free.
+
+This is the only thing that a worker decides by itself, and it changes no byte of the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from merge_core.blocks import largest_block
+from merge_core.digest import CELL_BYTES
+from merge_core.errors import DeviceMemoryError
+from merge_core.layout import DTYPE_BYTES, TensorSpec
+from merge_core.plan import MergePlan
+from merge_core.storage import SLACK
+
+MAX_LANES = 4
+"""Reads, products and writes overlap with four; more gained nothing on one disk (measured)."""
+
+READ_SIZES = (CELL_BYTES, CELL_BYTES // 2, CELL_BYTES // 4, CELL_BYTES // 8)
+"""Sizes of a read: a whole cell, or an even part of it. 1 MiB still reads at disk speed when
+four lanes do it; below that the time per request shows."""
+
+SHARE = 0.8
+"""Of the free memory, what a worker plans to use: the rest is for who else is there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes free on a worker."""
+
+    host: int
+    device: int | None
+    """Free VRAM; None on a CPU worker."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneNeed:
+    """Bytes that a worker needs to run lanes of one read size."""
+
+    inbox: int
+    outbox: int
+    scratch: int
+    """Two float32 blocks, on the device."""
+    factors: int
+    """Of the tensor with the largest factors, in float32. Two tensors' factors are held at once:
+    lanes that finish one meet lanes that begin the next."""
+
+    def on_host(self, lanes: int, device: str) -> int:
+        """Host memory for that many lanes, without the runtime."""
+        each = self.inbox + self.outbox + (self.scratch if device == "cpu" else 0)
+        return lanes * each + 2 * self.factors
+
+    def on_device(self, lanes: int) -> int:
+        """VRAM for that many lanes."""
+        return lanes * (self.inbox + self.outbox + self.scratch) + 2 * self.factors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneChoice:
+    """What a worker chose, and why."""
+
+    lanes: int
+    read_bytes: int
+    reason: str
+
+
+def lane_need(plan: MergePlan, device: str, read_bytes: int) -> LaneNeed:
+    """What lanes of this read size need for the plan's largest tensors.
+
+    Args:
+        device: ``cpu`` or ``cuda``; the blocks of the product differ.
+    """
+    widening, scratch, factors = 1.0, 0, 0
+    for task in plan.tasks:
+        ratio = DTYPE_BYTES[task.source.dtype] / DTYPE_BYTES[task.target.dtype]
+        widening = max(widening, ratio)
+        if task.updates:
+            rows, width = task.target.shape
+            scratch = max(scratch, 2 * 4 * largest_block(rows, width, device))
+            factors = max(factors, sum(4 * _elements(u.a, u.b) for u in task.updates))
+    return LaneNeed(
+        inbox=int(read_bytes * widening) + SLACK,
+        outbox=read_bytes + SLACK,
+        scratch=scratch,
+        factors=factors,
+    )
+
+
+def choose_lanes(plan: MergePlan, device: str, found: Memory, most: int = MAX_LANES) -> LaneChoice:
+    """The most lanes, of the largest reads, that the free memory holds.
+
+    Smaller reads come before fewer lanes: a lane less costs overlap, a smaller read nearly nothing.
+
+    Raises:
+        DeviceMemoryError: not even one lane of the smallest reads fits.
+    """
+    for lanes in range(most, 0, -1):
+        for read_bytes in READ_SIZES:
+            need = lane_need(plan, device, read_bytes)
+            host, vram = need.on_host(lanes, device), need.on_device(lanes)
+            if host <= found.host * SHARE and (
+                found.device is None or vram <= found.device * SHARE
+            ):
+                return LaneChoice(
+                    lanes=lanes,
+                    read_bytes=read_bytes,
+                    reason=_reason(lanes, read_bytes, host, vram, found),
+                )
+    least = lane_need(plan, device, READ_SIZES[-1])
+    raise DeviceMemoryError(
+        f"one lane needs {_mb(least.on_host(1, device))} of memory"
+        + (f" and {_mb(least.on_device(1))} of VRAM" if found.device is not None else "")
+        + f", found free: {_found(found)}",
+        where=device,
+        remedy="Stop what else runs there, or use another machine.",
+    )
+
+
+def free_host_memory() -> int:
+    """Bytes that this process may still take: what the machine has free, within the cgroup."""
+    free = _meminfo_available()
+    for limit, usage in _CGROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # no such controller, or "max": no limit
+            free = min(free, int(limit.read_text()) - int(usage.read_text()))
+    return max(free, 0)
+
+
+_CGROUP_FILES = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
+
+
+def _meminfo_available() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _elements(*factors: TensorSpec) -> int:
+    return sum(math.prod(factor.shape) for factor in factors)
+
+
+def _reason(lanes: int, read_bytes: int, host: int, vram: int, found: Memory) -> str:
+    parts = [f"{_mb(host)} of memory"] + [f"{_mb(vram)} of VRAM"] * (found.device is not None)
+    return (
+        f"{lanes} lanes of {read_bytes >> 20} MiB reads need {' and '.join(parts)};"
+        f" found free: {_found(found)}"
+    )
+
+
+def _found(found: Memory) -> str:
+    vram = f" and {_mb(found.device)} of VRAM" if found.device is not None else ""
+    return f"{_mb(found.host)} of memory{vram}"
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.0f} MB"

@@ -1,0 +1,200 @@
+"""A whole merge in one process."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from merge_core.commit import Assembly
+from merge_core.errors import DeviceMemoryError, InputError, VerificationError
+from merge_core.factors import seal
+from merge_core.ledger import Receipt
+from merge_core.output import check_location, is_finished, prepare
+from merge_core.plan import MergePlan
+from merge_core.progress import Progress, WorkerProgress
+from merge_core.verify import FileCheck, FileResult, VerifyReport, verify
+
+if TYPE_CHECKING:
+    from merge_core.memory import LaneChoice
+    from merge_core.worker import ShardWorker
+
+ATTEMPTS = 3
+"""Tries of a shard that runs out of memory, each with half the lanes. Other errors would meet
+the same process, device and disk again, so they end the merge at once."""
+
+Watch = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeResult:
+    """What a merge did."""
+
+    out: Path
+    fingerprint: str
+    receipts: tuple[Receipt, ...]
+    """Empty if OUT already held this very merge."""
+    verified: VerifyReport | None
+    seconds: float
+
+
+def merge(
+    plan: MergePlan,
+    out: str | Path,
+    *,
+    level: str = "digest",
+    device: str = "auto",
+    overwrite: bool = False,
+    choice: LaneChoice | None = None,
+    watch: Watch | None = None,
+) -> MergeResult:
+    """Merge ``plan`` into directory ``out``, verify it, and publish it.
+
+    Args:
+        plan: from ``planner.make_plan``.
+        out: a directory that does not exist or is empty.
+        level: what is verified before the result is published, see ``merge_core.verify``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        overwrite: replace an earlier merge in ``out``.
+        choice: lanes and size of reads; None lets the free memory decide.
+        watch: called several times a second; what it raises stops the merge.
+
+    Raises:
+        InputError: the adapters hold NaN or infinity, or ``out`` cannot be used.
+        VerificationError: the result failed a check and was not published.
+        RaymeldError: the merge failed; nothing that loads as a checkpoint is left.
+    """
+    clock, watch = time.perf_counter(), watch or _unwatched
+    target = Path(out).absolute()
+    with ThreadPoolExecutor(1) as pool:
+        importing = pool.submit(importlib.import_module, "merge_core.worker")  # torch takes seconds
+        plan = begin(plan, target, overwrite=overwrite)
+        module = importing.result()
+    if is_finished(target, plan.fingerprint):
+        return _result(plan, target, (), None, clock)
+    assembly = Assembly(plan, target)
+    worker = module.ShardWorker(plan, target, module.pick_device(device), choice=choice)
+    receipts = [_merge_shard(worker, assembly, plan, n, watch) for n in range(len(plan.shards))]
+    worker.close()
+    assembly.write_record()
+    report = verify(target, level, committed=False, run=_watched(plan, watch))
+    conclude(assembly, report)
+    return _result(plan, target, tuple(receipts), report, clock)
+
+
+def begin(plan: MergePlan, out: Path, *, overwrite: bool = False) -> MergePlan:
+    """Read and check the adapters, and make ``out`` ready unless it holds this very result.
+
+    Returns:
+        The plan, sealed.
+    """
+    problems = check_location(out, plan.base, tuple(a.path for a in plan.adapters))
+    if problems:
+        raise InputError(problems)
+    sealed = seal(plan)
+    if not is_finished(out, sealed.fingerprint):
+        prepare(out, sealed, overwrite=overwrite)
+    return sealed
+
+
+def conclude(assembly: Assembly, report: VerifyReport) -> None:
+    """Publish the result if ``report`` found nothing wrong.
+
+    Raises:
+        VerificationError: it did; nothing is published.
+    """
+    if not report.ok:
+        found = "; ".join(f"{f.where}: {f.what}" for f in report.findings[:5])
+        more = len(report.findings) - 5
+        raise VerificationError(
+            f"{len(report.findings)} checks failed: {found}" + f"; and {more} more" * (more > 0),
+            str(report.out),
+            "Nothing was published; check disk and memory, and merge again with --overwrite.",
+        )
+    assembly.publish(describe_report(report))
+
+
+def describe_report(report: VerifyReport) -> dict[str, Any]:
+    """The report as JSON holds it."""
+    return {
+        "level": report.level,
+        "ok": report.ok,
+        "checks": list(report.checks),
+        "findings": [{"check": f.check, "where": f.where, "what": f.what} for f in report.findings],
+        "files": report.files,
+        "tensors": report.tensors,
+        "bytes_read": report.bytes_read,
+        "seconds": report.seconds,
+    }
+
+
+def _unwatched(progress: Progress) -> None:
+    """What ``watch`` is when nobody watches."""
+
+
+def _merge_shard(
+    worker: ShardWorker, assembly: Assembly, plan: MergePlan, index: int, watch: Watch
+) -> Receipt:
+    shard = plan.shards[index]
+    before = sum(s.size for s in plan.shards[:index])
+    total = sum(s.size for s in plan.shards)
+
+    def tick(done: int) -> None:
+        doing = WorkerProgress(
+            worker="inline",
+            device=worker.describe_device(),
+            doing=shard.name,
+            done=done,
+            size=shard.size,
+        )
+        watch(Progress(phase="merging", done=before + done, total=total, workers=(doing,)))
+
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            receipt = worker.merge(index, attempt, tick)
+        except DeviceMemoryError:
+            if attempt == ATTEMPTS:
+                raise
+        else:
+            assembly.accept(receipt)
+            return receipt
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _watched(
+    plan: MergePlan, watch: Watch
+) -> Callable[[Callable[[FileCheck], FileResult], Sequence[FileCheck]], Iterable[FileResult]]:
+    """Run the checks of a verification one after another, reporting in between."""
+    total = sum(shard.size for shard in plan.shards)
+
+    def run(
+        check: Callable[[FileCheck], FileResult], checks: Sequence[FileCheck]
+    ) -> Iterable[FileResult]:
+        done = 0
+        for one in checks:
+            watch(Progress(phase="verifying", done=done, total=total, workers=()))
+            result = check(one)
+            done += result.bytes_read
+            yield result
+
+    return run
+
+
+def _result(
+    plan: MergePlan,
+    out: Path,
+    receipts: tuple[Receipt, ...],
+    report: VerifyReport | None,
+    clock: float,
+) -> MergeResult:
+    return MergeResult(
+        out=out,
+        fingerprint=plan.fingerprint,
+        receipts=receipts,
+        verified=report,
+        seconds=time.perf_counter() - clock,
+    )

@@ -1,0 +1,224 @@
+"""From a base and its adapters to a plan, reading nothing but headers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from merge_core.adapter import Adapter, open_adapter, parse_adapter
+from merge_core.architecture import is_tied
+from merge_core.checkpoint import Checkpoint, open_checkpoint
+from merge_core.errors import InputError, Problem, gathered, refuse
+from merge_core.layout import TensorSpec, lay_out
+from merge_core.plan import AdapterInput, LowRankUpdate, MergePlan, Shard, TensorTask
+from merge_core.shards import OutputTensor, cut_shards, shard_name
+
+SHARD_BYTES = 2_000_000_000
+"""Default --shard-size. Small enough that a lost worker costs seconds, large enough that a 72B
+is some 80 files; the hub's own limit is 5 GB for smooth downloads."""
+
+MERGEABLE = frozenset({"F32", "F16", "BF16"})
+"""Dtypes that can take a delta or be converted."""
+
+DTYPE_NAMES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""Values of --dtype, as config.json spells them."""
+
+
+def make_plan(
+    base: str | Path,
+    adapters: Sequence[str | Path],
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> MergePlan:
+    """Plan the merge of ``adapters`` into ``base``, reading nothing but headers.
+
+    Args:
+        base: directory of a Qwen1.5 checkpoint in safetensors.
+        adapters: directories of PEFT adapters, each with an optional weight: ``path@0.5``.
+        dtype: ``bfloat16``, ``float16`` or ``float32``; None keeps each tensor's own.
+        shard_bytes: size limit of an output file, see ``shards.cut_shards``.
+
+    Raises:
+        InputError: with every problem of the base, the adapters and the options.
+    """
+    problems: list[Problem] = []
+    checkpoint: Checkpoint | None = None
+    opened: list[Adapter] = []
+    with gathered(problems):
+        _check_options(adapters, dtype, shard_bytes)
+    with gathered(problems):
+        checkpoint = open_checkpoint(Path(base).absolute())
+    for text in adapters:
+        with gathered(problems):
+            path, weight = parse_adapter(text)
+            opened.append(open_adapter(path.absolute(), weight))
+    updates: dict[str, list[LowRankUpdate]] = {}
+    if checkpoint is not None:
+        updates = _match_updates(checkpoint, opened, problems)
+    if problems or checkpoint is None:
+        raise InputError(problems)
+    return _assemble(checkpoint, opened, updates, dtype, shard_bytes)
+
+
+def _check_options(adapters: Sequence[str | Path], dtype: str | None, shard_bytes: int) -> None:
+    problems = []
+    if not adapters:
+        problems.append(Problem("no adapter given", "ADAPTER", "Name at least one adapter"))
+    if dtype is not None and dtype not in DTYPE_NAMES:
+        what = f"{dtype!r} is no dtype to merge into"
+        problems.append(Problem(what, "--dtype", f"Use one of {', '.join(DTYPE_NAMES)}"))
+    if shard_bytes < 1:
+        what = f"{shard_bytes} bytes hold no tensor"
+        problems.append(Problem(what, "--shard-size", "Give a size such as 2GB"))
+    if problems:
+        raise InputError(problems)
+
+
+def _match_updates(
+    checkpoint: Checkpoint, adapters: Sequence[Adapter], problems: list[Problem]
+) -> dict[str, list[LowRankUpdate]]:
+    """Updates by the name of the base tensor that they change, in the order of the adapters."""
+    bases = {tensor.name: tensor for file in checkpoint.files for tensor in file.tensors}
+    updates: dict[str, list[LowRankUpdate]] = {}
+    for index, adapter in enumerate(adapters):
+        missing = []
+        for module, pair in adapter.pairs.items():
+            name = f"{module}.weight"
+            if name not in bases:
+                missing.append(name)
+                continue
+            with gathered(problems):
+                at = f"{adapter.path}, module {module}"
+                if module == "lm_head" and is_tied(checkpoint.config):
+                    raise _tied_head(at)
+                transposed = _is_transposed(bases[name], pair.a, pair.b, adapter, checkpoint, at)
+                updates.setdefault(name, []).append(
+                    LowRankUpdate(
+                        adapter=index,
+                        a=pair.a,
+                        b=pair.b,
+                        scaling=pair.scaling * adapter.weight,
+                        transposed=transposed,
+                    )
+                )
+        problems += _unmatched(missing, adapter, checkpoint)
+    return updates
+
+
+def _tied_head(at: str) -> InputError:
+    return refuse(
+        "LoRA on an lm_head that is tied to the embeddings is not merged yet",
+        at,
+        "Untie the base first, or merge this adapter with PEFT",
+    )
+
+
+def _unmatched(missing: list[str], adapter: Adapter, checkpoint: Checkpoint) -> list[Problem]:
+    if not missing:
+        return []
+    if missing == ["lm_head.weight"] and is_tied(checkpoint.config):
+        return list(_tied_head(f"{adapter.path}, module lm_head").problems)
+    listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" * (len(missing) > 3))
+    return [
+        Problem(
+            f"the base has no {listed}",
+            str(adapter.path),
+            "Give the base that this adapter was trained on",
+        )
+    ]
+
+
+def _is_transposed(
+    base: TensorSpec,
+    a: TensorSpec,
+    b: TensorSpec,
+    adapter: Adapter,
+    checkpoint: Checkpoint,
+    at: str,
+) -> bool:
+    """Whether the base stores [in, out]. PEFT decides by the layer's class (nn.Linear or Conv1D)
+    and overrides fan_in_fan_out by it; without classes the shapes say the same, and only a
+    square tensor of an untested architecture needs the flag, which PEFT saved as corrected.
+    """
+    if base.dtype not in MERGEABLE:
+        remedy = "Use a base in bf16, fp16 or fp32"
+        raise refuse(f"the base tensor is {base.dtype}, which takes no delta", at, remedy)
+    delta = (b.shape[0], a.shape[1])
+    linear = checkpoint.config.get("model_type") in ("qwen2", "qwen2_moe")
+    if base.shape == delta and (linear or delta[0] != delta[1]):
+        return False
+    if base.shape == delta:
+        return adapter.config.fan_in_fan_out
+    if base.shape == delta[::-1] and not linear:
+        return True
+    raise refuse(
+        f"the delta is {list(delta)}, the base tensor {list(base.shape)}",
+        at,
+        "Give the base that this adapter was trained on",
+    )
+
+
+def _assemble(
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    updates: Mapping[str, Sequence[LowRankUpdate]],
+    dtype: str | None,
+    shard_bytes: int,
+) -> MergePlan:
+    sources = {t.name: (n, t) for n, file in enumerate(checkpoint.files) for t in file.tensors}
+    outputs = [
+        OutputTensor(
+            name=tensor.name,
+            dtype=DTYPE_NAMES[dtype] if dtype and tensor.dtype in MERGEABLE else tensor.dtype,
+            shape=tensor.shape,
+        )
+        for _, tensor in sources.values()
+    ]
+    cut = cut_shards(outputs, shard_bytes)
+    return MergePlan(
+        base=checkpoint.path,
+        base_files=tuple(file.identity for file in checkpoint.files),
+        header_digests=tuple(file.header_digest for file in checkpoint.files),
+        config=checkpoint.config,
+        config_changes=_config_changes(checkpoint.config, dtype),
+        side_files=checkpoint.side_files,
+        adapters=tuple(
+            AdapterInput(path=a.path, weight=a.weight, file=a.file, factor_digests={})
+            for a in adapters
+        ),
+        shards=tuple(
+            _shard(n, shard_name(n + 1, len(cut)), tensors, sources, updates)
+            for n, tensors in enumerate(cut)
+        ),
+        notes=(*checkpoint.notes, *(note for a in adapters for note in a.notes)),
+    )
+
+
+def _shard(
+    index: int,
+    name: str,
+    tensors: Sequence[OutputTensor],
+    sources: Mapping[str, tuple[int, TensorSpec]],
+    updates: Mapping[str, Sequence[LowRankUpdate]],
+) -> Shard:
+    layout = lay_out((t.name, t.dtype, t.shape) for t in tensors)
+    tasks = tuple(
+        TensorTask(
+            target=target,
+            source=sources[target.name][1],
+            source_file=sources[target.name][0],
+            updates=tuple(updates.get(target.name, ())),
+        )
+        for target in layout.tensors
+    )
+    return Shard(index=index, name=name, size=layout.size, tasks=tasks)
+
+
+def _config_changes(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
+    """Transformers 5 writes ``dtype``, older ones ``torch_dtype``; the file keeps its spelling."""
+    if dtype is None:
+        return {}
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    return {key: dtype} if config.get(key) != dtype else {}

@@ -1,0 +1,223 @@
+"""Streaming one shard: its tensors, cut into cells of the digest grid, through the lanes.
+
+Lanes are threads that take the next cell of the file, so that one reads while another multiplies
+and a third writes. Nothing here depends on which lane takes what: a cell's bytes, its digest and
+its place in the file are fixed by the plan.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from merge_core.digest import CELL_BYTES, new_cell, tensor_digest
+from merge_core.errors import NonFiniteError
+from merge_core.kernel import Change, LoadedUpdate
+from merge_core.lanes import Lane
+from merge_core.layout import DTYPE_BYTES
+from merge_core.ledger import TensorRecord
+from merge_core.plan import Shard, TensorTask
+from merge_core.storage import PartFile, RangeReader
+
+TICK_SECONDS = 0.2
+"""How often the waiting thread reports progress; also the longest that Ctrl-C has to wait."""
+
+
+@dataclass(slots=True)
+class TensorWork:
+    """One tensor under way, shared by the lanes that work on its cells."""
+
+    task: TensorTask
+    load: Callable[[TensorTask], Sequence[LoadedUpdate]]
+    cells: list[bytes] = field(init=False)
+    """Digests, filled in as cells finish, in any order."""
+    change: Change = field(default_factory=Change)
+    seconds: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    """Reading, merging, writing."""
+    _left: int = field(init=False)
+    _updates: Sequence[LoadedUpdate] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self._left = -(-self.task.target.nbytes // CELL_BYTES)
+        self.cells = [b""] * self._left
+
+    def updates(self) -> Sequence[LoadedUpdate]:
+        """The factors, loaded by the first lane that asks and freed with the last cell."""
+        with self._lock:
+            if self._updates is None:
+                self._updates = self.load(self.task) if self.task.updates else ()
+            return self._updates
+
+    def finish_cell(self, number: int, digest: bytes, change: Change, spent: list[float]) -> None:
+        """Note that a cell is written."""
+        with self._lock:
+            self.cells[number] = digest
+            self.change.add(change)
+            self.seconds = [a + b for a, b in zip(self.seconds, spent, strict=True)]
+            self._left -= 1
+            if self._left == 0:
+                self._updates = None
+
+    def record(self) -> TensorRecord:
+        """The ledger's row, once every cell is written."""
+        target, merged = self.task.target, bool(self.task.updates)
+        read, merge, write = self.seconds
+        return TensorRecord(
+            tensor=target.name,
+            action=self.task.action,
+            dtype=target.dtype,
+            shape=target.shape,
+            nbytes=target.nbytes,
+            digest=tensor_digest(self.cells),
+            bytes_read=self.task.source.nbytes,
+            bytes_written=target.nbytes,
+            read_seconds=read,
+            merge_seconds=merge,
+            write_seconds=write,
+            base_norm=math.sqrt(self.change.base_square) if merged else None,
+            delta_norm=math.sqrt(self.change.delta_square) if merged else None,
+            largest_change=self.change.largest if merged else None,
+        )
+
+
+def stream_shard(
+    shard: Shard,
+    *,
+    part: PartFile,
+    readers: Sequence[RangeReader],
+    load: Callable[[TensorTask], Sequence[LoadedUpdate]],
+    lanes: Sequence[Lane],
+    read_bytes: int,
+    watch: Callable[[int], None],
+) -> tuple[TensorRecord, ...]:
+    """Write the whole of ``shard`` into ``part`` and say what was done to each tensor.
+
+    Args:
+        readers: one a file of the base, indexed by ``TensorTask.source_file``.
+        load: fetches the factors of a tensor to the device.
+        read_bytes: output bytes that pass a lane at once; divides the digest's cell.
+        watch: called every TICK_SECONDS with the bytes written so far. What it raises ends the
+            streaming and is raised here.
+
+    Raises:
+        NonFiniteError: a merged value is NaN or infinite.
+        StorageError: a read or write failed.
+        DeviceMemoryError: a lane could not get memory.
+    """
+    works = [TensorWork(task=task, load=load) for task in shard.tasks]
+    part.write_small(shard.layout().header, 0)
+    run = _Run(_cells_of(works), part, readers, read_bytes)
+    run.wait_for(lanes, watch)
+    return tuple(work.record() for work in works)
+
+
+_Cell = tuple[TensorWork, int, int, int]
+"""The tensor, the number of the cell, and its first byte and the byte behind it."""
+
+
+def _cells_of(works: Sequence[TensorWork]) -> Iterator[_Cell]:
+    for work in works:
+        for number in range(len(work.cells)):
+            first = number * CELL_BYTES
+            yield work, number, first, min(first + CELL_BYTES, work.task.target.nbytes)
+
+
+class _Run:
+    """The lanes at work on one shard."""
+
+    def __init__(
+        self,
+        cells: Iterator[_Cell],
+        part: PartFile,
+        readers: Sequence[RangeReader],
+        read_bytes: int,
+    ) -> None:
+        self._cells, self._part, self._readers = cells, part, readers
+        self._read_bytes = read_bytes
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._error: BaseException | None = None
+        self._written = 0
+
+    def wait_for(self, lanes: Sequence[Lane], watch: Callable[[int], None]) -> None:
+        """Start a thread a lane, report progress, and raise the first error of any."""
+        threads = [threading.Thread(target=self._work, args=(lane,)) for lane in lanes]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(TICK_SECONDS)
+                    watch(self._written)
+        finally:
+            self._stopped = True
+            for thread in threads:
+                thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _work(self, lane: Lane) -> None:
+        torch.set_num_threads(1)  # the block's borders assume it, and lanes fill the cores
+        try:
+            while (cell := self._next()) is not None:
+                self._pass(cell, lane)
+        except BaseException as error:  # noqa: BLE001 - handed to the waiting thread, which raises it
+            with self._lock:
+                self._error = self._error or error
+            self._stopped = True
+
+    def _next(self) -> _Cell | None:
+        with self._lock:
+            return None if self._stopped else next(self._cells, None)
+
+    def _pass(self, cell: _Cell, lane: Lane) -> None:
+        """Bring one cell through the lane, piece by piece."""
+        work, number, first, behind = cell
+        updates = work.updates()
+        spent, change, digest = [0.0, 0.0, 0.0], Change(), new_cell()
+        for start in range(first, behind, self._read_bytes):
+            end = min(start + self._read_bytes, behind)
+            clock = time.perf_counter()
+            data = self._read(work.task, start, end, lane)
+            clock = _lap(spent, 0, clock)
+            out, changed = _transform(work.task, updates, start, data, lane)
+            change.add(changed)
+            digest.update(out)
+            clock = _lap(spent, 1, clock)
+            self._part.write(out, work.task.target.offset + start)
+            _lap(spent, 2, clock)
+            with self._lock:
+                self._written += end - start
+        work.finish_cell(number, digest.digest(), change, spent)
+
+    def _read(self, task: TensorTask, start: int, end: int, lane: Lane) -> memoryview:
+        """The base bytes behind the output bytes ``start`` ... ``end`` of the tensor."""
+        source, target = DTYPE_BYTES[task.source.dtype], DTYPE_BYTES[task.target.dtype]
+        first, behind = start * source // target, end * source // target
+        reader = self._readers[task.source_file]
+        return reader.read_into(lane.inbox_view, task.source.offset + first, behind - first)
+
+
+def _transform(
+    task: TensorTask,
+    updates: Sequence[LoadedUpdate],
+    start: int,
+    data: memoryview,
+    lane: Lane,
+) -> tuple[memoryview, Change]:
+    try:
+        return lane.transform(task, updates, start // DTYPE_BYTES[task.target.dtype], data)
+    except NonFiniteError as error:
+        raise NonFiniteError(error.what, f"tensor {task.target.name}", error.remedy) from None
+
+
+def _lap(spent: list[float], phase: int, since: float) -> float:
+    now = time.perf_counter()
+    spent[phase] += now - since
+    return now

@@ -1,0 +1,178 @@
+"""A worker: merges one shard at a time on one device, in the memory that it finds."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from merge_core.errors import DeviceMemoryError
+from merge_core.factors import FactorSource
+from merge_core.kernel import LoadedUpdate
+from merge_core.lanes import Lane, out_of_memory_reported
+from merge_core.ledger import Receipt, TensorRecord
+from merge_core.memory import LaneChoice, Memory, choose_lanes, free_host_memory, lane_need
+from merge_core.output import parts_directory
+from merge_core.plan import MergePlan, Shard, TensorTask
+from merge_core.storage import PartFile, RangeReader
+from merge_core.stream import stream_shard
+
+
+def pick_device(wanted: str) -> str:
+    """``cuda`` or ``cpu`` for ``auto``; what was asked for otherwise."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return wanted
+
+
+def measure_memory(device: str) -> Memory:
+    """What is free right now on this machine and on its first visible GPU."""
+    vram = torch.cuda.mem_get_info()[0] if device == "cuda" else None
+    return Memory(host=free_host_memory(), device=vram)
+
+
+class ShardWorker:
+    """Merges shards of one plan into parts that somebody else publishes.
+
+    Args:
+        plan: sealed.
+        out: the destination directory; parts go below ``out/.raymeld/parts``.
+        device: ``cpu`` or ``cuda`` (the first visible GPU).
+        name: who did it, for the ledger.
+        choice: lanes and size of reads; None measures the free memory and chooses.
+
+    Raises:
+        DeviceMemoryError: not even one lane fits.
+        StorageError: an adapter or a base file changed since the plan was made.
+    """
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        out: Path,
+        device: str,
+        name: str = "inline",
+        choice: LaneChoice | None = None,
+    ) -> None:
+        self._plan, self._out, self._name = plan, out, name
+        self._fingerprint = plan.fingerprint
+        self._device = torch.device(device)
+        self.choice = choice or choose_lanes(plan, device, measure_memory(device))
+        self._lanes: list[Lane] = []
+        self._factors = [FactorSource(adapter) for adapter in plan.adapters]
+        for file in plan.base_files:
+            file.check(plan.base)
+        self._readers = [RangeReader(plan.base / file.name) for file in plan.base_files]
+
+    def merge(self, index: int, attempt: int, watch: Callable[[int], None]) -> Receipt:
+        """Merge shard ``index`` into a part of its own; leaves nothing behind if it fails.
+
+        Args:
+            attempt: 1 for the first; after out of memory, later ones take fewer lanes.
+            watch: called now and then with the bytes written; what it raises ends the attempt.
+
+        Raises:
+            RaymeldError: see ``stream.stream_shard``.
+        """
+        shard = self._plan.shards[index]
+        started, clock = time.time(), time.perf_counter()
+        name = f"{shard.name}.{attempt}-{secrets.token_hex(8)}.part"
+        part = PartFile(parts_directory(self._out) / name, shard.size)
+        try:
+            records = self._stream(shard, part, watch)
+            part.finish()
+        except BaseException:
+            part.discard()
+            raise
+        for file in {task.source_file for task in shard.tasks}:
+            self._plan.base_files[file].check(self._plan.base)
+        return Receipt(
+            fingerprint=self._fingerprint,
+            shard=index,
+            attempt=attempt,
+            part=name,
+            size=shard.size,
+            worker=self._name,
+            host=socket.gethostname(),
+            device=self.describe_device(),
+            started=started,
+            seconds=time.perf_counter() - clock,
+            lanes=self.choice.reason,
+            tensors=records,
+        )
+
+    def describe_device(self) -> str:
+        """``cpu``, or the GPU's name."""
+        return torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu"
+
+    def close(self) -> None:
+        """Close the input files."""
+        for source in self._factors:
+            source.close()
+        for reader in self._readers:
+            reader.close()
+
+    def _stream(
+        self, shard: Shard, part: PartFile, watch: Callable[[int], None]
+    ) -> tuple[TensorRecord, ...]:
+        try:
+            with exact_float32(), out_of_memory_reported(self._device):
+                return stream_shard(
+                    shard,
+                    part=part,
+                    readers=self._readers,
+                    load=self._load,
+                    lanes=self._allocated_lanes(),
+                    read_bytes=self.choice.read_bytes,
+                    watch=watch,
+                )
+        except DeviceMemoryError:
+            self._take_fewer_lanes()
+            raise
+
+    def _allocated_lanes(self) -> Sequence[Lane]:
+        need = lane_need(self._plan, self._device.type, self.choice.read_bytes)
+        while len(self._lanes) < self.choice.lanes:
+            self._lanes.append(Lane(need, self._device))
+        return self._lanes
+
+    def _take_fewer_lanes(self) -> None:
+        self._lanes.clear()
+        fewer = max(1, self.choice.lanes // 2)
+        reason = f"{fewer} lanes instead of {self.choice.lanes} after running out of memory"
+        self.choice = dataclasses.replace(self.choice, lanes=fewer, reason=reason)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _load(self, task: TensorTask) -> list[LoadedUpdate]:
+        return [
+            LoadedUpdate(
+                a=self._factors[update.adapter].load(update.a, self._device),
+                b=self._factors[update.adapter].load(update.b, self._device),
+                scaling=update.scaling,
+                transposed=update.transposed,
+            )
+            for update in task.updates
+        ]
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Products in real float32 (no TF32, no bfloat16 shortcuts), the caller's settings restored.
+
+    The thread count is restored too: lanes set theirs to one, which torch also takes as the
+    default of threads that start later.
+    """
+    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(threads)

@@ -1,0 +1,109 @@
+"""Small real checkpoints and adapters, made with transformers and PEFT, and PEFT as the oracle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+HIDDEN, INNER, VOCAB, LAYERS = 64, 96, 160, 2
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+def qwen_config(**changes: Any) -> Qwen2Config:
+    fields: dict[str, Any] = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+    }
+    return Qwen2Config(**{**fields, **changes})
+
+
+def make_base(
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    shard: str = "50GB",
+    seed: int = 0,
+    **config: Any,
+) -> Path:
+    """A Qwen1.5 checkpoint with random weights, biases included."""
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(qwen_config(**config)).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    model.save_pretrained(path, max_shard_size=shard)
+    (path / "tokenizer.json").write_text('{"version": "1.0"}')
+    (path / "tokenizer_config.json").write_text("{}")
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    (path / "LICENSE").write_text("terms")
+    (path / "README.md").write_text("# the base's own card")
+    return path
+
+
+def make_adapter(
+    path: Path,
+    base: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 1,
+    safe: bool = True,
+    **lora: Any,
+) -> Path:
+    """A LoRA adapter saved by PEFT, every parameter randomised."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    fields: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ALL_LINEAR}
+    peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{**fields, **lora}))
+    torch.manual_seed(seed)
+    for name, parameter in peft.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape).mul_(0.1).to(dtype)
+    peft.save_pretrained(path, safe_serialization=safe)
+    return path
+
+
+def oracle(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """The state dict that PEFT's merge_and_unload gives."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    state = {name: tensor.detach().clone() for name, tensor in merged.state_dict().items()}
+    if merged.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    return state
+
+
+def read_tensors(out: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint directory, read by safetensors."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(out.glob("*.safetensors")):
+        tensors.update(load_file(file))
+    return tensors
+
+
+def assert_same_tensors(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    """Names, dtypes, shapes and every bit are the same."""
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert got[name].dtype == tensor.dtype, name
+        assert got[name].shape == tensor.shape, name
+        same = got[name].view(torch.uint8) if tensor.dim() else got[name]
+        assert torch.equal(same, tensor.contiguous().view(torch.uint8)), name
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change fields of a JSON file; None removes a field."""
+    fields = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
