@@ -1,1 +1,1 @@
-"""x"""
+"""Ray actors around merge_core, and the pool that talks to them."""

@@ -1,1 +1,1 @@
-"""x"""
+"""What a person starts: the command line, the driver and its schedule."""

@@ -7,6 +7,7 @@ does the shape of the product, so rows are multiplied in the fixed blocks of ``m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ class MergeKernel:
         self._device = device
         self._delta = torch.empty(scratch_elements, dtype=torch.float32, device=device)
         self._work = torch.empty(scratch_elements, dtype=torch.float32, device=device)
-        self._figures = torch.zeros(4, dtype=torch.float64, device=device)
+        self._figures: list[_Figures] = []
         self._cached: tuple[Sequence[LoadedUpdate], int] = ((), 0)
 
     def merge(
@@ -76,15 +77,18 @@ class MergeKernel:
         """
         rows, width = shape
         behind = first + source.numel()
-        self._figures.zero_()
-        for top, bottom in blocks_over(rows, width, self._device.type, first, behind):
+        blocks = list(blocks_over(rows, width, self._device.type, first, behind))
+        while len(self._figures) < len(blocks):
+            self._figures.append(_Figures(self._device))
+        for figures, (top, bottom) in zip(self._figures, blocks, strict=False):
             low, high = max(first, top * width), min(behind, bottom * width)
             delta = self._block(updates, top, bottom, width)[low - top * width : high - top * width]
-            self._add(delta, source[low - first : high - first], target[low - first : high - first])
-        base, change, largest, peak = self._figures.tolist()
+            run = slice(low - first, high - first)
+            self._add(delta, source[run], target[run], figures)
+        change, peak = _summarise(self._figures[: len(blocks)])
         if not peak <= torch.finfo(target.dtype).max:
             _check_finite(target, first, width)
-        return Change(base_square=base, delta_square=change, largest=largest)
+        return change
 
     def convert(self, first: int, width: int, source: torch.Tensor, target: torch.Tensor) -> None:
         """Round ``source`` to the dtype of ``target``; refuse what overflows there."""
@@ -118,16 +122,38 @@ class MergeKernel:
         self._cached = (updates, top)
         return delta
 
-    def _add(self, delta: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+    def _add(
+        self, delta: torch.Tensor, source: torch.Tensor, target: torch.Tensor, figures: _Figures
+    ) -> None:
         work = self._work[: delta.numel()]
         work.copy_(source)
-        figures = self._figures
-        figures[0] += torch.dot(work, work)
-        figures[1] += torch.dot(delta, delta)
-        figures[2] = torch.maximum(figures[2], _peak(delta))
+        torch.dot(work, work, out=figures.base_square)
+        torch.dot(delta, delta, out=figures.delta_square)
+        torch.aminmax(delta, out=figures.delta_range)
         work.add_(delta)
-        figures[3] = torch.maximum(figures[3], _peak(work))
+        torch.aminmax(work, out=figures.result_range)
         target.copy_(work)
+
+
+class _Figures:
+    """Where one block's figures go: views into one tensor, so that reading them back is one copy
+    a piece instead of a device round trip a figure.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(6, dtype=torch.float32, device=device)
+        self.base_square, self.delta_square = self.values[0], self.values[1]
+        self.delta_range = (self.values[2], self.values[3])
+        self.result_range = (self.values[4], self.values[5])
+
+
+def _summarise(figures: Sequence[_Figures]) -> tuple[Change, float]:
+    """The change of all blocks, and the largest absolute result; NaN if there is one."""
+    change, peak = Change(), 0.0
+    for base, delta, low, high, least, most in torch.stack([f.values for f in figures]).tolist():
+        change.add(Change(base_square=base, delta_square=delta, largest=max(-low, high)))
+        peak = math.nan if math.isnan(least) or math.isnan(peak) else max(peak, -least, most)
+    return change, peak
 
 
 def _peak(values: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,54 @@
+"""What happens to workers and their work, free of Ray: the pool reports it, the schedule reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerReady:
+    """A worker answered its first call and may be given work."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStartFailed:
+    """A worker never came up."""
+
+    worker: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLost:
+    """A worker died, with whatever it was doing."""
+
+    worker: int
+    reason: str
+    out_of_memory: bool = False
+    """The machine killed it for its memory: that counts against the item, not as bad luck."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemDone:
+    """A worker finished an item, and the result was accepted."""
+
+    worker: int
+    item: int
+    result: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ItemFailed:
+    """A worker reported an error and is alive."""
+
+    worker: int
+    item: int
+    error: Exception
+    hopeless: bool = False
+    """The same would happen again, such as an infinity in a tensor: do not retry."""
+
+
+Event = WorkerReady | WorkerStartFailed | WorkerLost | ItemDone | ItemFailed

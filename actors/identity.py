@@ -1,0 +1,81 @@
+"""Who a worker is: what it imported from where, so that a driver never works with strangers.
+
+The top-level names ``cluster`` and ``actors`` are generic. Ray puts the user's working directory
+first on its workers' path, where a package of the same name would be imported instead of ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from merge_core import __version__
+
+PACKAGES = ("cluster", "actors", "merge_core")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """One process of a merge."""
+
+    host: str
+    pid: int
+    python: str
+    raymeld: str
+    torch: str
+    paths: tuple[str, ...]
+    """Where the three packages lie."""
+    digest: str
+    """Over the source of the three packages."""
+
+    def difference(self, driver: Identity) -> str | None:
+        """Why this worker cannot work for ``driver``, or None if it can."""
+        where = f"the worker on {self.host}"
+        if self.raymeld != driver.raymeld:
+            return f"{where} has raymeld {self.raymeld}, the driver {driver.raymeld}"
+        if self.digest != driver.digest:
+            for name, mine, theirs in zip(PACKAGES, self.paths, driver.paths, strict=True):
+                if mine != theirs:
+                    return f"{where} imports {name!r} from {mine}, the driver from {theirs}"
+            return f"{where} has other source files than the driver, in {self.paths[0]}"
+        if _minor(self.torch) != _minor(driver.torch):
+            return f"{where} has torch {self.torch}, the driver {driver.torch}"
+        return None
+
+
+def identify() -> Identity:
+    """This process's identity, without importing the packages that it does not need."""
+    paths = tuple(_location(name) for name in PACKAGES)
+    return Identity(
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        python=platform.python_version(),
+        raymeld=__version__,
+        torch=importlib.metadata.version("torch"),
+        paths=paths,
+        digest=_digest(paths),
+    )
+
+
+def _location(name: str) -> str:
+    spec = importlib.util.find_spec(name)
+    origin = spec.origin if spec is not None else None
+    return str(Path(origin).parent) if origin else "nowhere"
+
+
+def _digest(paths: tuple[str, ...]) -> str:
+    state = hashlib.sha256()
+    for path in paths:
+        for file in sorted(Path(path).rglob("*.py")):
+            state.update(str(file.relative_to(path)).encode() + b"\0" + file.read_bytes())
+    return state.hexdigest()
+
+
+def _minor(version: str) -> tuple[str, ...]:
+    return tuple(version.split("+")[0].split(".")[:2])

@@ -1,0 +1,106 @@
+"""A Ray session: one that this process starts for itself, or a cluster that is there already."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from merge_core.errors import RaymeldError
+
+LOCAL = "local"
+"""The address that means: a Ray of our own, on this machine only, gone at the end."""
+
+OBJECT_STORE_BYTES = 128 << 20
+"""Only plans and receipts pass Ray; the default would reserve a third of the machine."""
+
+
+@contextlib.contextmanager
+def session(address: str, *, use_gpus: bool) -> Iterator[None]:
+    """Connect to the cluster at ``address``, or start Ray in this process for ``local``.
+
+    A Ray of our own writes nothing into the home directory, reports no usage, shows no dashboard,
+    and takes its token and its files with it when it ends. The environment is restored.
+
+    Raises:
+        RaymeldError: the cluster cannot be reached, or Ray does not start.
+    """
+    before = dict(os.environ)
+    scratch = Path(tempfile.mkdtemp(prefix="raymeld-", dir=_short_temporary_directory()))
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    if address == LOCAL:
+        # Set before Ray is imported. An explicit token keeps Ray from writing one to ~/.ray; no
+        # token would leave its ports open to everybody on this network.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        os.environ.pop("RAY_ADDRESS", None)
+    else:
+        _use_token_if_there_is_one()
+    import ray
+
+    try:
+        with contextlib.chdir(_neutral_directory(scratch)):
+            _connect(ray, address, scratch, use_gpus=use_gpus)
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.environ.clear()
+        os.environ |= before
+
+
+def _connect(ray: Any, address: str, scratch: Path, *, use_gpus: bool) -> None:
+    own = {
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "_temp_dir": str(scratch),
+        **({} if use_gpus else {"num_gpus": 0}),
+    }
+    try:
+        ray.init(
+            address=address,
+            namespace="raymeld",
+            log_to_driver=False,
+            logging_level="error",
+            **(own if address == LOCAL else {}),
+        )
+    except Exception as error:
+        raise RaymeldError(
+            f"cannot connect: {str(error).strip().splitlines()[0]}",
+            f"--address {address}",
+            "Is the cluster up, and RAY_AUTH_TOKEN set if it asks for one?"
+            " --address inline merges without Ray.",
+        ) from error
+
+
+def _use_token_if_there_is_one() -> None:
+    """Ray sends the token to an explicit address only when it is told to."""
+    token = Path("~/.ray/auth_token").expanduser()
+    if "RAY_AUTH_MODE" not in os.environ and (
+        os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or token.exists()
+    ):
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def _neutral_directory(scratch: Path) -> Path:
+    """A working directory for Ray's workers in which no package shadows ours.
+
+    Ray puts it first on their path. Where raymeld is installed, any empty directory does; from a
+    plain checkout the workers need the checkout itself.
+    """
+    root = Path(__file__).resolve().parent.parent
+    found = importlib.metadata.distributions(name="raymeld")
+    installed = any(Path(str(dist.locate_file(""))).resolve() != root for dist in found)
+    return scratch if installed else root
+
+
+def _short_temporary_directory() -> str:
+    """Where Ray may put its sockets: a socket's path may not exceed 107 bytes."""
+    usual = tempfile.gettempdir()
+    return usual if len(usual) < 20 or sys.platform == "darwin" else "/tmp"  # noqa: S108

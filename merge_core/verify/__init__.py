@@ -1,0 +1,27 @@
+"""Verification of a merged checkpoint: the code behind ``raymeld verify``.
+
+It shares nothing with the merge but the exception classes: its own reading of headers, ledger and
+adapters, and its own arithmetic, so that a mistake in the merge cannot hide behind itself.
+
+    report = verify(Path("OUT"), "numeric")
+    if not report.ok:
+        print(*report.findings)
+
+Read in this order: ``verification`` (what is checked), ``structure`` and ``file_check`` (the
+directory, one file), ``digests``, ``against_base`` and ``recipe`` (what a tensor must be equal to),
+``merged`` (the numeric bound and where it comes from), ``untouched``, ``load``.
+"""
+
+from merge_core.verify.file_check import FileCheck, FileResult, check_file
+from merge_core.verify.report import LEVELS, Finding, VerifyReport
+from merge_core.verify.verification import verify
+
+__all__ = [
+    "LEVELS",
+    "FileCheck",
+    "FileResult",
+    "Finding",
+    "VerifyReport",
+    "check_file",
+    "verify",
+]

@@ -1,0 +1,95 @@
+"""The weights file of an adapter: shapes first, float32 matrices on demand."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from merge_core.errors import refuse
+from merge_core.verify.header import TensorEntry, read_header
+from merge_core.verify.rounding import FLOATS, stored, to_float32
+from merge_core.verify.strict_json import MalformedError
+
+Matrix = npt.NDArray[np.float32]
+_REMEDY = "Check without --level numeric, or with the adapter that was merged"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factors:
+    """An opened weights file of an adapter."""
+
+    path: str
+    shapes: Mapping[str, tuple[int, ...]]
+    """Key to shape."""
+    read: Callable[[str], Matrix]
+    """Tensor of a key, converted to float32 (exact: only BF16, F16 and F32 are accepted)."""
+
+
+def weights_path(adapter: Path) -> Path:
+    """The weights file in the adapter's directory; safetensors win, as in PEFT.
+
+    Raises:
+        InputError: there is none.
+    """
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (adapter / name).is_file():
+            return adapter / name
+    raise refuse("it holds no adapter_model.safetensors or .bin", str(adapter), _REMEDY)
+
+
+def open_factors(path: str) -> Factors:
+    """Open an adapter's weights file; a ``.bin`` is unpickled (tensors only) and mapped.
+
+    Raises:
+        InputError: it is broken, or holds a dtype that is not BF16, F16 or F32.
+    """
+    try:
+        return _pickled(path) if path.endswith(".bin") else _safetensors(path)
+    except (MalformedError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise refuse(f"the adapter's weights cannot be read ({error})", path, _REMEDY) from error
+
+
+def _safetensors(path: str) -> Factors:
+    entries: dict[str, TensorEntry] = {entry.name: entry for entry in read_header(Path(path))}
+    _refuse_dtypes(path, {name: entry.dtype for name, entry in entries.items()}, FLOATS)
+
+    def read(name: str) -> Matrix:
+        entry = entries[name]
+        raw = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.start)
+        return to_float32(stored(raw, entry.dtype), entry.dtype).reshape(entry.shape)
+
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    return Factors(path=path, shapes=shapes, read=read)
+
+
+def _pickled(path: str) -> Factors:
+    import torch  # only for this old format; verify runs without torch otherwise
+
+    # Files from before torch 1.6 are no zip archives and cannot be mapped.
+    mapped = zipfile.is_zipfile(path)
+    tensors: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise MalformedError("it holds something else than a dictionary of tensors")
+    accepted = (torch.bfloat16, torch.float16, torch.float32)
+    _refuse_dtypes(path, {name: tensor.dtype for name, tensor in tensors.items()}, accepted)
+
+    def read(name: str) -> Matrix:
+        matrix: Matrix = tensors[name].to(torch.float32).numpy()
+        return matrix
+
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return Factors(path=path, shapes=shapes, read=read)
+
+
+def _refuse_dtypes(path: str, dtypes: Mapping[str, object], accepted: Any) -> None:
+    for name, dtype in dtypes.items():
+        if dtype not in accepted:
+            what = f"it cannot check tensor {name!r} of dtype {dtype}"
+            raise refuse(what, path, _REMEDY)

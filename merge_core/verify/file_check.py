@@ -1,0 +1,149 @@
+"""The check of one weight file: the unit that is spread over workers."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from merge_core.errors import InputError
+from merge_core.verify.against_base import Comparison
+from merge_core.verify.digests import CELL_BYTES, check_digests
+from merge_core.verify.factors import open_factors
+from merge_core.verify.header import TensorEntry, read_header
+from merge_core.verify.ledger import Row
+from merge_core.verify.merged import MergedTensor, load_product
+from merge_core.verify.reading import Lanes, Reader
+from merge_core.verify.report import Finding, at
+from merge_core.verify.strict_json import MalformedError
+from merge_core.verify.untouched import check_converted, check_copied
+
+NUMERIC_BLOCK_BYTES = 4 << 20
+"""Read at a time from output and base each: large enough for the disk, and the float32 and
+float64 of a tile beside it keep a lane below 20 MB."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileCheck:
+    """What to check in one weight file; a few kilobytes, picklable, every path a string."""
+
+    path: str
+    """The weight file, absolute: wherever the check runs must see the same file system."""
+    level: str
+    """structure, digest or numeric; for load, the part of one file is that of digest."""
+    rows: tuple[Row, ...] | None
+    """The ledger's rows for this file; None without a ledger."""
+    comparisons: tuple[Comparison, ...] = ()
+    """What the tensors must be equal to, for numeric."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileResult:
+    """The outcome of one ``FileCheck``."""
+
+    path: str
+    """That of the check."""
+    findings: tuple[Finding, ...]
+    tensors: int
+    """Tensors in the file."""
+    bytes_read: int
+    """Tensor data compared, in bytes, with the base's for numeric."""
+    seconds: float
+
+
+def check_file(check: FileCheck) -> FileResult:
+    """Check one weight file. A file that is broken or vanishes gives findings, never an exception.
+
+    Memory: ``reading.LANES`` lanes of up to 20 MB each, and for numeric the factors of one tensor.
+    """
+    started = time.perf_counter()
+    path = Path(check.path)
+    findings: list[Finding] = []
+    entries: tuple[TensorEntry, ...] = ()
+    bytes_read = 0
+    try:
+        entries = read_header(path)
+        rows = {row.tensor: row for row in check.rows or ()}
+        if check.rows is not None:
+            findings += _compare_rows(path.name, entries, rows)
+        if check.level != "structure":
+            findings += _check_digests(path, entries, rows)
+            bytes_read += sum(entry.nbytes for entry in entries)
+        if check.level == "numeric":
+            for finding, compared in _check_numeric(path, entries, check.comparisons):
+                findings += finding
+                bytes_read += compared
+    except MalformedError as error:
+        findings.append(Finding(check="header", where=path.name, what=str(error)))
+    except (OSError, InputError) as error:
+        findings.append(Finding(check="read", where=path.name, what=str(error)))
+    return FileResult(
+        path=check.path,
+        findings=tuple(findings),
+        tensors=len(entries),
+        bytes_read=bytes_read,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _compare_rows(
+    file: str, entries: Sequence[TensorEntry], rows: dict[str, Row]
+) -> Iterator[Finding]:
+    for entry in entries:
+        row = rows.get(entry.name)
+        here = f"{entry.dtype} {list(entry.shape)} of {entry.nbytes} bytes"
+        if row is None:
+            what = f"{here}, but the ledger has no such tensor in this file"
+            yield Finding(check="ledger", where=at(file, entry.name), what=what)
+        elif (row.dtype, row.shape, row.nbytes) != (entry.dtype, entry.shape, entry.nbytes):
+            what = f"{here}, the ledger says {row.dtype} {list(row.shape)} of {row.nbytes} bytes"
+            yield Finding(check="ledger", where=at(file, entry.name), what=what)
+    for tensor in sorted(rows.keys() - {entry.name for entry in entries}):
+        what = "the ledger has it here, the file has not"
+        yield Finding(check="ledger", where=at(file, tensor), what=what)
+
+
+def _check_digests(
+    path: Path, entries: Sequence[TensorEntry], rows: dict[str, Row]
+) -> list[Finding]:
+    with Reader(str(path)) as reader, Lanes(CELL_BYTES) as lanes:
+        return list(check_digests(reader, path.name, entries, rows, lanes))
+
+
+def _check_numeric(
+    path: Path, entries: Sequence[TensorEntry], comparisons: Sequence[Comparison]
+) -> Iterator[tuple[list[Finding], int]]:
+    """For each comparison its findings, and the bytes that it read."""
+    by_name = {entry.name: entry for entry in entries}
+    pairs = [(by_name[item.tensor], item) for item in comparisons if item.tensor in by_name]
+    adapters = sorted({delta.path for item in comparisons for delta in item.deltas})
+    factors = {adapter: open_factors(adapter) for adapter in adapters}
+    block = max([NUMERIC_BLOCK_BYTES, *(_widest_row(pair) for pair in pairs)])
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(Reader(str(path)))
+        bases = {
+            base: stack.enter_context(Reader(base))
+            for base in sorted({item.base.path for _, item in pairs})
+        }
+        # Last in, first out: no lane may still read when its file is closed.
+        lanes = stack.enter_context(Lanes(block))
+        for entry, item in pairs:
+            old = item.base.entry
+            sources = (out, entry), (bases[item.base.path], old)
+            if item.deltas:
+                product = load_product(item.deltas, factors)
+                found = MergedTensor(*sources[0], *sources[1], product).findings(path.name, lanes)
+            else:
+                check = check_copied if entry.dtype == old.dtype else check_converted
+                found = check(path.name, *sources, lanes)
+            yield list(found), entry.nbytes + old.nbytes
+
+
+def _widest_row(pair: tuple[TensorEntry, Comparison]) -> int:
+    """Bytes of the longer row of a merged tensor or its base: a block holds one row at least."""
+    entry, item = pair
+    if not item.deltas or not entry.shape[0]:
+        return 0
+    return max(entry.nbytes, item.base.entry.nbytes) // entry.shape[0]

@@ -1,0 +1,68 @@
+"""The ledger of a merge, ``.raymeld/ledger.parquet``: one row a tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_core.verify.strict_json import MalformedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What the merge recorded about one output tensor."""
+
+    tensor: str
+    file: str
+    action: str
+    """copied, merged or converted."""
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    digest: str
+    """32 hex digits, see ``digests``."""
+
+
+_COLUMNS = {
+    "tensor": str,
+    "file": str,
+    "action": str,
+    "dtype": str,
+    "shape": list,
+    "nbytes": int,
+    "digest": str,
+}
+
+
+def read_ledger(path: Path) -> dict[str, Row]:
+    """Rows of the ledger by tensor.
+
+    Raises:
+        MalformedError: it is no parquet, lacks a column, holds a null or has a tensor twice.
+        FileNotFoundError: there is no ledger.
+        OSError: it cannot be read.
+    """
+    import pyarrow as pa  # a quarter of a second, and workers never read the ledger
+    from pyarrow import parquet
+
+    with open(path, "rb") as file:
+        try:
+            table = parquet.ParquetFile(file).read()
+            columns = {name: table.column(name).to_pylist() for name in _COLUMNS}
+        except (pa.ArrowException, KeyError, ValueError) as error:
+            raise MalformedError(f"it is no ledger ({error})") from error
+    rows: dict[str, Row] = {}
+    for values in zip(*columns.values(), strict=True):
+        row = _row(dict(zip(_COLUMNS, values, strict=True)))
+        if row.tensor in rows:
+            raise MalformedError(f"tensor {row.tensor!r} has two rows")
+        rows[row.tensor] = row
+    return rows
+
+
+def _row(values: dict[str, Any]) -> Row:
+    for column, kind in _COLUMNS.items():
+        if not isinstance(values[column], kind):
+            raise MalformedError(f"column {column} of {values['tensor']!r} is {values[column]!r}")
+    return Row(**{**values, "shape": tuple(values["shape"])})

@@ -1,0 +1,125 @@
+"""``verify``: plan the checks of a finished directory, run them, gather what they find."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+
+from merge_core.errors import refuse
+from merge_core.verify.against_base import Comparison, pair_with_base, resolve_sources
+from merge_core.verify.file_check import FileCheck, FileResult, check_file
+from merge_core.verify.load import check_load
+from merge_core.verify.report import LEVELS, Finding, VerifyReport
+from merge_core.verify.structure import Structure, config_path, inspect
+
+Run = Callable[[Callable[[FileCheck], FileResult], Sequence[FileCheck]], Iterable[FileResult]]
+"""Like ``map``: applies the function to each check, anywhere; results may come in any order."""
+
+_WORDS = {
+    "structure": "config, index, headers, offsets, sizes and the list of files",
+    "ledger": "names, dtypes, shapes and sizes against the ledger",
+    "digest": "every byte read back and its digest compared with the ledger",
+    "numeric": "every value compared with base and adapters in float64 precision",
+    "load": "names and shapes against the transformers model class",
+}
+
+
+def verify(
+    out: Path,
+    level: str = "digest",
+    *,
+    base: Path | None = None,
+    adapters: Sequence[tuple[Path, float]] | None = None,
+    committed: bool = True,
+    run: Run = map,
+) -> VerifyReport:
+    """Check a merged checkpoint; a bad one gives findings, not an exception.
+
+    Args:
+        out: the checkpoint's directory.
+        level: one of ``LEVELS``.
+        base: directory of the base, for numeric; default: the plan's.
+        adapters: directory and weight of each adapter, for numeric; default: the plan's.
+        committed: False inside a merge, while config.json is still staged in ``.raymeld``.
+        run: how to run ``check_file`` over the files, such as over a cluster's workers.
+
+    Raises:
+        InputError: the question cannot be answered: ``out`` is no directory, the level is
+            unknown, base or adapters are not known or cannot be read, or an adapter has a
+            feature that this program cannot check (each is named).
+    """
+    started = time.perf_counter()
+    out = Path(out).absolute()
+    if level not in LEVELS:
+        raise refuse(f"there is no level {level!r}", "--level", f"Take one of {', '.join(LEVELS)}")
+    if not out.is_dir():
+        raise refuse("it is no directory", str(out), "Name the directory of a merged checkpoint")
+    structure = inspect(out, committed=committed, needs_ledger=level != "structure")
+    findings = list(structure.findings)
+    comparisons: dict[str, tuple[Comparison, ...]] = {}
+    if level == "numeric":
+        sources = resolve_sources(out, base, adapters)
+        comparisons, unpaired = pair_with_base(structure, *sources)
+        findings += unpaired
+    checks = _file_checks(out, level, structure, comparisons)
+    results = list(run(check_file, checks))
+    findings += chain.from_iterable(result.findings for result in _in_order(checks, results))
+    findings += _unchecked(checks, results)
+    if level == "load":
+        entries = chain.from_iterable(structure.headers.values())
+        findings += check_load(config_path(out, committed=committed).parent, entries)
+    return VerifyReport(
+        out=out,
+        level=level,
+        findings=tuple(findings),
+        files=len(results),
+        tensors=sum(result.tensors for result in results),
+        bytes_read=sum(result.bytes_read for result in results),
+        seconds=time.perf_counter() - started,
+        checks=tuple(_words(level, structure)),
+    )
+
+
+def _file_checks(
+    out: Path,
+    level: str,
+    structure: Structure,
+    comparisons: dict[str, tuple[Comparison, ...]],
+) -> list[FileCheck]:
+    return [
+        FileCheck(
+            path=str(out / file),
+            level="digest" if level == "load" else level,
+            rows=structure.rows_of(file),
+            comparisons=comparisons.get(file, ()),
+        )
+        for file in structure.files
+    ]
+
+
+def _in_order(checks: Sequence[FileCheck], results: Sequence[FileResult]) -> list[FileResult]:
+    """Results in the order of the files, so that equal checkpoints give equal reports."""
+    place = {check.path: n for n, check in enumerate(checks)}
+    return sorted(results, key=lambda result: place[result.path])
+
+
+def _unchecked(checks: Sequence[FileCheck], results: Sequence[FileResult]) -> list[Finding]:
+    """A result that got lost on its way must not look like a file without fault."""
+    done = {result.path for result in results}
+    return [
+        Finding(check="files", where=Path(check.path).name, what="its check gave no result")
+        for check in checks
+        if check.path not in done
+    ]
+
+
+def _words(level: str, structure: Structure) -> Iterable[str]:
+    yield _WORDS["structure"]
+    if structure.rows is not None:
+        yield _WORDS["ledger"]
+        if level != "structure":
+            yield _WORDS["digest"]
+    if level in ("numeric", "load"):
+        yield _WORDS[level]

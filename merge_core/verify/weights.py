@@ -1,0 +1,85 @@
+"""Which files of a checkpoint hold which tensors: the index, and the tensors of a base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from merge_core.errors import refuse
+from merge_core.verify.header import TensorEntry, read_header
+from merge_core.verify.strict_json import MalformedError, parse_object
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightIndex:
+    """The content of a ``model.safetensors.index.json``."""
+
+    weight_map: dict[str, str]
+    """Tensor to file name."""
+    total_size: int | None
+    """``metadata.total_size``, in bytes of tensor data; None if it is not there."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files it names, sorted."""
+        return tuple(sorted(set(self.weight_map.values())))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseTensor:
+    """A tensor of the base and the file that holds it."""
+
+    path: str
+    entry: TensorEntry
+
+
+def read_index(path: Path) -> WeightIndex:
+    """Read an index file.
+
+    Raises:
+        MalformedError: it is no index, or names a file outside its own directory.
+        OSError: it cannot be read.
+    """
+    document = parse_object(path.read_bytes())
+    weight_map, metadata = document.get("weight_map"), document.get("metadata", {})
+    if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
+        raise MalformedError("it has no weight_map")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not is_plain_name(file):
+            raise MalformedError(f"tensor {tensor!r} lies in {file!r}, which is no file name")
+    total = metadata.get("total_size")
+    return WeightIndex(weight_map=weight_map, total_size=total if type(total) is int else None)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether ``name`` is a ``.safetensors`` file of the directory itself, not a path out of it."""
+    return Path(name).name == name and name.endswith(".safetensors") and "\0" not in name
+
+
+def open_base(directory: Path) -> dict[str, BaseTensor]:
+    """All tensors of the base at ``directory``, from its headers.
+
+    A single file wins over an index, as in transformers.
+
+    Raises:
+        InputError: it is no safetensors checkpoint, so nothing can be compared with it.
+    """
+    remedy = "Name the base that was merged with --base"
+    tensors: dict[str, BaseTensor] = {}
+    path = directory / SINGLE
+    try:
+        files = (SINGLE,) if path.is_file() else read_index(path := directory / INDEX).files
+        for file in files:
+            path = directory / file
+            for entry in read_header(path):
+                found = BaseTensor(path=str(path), entry=entry)
+                if tensors.setdefault(entry.name, found) is not found:
+                    raise refuse(f"tensor {entry.name!r} is in two files", str(path), remedy)
+    except MalformedError as error:
+        raise refuse(f"the base is broken: {error}", str(path), remedy) from error
+    except OSError as error:
+        raise refuse(f"no base: {error.strerror or error}", str(path), remedy) from error
+    return tensors
