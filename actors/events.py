@@ -1,4 +1,4 @@
-"""What happens to workers and their work, free of Ray: the pool reports it, the schedule reads it."""
+"""What happens to workers and their work; free of Ray. The pool reports it, the schedule reads it."""
 
 from __future__ import annotations
 

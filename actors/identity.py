@@ -78,4 +78,4 @@ def _digest(paths: tuple[str, ...]) -> str:
 
 
 def _minor(version: str) -> tuple[str, ...]:
-    return tuple(version.split("+")[0].split(".")[:2])
+    return tuple(version.split("+", maxsplit=1)[0].split(".")[:2])

@@ -47,9 +47,9 @@ class Merger:
         self._begin("idle", 0)
         return receipt
 
-    def check(self, check: FileCheck, size: int) -> FileResult:
+    def check(self, check: FileCheck) -> FileResult:
         """Verify one file of the result."""
-        self._begin(f"reading back {check.file}", size)
+        self._begin(f"reading back {Path(check.path).name}", 0)
         result = check_file(check)
         self._begin("idle", 0)
         return result

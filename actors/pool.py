@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.collector import Collector
@@ -205,6 +205,11 @@ class Pool:
         slot = self._slots.pop(worker)
         with contextlib.suppress(Exception):
             ray.kill(slot.actor)
+
+
+def node_resources() -> list[dict[str, float]]:
+    """CPUs and GPUs of each live node of the connected cluster."""
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def _cause(error: RayTaskError) -> Exception:

@@ -151,7 +151,8 @@ class Schedule:
             what = f"{self._failed_starts} workers in a row failed to start: {reason}"
             return [Abort(item=None, reason=what, cause=None)]
         self.log.append(
-            f"starting another worker, {self._failed_starts} of {MAX_START_FAILURES} failed: {reason}"
+            f"starting another worker; {self._failed_starts} failed of at most"
+            f" {MAX_START_FAILURES} in a row: {reason}"
         )
         return []
 
@@ -176,9 +177,7 @@ class Schedule:
         if event.hopeless:
             return [Abort(item=event.item, reason=str(event.error), cause=event.error)]
         reason = str(event.error)
-        return self._retry(
-            event.item, event.worker, item.errors, MAX_ERRORS, reason, event.error
-        )
+        return self._retry(event.item, event.worker, item.errors, MAX_ERRORS, reason, event.error)
 
     def _retry(
         self,
@@ -218,9 +217,7 @@ class Schedule:
     def _pick(self, worker: int) -> int | None:
         """The largest waiting item that did not just fail here, unless there is nobody else."""
         alone = len(self._idle) + len(self._running) == 1
-        return next(
-            (n for n in self._waiting if alone or self._items[n].avoid != worker), None
-        )
+        return next((n for n in self._waiting if alone or self._items[n].avoid != worker), None)
 
     def _starts(self) -> list[Command]:
         alive = len(self._starting) + len(self._idle) + len(self._running)

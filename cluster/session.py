@@ -36,14 +36,15 @@ def session(address: str, *, use_gpus: bool) -> Iterator[None]:
     scratch = Path(tempfile.mkdtemp(prefix="raymeld-", dir=_short_temporary_directory()))
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     if address == LOCAL:
-        # Set before Ray is imported. An explicit token keeps Ray from writing one to ~/.ray; no
-        # token would leave its ports open to everybody on this network.
+        # An explicit token keeps Ray from writing one to ~/.ray; without any token its ports would
+        # be open to everybody on this network.
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         os.environ.pop("RAY_ADDRESS", None)
     else:
         _use_token_if_there_is_one()
     import ray
 
+    _reload_authentication()
     try:
         with contextlib.chdir(_neutral_directory(scratch)):
             _connect(ray, address, scratch, use_gpus=use_gpus)
@@ -53,6 +54,7 @@ def session(address: str, *, use_gpus: bool) -> Iterator[None]:
         shutil.rmtree(scratch, ignore_errors=True)
         os.environ.clear()
         os.environ |= before
+        _reload_authentication()
 
 
 def _connect(ray: Any, address: str, scratch: Path, *, use_gpus: bool) -> None:
@@ -77,6 +79,17 @@ def _connect(ray: Any, address: str, scratch: Path, *, use_gpus: bool) -> None:
             "Is the cluster up, and RAY_AUTH_TOKEN set if it asks for one?"
             " --address inline merges without Ray.",
         ) from error
+
+
+def _reload_authentication() -> None:
+    """Have Ray read RAY_AUTH_MODE and the token again: it does so only once, when it is imported.
+
+    Ray's own command line calls the same two functions; there is no public one.
+    """
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _use_token_if_there_is_one() -> None:

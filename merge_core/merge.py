@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from merge_core.commit import Assembly
 from merge_core.errors import DeviceMemoryError, InputError, VerificationError
@@ -101,7 +101,14 @@ def begin(plan: MergePlan, out: Path, *, overwrite: bool = False) -> MergePlan:
     return sealed
 
 
-def conclude(assembly: Assembly, report: VerifyReport) -> None:
+class Publisher(Protocol):
+    """What can make the destination a checkpoint: an ``Assembly``, here or in an actor."""
+
+    def publish(self, verified: Mapping[str, Any]) -> None:
+        """See ``Assembly.publish``."""
+
+
+def conclude(publisher: Publisher, report: VerifyReport) -> None:
     """Publish the result if ``report`` found nothing wrong.
 
     Raises:
@@ -115,7 +122,7 @@ def conclude(assembly: Assembly, report: VerifyReport) -> None:
             str(report.out),
             "Nothing was published; check disk and memory, and merge again with --overwrite.",
         )
-    assembly.publish(describe_report(report))
+    publisher.publish(describe_report(report))
 
 
 def describe_report(report: VerifyReport) -> dict[str, Any]:

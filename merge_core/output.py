@@ -21,7 +21,7 @@ from typing import Any
 
 from merge_core import __version__
 from merge_core.checkpoint import CONFIG, INDEX
-from merge_core.errors import Problem, StorageError, refuse
+from merge_core.errors import InputError, Problem, StorageError, refuse
 from merge_core.plan import MergePlan
 from merge_core.storage import reported, sync_directory, write_durably
 
@@ -53,6 +53,21 @@ def check_location(out: Path, base: Path, adapters: tuple[Path, ...]) -> list[Pr
     if out.exists() and not out.is_dir():
         problems.append(Problem("OUT is a file", str(out), "Choose another --out"))
     return problems
+
+
+def check_destination(out: Path, plan: MergePlan) -> None:
+    """What ``merge`` would say of OUT before it begins, as far as headers tell.
+
+    Raises:
+        InputError: OUT lies in what is read, or holds something else.
+        StorageError: the disk is too small.
+    """
+    problems = check_location(out, plan.base, tuple(a.path for a in plan.adapters))
+    if not problems and out.is_dir() and any(out.iterdir()) and _read_plan(out) is None:
+        problems.append(_not_ours(out))
+    if problems:
+        raise InputError(problems)
+    check_space(out, plan)
 
 
 def is_finished(out: Path, fingerprint: str) -> bool:
@@ -114,12 +129,16 @@ def describe(plan: MergePlan) -> dict[str, Any]:
     }
 
 
+def _not_ours(out: Path) -> Problem:
+    return Problem(
+        "OUT is not empty, and raymeld did not make it", str(out), "Choose another --out"
+    )
+
+
 def _make_room(out: Path, plan: MergePlan, overwrite: bool) -> None:
     earlier = _read_plan(out)
     if earlier is None:
-        raise refuse(
-            "OUT is not empty, and raymeld did not make it", str(out), "Choose another --out"
-        )
+        raise InputError([_not_ours(out)])
     state = "a finished" if (out / CONFIG).exists() else "an unfinished"
     if not overwrite:
         raise refuse(

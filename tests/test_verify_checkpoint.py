@@ -31,9 +31,6 @@ Q0, Q1 = (f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1))
 NORM = "model.layers.0.input_layernorm.weight"
 Tensors = dict[str, torch.Tensor]
 
-# PEFT 0.21 asks transformers 5.23 for it; neither is what is tested here.
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-
 
 def merged_names(adapter: Path) -> dict[str, str]:
     """``merged`` for each tensor that the adapter's keys name."""

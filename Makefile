@@ -1,0 +1,33 @@
+# Five tasks: setup, test, check, bench, demo. Each sets up .venv from the lock file first.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup test check bench demo
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+demo: setup
+	rm -rf demo-merge
+	$(BIN)/raymeld demo demo-merge
+
+# make bench MODEL=7B DIR=/a/disk/with/room
+MODEL ?= 4B
+DIR ?= /tmp/raymeld-bench
+bench: setup
+	$(BIN)/python benchmarks/bench.py --model $(MODEL) --dir $(DIR)

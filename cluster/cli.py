@@ -1,0 +1,258 @@
+"""The command line: merge, plan, verify, demo."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from merge_core.adapter import parse_adapter
+from merge_core.errors import InterruptedMergeError, RaymeldError, VerificationError, refuse
+from merge_core.planner import make_plan
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Fold PEFT LoRA adapters into Qwen1.5 checkpoints, on a Ray cluster or on this machine.",
+)
+
+
+class Level(StrEnum):
+    """What a verification looks at; each level includes structure, the last two digest."""
+
+    STRUCTURE = "structure"
+    DIGEST = "digest"
+    NUMERIC = "numeric"
+    LOAD = "load"
+
+
+class Device(StrEnum):
+    """Where deltas are computed."""
+
+    AUTO = "auto"
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
+class Dtype(StrEnum):
+    """Dtypes of a result."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+Base = Annotated[Path, typer.Argument(help="Directory of the base checkpoint.")]
+Adapters = Annotated[
+    list[str], typer.Argument(metavar="ADAPTER[@WEIGHT]...", help="Directories of PEFT adapters.")
+]
+DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Dtype of the result.")]
+ShardSize = Annotated[str, typer.Option(help="Size limit of an output file, such as 2GB.")]
+Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No talk on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
+    base: Base,
+    adapters: Adapters,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the result.")],
+    address: Annotated[
+        str,
+        typer.Option(
+            envvar="RAY_ADDRESS",
+            help="A Ray cluster; 'local': a Ray of its own; 'inline': this process, no Ray.",
+        ),
+    ] = "local",
+    workers: Annotated[int | None, typer.Option(min=1, help="Most workers at a time.")] = None,
+    gpus_per_worker: Annotated[float, typer.Option(min=0.01, help="GPUs a worker.")] = 1.0,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.AUTO,
+    dtype: DtypeOption = None,
+    shard_size: ShardSize = "2GB",
+    verify: Annotated[
+        Level, typer.Option(help="What to verify before the result is published.")
+    ] = Level.DIGEST,
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier merge in OUT.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Merge adapters into a base checkpoint, verify the result and publish it.
+
+    Example: raymeld merge Qwen1.5-7B my-lora other-lora@0.5 --out merged
+    """
+    with _answering(as_json=as_json, debug=debug):
+        from cluster import console
+        from cluster.pools import find_pools
+
+        talk = console.Talk(quiet=quiet)
+        plan = make_plan(base, adapters, dtype=dtype, shard_bytes=_bytes(shard_size))
+        for line in console.plan_lines(plan, find_pools(plan)):
+            talk.say(line)
+        with talk.progress():
+            if address == "inline":
+                from merge_core.merge import merge as merge_inline
+
+                result = merge_inline(
+                    plan,
+                    out,
+                    level=verify,
+                    device=device,
+                    overwrite=overwrite,
+                    watch=talk.watch,
+                )
+            else:
+                from cluster.driver import ClusterOptions, merge_on_ray
+
+                options = ClusterOptions(
+                    address=address,
+                    device=device,
+                    workers=workers,
+                    gpus_per_worker=gpus_per_worker,
+                )
+                result = merge_on_ray(
+                    plan,
+                    out,
+                    options,
+                    level=verify,
+                    overwrite=overwrite,
+                    watch=talk.watch,
+                    say=talk.say,
+                )
+        console.answer(
+            console.result_lines(result, plan),
+            console.result_document(result, plan),
+            as_json=as_json,
+        )
+
+
+@app.command()
+def plan(
+    base: Base,
+    adapters: Adapters,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Check this directory.")] = None,
+    dtype: DtypeOption = None,
+    shard_size: ShardSize = "2GB",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a merge would do and need, and everything that is wrong; reads only headers."""
+    with _answering(as_json=as_json, debug=debug):
+        from cluster import console
+        from cluster.pools import find_pools
+        from merge_core.output import check_destination
+
+        planned = make_plan(base, adapters, dtype=dtype, shard_bytes=_bytes(shard_size))
+        if out is not None:
+            check_destination(out.absolute(), planned)
+        pools = find_pools(planned)
+        console.answer(
+            console.plan_lines(planned, pools),
+            console.plan_document(planned, pools),
+            as_json=as_json,
+        )
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="Directory of a merged checkpoint.")],
+    level: Annotated[Level, typer.Option(help="How deep to look.")] = Level.DIGEST,
+    base: Annotated[Path | None, typer.Option(help="The base, for numeric.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="ADAPTER[@WEIGHT]", help="An adapter, for numeric.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a merged checkpoint against its ledger, its inputs, or the model class.
+
+    Base and adapters are those that the merge recorded, unless given.
+    """
+    with _answering(as_json=as_json, debug=debug):
+        from cluster import console
+        from merge_core.verify import verify as verify_checkpoint
+
+        given = [parse_adapter(text) for text in adapter] if adapter else None
+        report = verify_checkpoint(out, level, base=base, adapters=given)
+        document = {"ok": report.ok, **console.report_document(report)}
+        console.answer(console.report_lines(report), document, as_json=as_json)
+        if not report.ok:
+            raise typer.Exit(VerificationError.exit_code)
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Argument(help="Where to work; must not exist.")] = Path(
+        "demo-merge"
+    ),
+    debug: Debug = False,
+) -> None:
+    """Make a small Qwen1.5 checkpoint, train a LoRA on it, merge, verify, and compare answers."""
+    with _answering(as_json=False, debug=debug):
+        from cluster.demo import run_demo
+
+        run_demo(directory)
+
+
+def main() -> None:
+    """Entry point of the ``raymeld`` command."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    app()
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    """SIGTERM ends a merge the way Ctrl-C does: parts removed, workers stopped."""
+    del number, frame
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _answering(*, as_json: bool, debug: bool) -> Iterator[None]:
+    """Turn what goes wrong inside into one paragraph and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        error: RaymeldError = InterruptedMergeError(
+            "interrupted; nothing was published", "", "Run it again with --overwrite to start over."
+        )
+    except RaymeldError as raised:
+        error = raised
+        if debug:
+            traceback.print_exc()
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as raised:  # noqa: BLE001 - a bug of ours, told as one
+        if debug:
+            traceback.print_exc()
+        reason = f"{type(raised).__name__}: {raised}"
+        error = RaymeldError(f"unexpected {reason}", "", "Run it with --debug and report it.")
+    else:
+        return
+    from cluster import console
+
+    console.complain(error, as_json=as_json)
+    sys.stdout.flush()
+    raise typer.Exit(error.exit_code)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)i?[bB]?", text.strip())
+    if match is None:
+        raise refuse(f"{text!r} is no size", "--shard-size", "Give a size such as 2GB")
+    step = 1024 if "i" in text else 1000
+    return int(float(match[1]) * step ** " kMGT".index(match[2].replace("K", "k") or " "))
+
+
+if __name__ == "__main__":
+    main()

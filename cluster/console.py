@@ -1,0 +1,240 @@
+"""What a person sees: progress on stderr, answers on stdout, and errors in one paragraph."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import (
+    Progress as Bars,
+)
+
+from cluster.pools import EligiblePool
+from merge_core.errors import RaymeldError
+from merge_core.merge import MergeResult
+from merge_core.plan import MergePlan
+from merge_core.progress import Progress
+from merge_core.shards import layer_of
+from merge_core.verify import VerifyReport
+
+LINE_SECONDS = 10.0
+"""How often a line is printed where there is no terminal: a log of an hour stays readable."""
+
+
+class Talk:
+    """Talk on stderr: bars on a terminal, a line now and then elsewhere, nothing if quiet."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._console = Console(stderr=True, highlight=False)
+        self._bars: Bars | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._phase, self._since, self._printed = "", 0.0, 0.0
+
+    def say(self, line: str) -> None:
+        """Print a line of talk."""
+        if not self._quiet:
+            self._console.print(line, markup=False, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[None]:
+        """Show progress while inside."""
+        if self._quiet or not self._console.is_terminal:
+            yield
+            return
+        with Bars(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+        ) as self._bars:
+            yield
+        self._bars = None
+
+    def watch(self, progress: Progress) -> None:
+        """Show how far the merge is."""
+        if self._quiet:
+            return
+        if self._bars is not None:
+            self._draw(self._bars, progress)
+        else:
+            self._print_line(progress)
+
+    def _draw(self, bars: Bars, progress: Progress) -> None:
+        if progress.phase != self._phase:
+            self._phase = progress.phase
+            for task in self._tasks.values():
+                bars.remove_task(task)
+            self._tasks = {}
+        self._update(bars, progress.phase, progress.phase, progress.done, progress.total)
+        for worker in progress.workers:
+            doing = f"  {worker.worker} {worker.device}: {worker.doing}"
+            self._update(bars, worker.worker, doing, worker.done, worker.size)
+        gone = self._tasks.keys() - {progress.phase, *(w.worker for w in progress.workers)}
+        for name in gone:
+            bars.remove_task(self._tasks.pop(name))
+
+    def _update(self, bars: Bars, name: str, text: str, done: int, total: int) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = bars.add_task(text, total=total)
+        bars.update(self._tasks[name], description=text, completed=done, total=total or None)
+
+    def _print_line(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.phase != self._phase:
+            self._phase, self._since, self._printed = progress.phase, now, now
+        if now - self._printed < LINE_SECONDS:
+            return
+        self._printed = now
+        rate = progress.done / (now - self._since)
+        left = f", {(progress.total - progress.done) / rate:.0f} s left" if rate else ""
+        self.say(
+            f"{progress.phase}: {progress.done / 1e9:.2f} of {progress.total / 1e9:.2f} GB,"
+            f" {rate / 1e9:.2f} GB/s{left}, {len(progress.workers)} workers"
+        )
+
+
+def answer(lines: Iterable[str], document: dict[str, Any], *, as_json: bool) -> None:
+    """Print the answer on stdout: ``lines`` for people, or ``document`` as JSON."""
+    text = json.dumps(document, indent=2) if as_json else "\n".join(lines)
+    sys.stdout.write(text + "\n")
+
+
+def complain(error: RaymeldError, *, as_json: bool) -> None:
+    """Say what went wrong, on stderr; with JSON on stdout as well."""
+    Console(stderr=True, highlight=False).print(
+        f"[bold red]error[/]: {_escaped(str(error))}", soft_wrap=True
+    )
+    if as_json:
+        document = {"ok": False, "error": str(error), "exit_code": error.exit_code}
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+
+
+def plan_lines(plan: MergePlan, pools: Sequence[EligiblePool]) -> list[str]:
+    """The plan as a person reads it."""
+    merged = sum(task.action == "merged" for task in plan.tasks)
+    tensors = sum(1 for _ in plan.tasks)
+    kind = (plan.config.get("architectures") or ["unknown architecture"])[0]
+    return [
+        f"base     {plan.base}: {kind}, {tensors} tensors, {_gb(plan.total_size)}",
+        *(f"adapter  {a.path} x {a.weight:g}" for a in plan.adapters),
+        f"result   {len(plan.shards)} shards, {_gb(sum(s.size for s in plan.shards))}:"
+        f" {merged} tensors merged, {tensors - merged} copied or converted",
+        *(f"pool     {p.name}: {'' if p.eligible else 'not eligible: '}{p.reason}" for p in pools),
+        *(f"note     {note}" for note in plan.notes),
+    ]
+
+
+def plan_document(plan: MergePlan, pools: Sequence[EligiblePool]) -> dict[str, Any]:
+    """The plan as programs read it."""
+    return {
+        "ok": True,
+        "base": str(plan.base),
+        "adapters": [{"path": str(a.path), "weight": a.weight} for a in plan.adapters],
+        "bytes": sum(shard.size for shard in plan.shards),
+        "shards": [
+            {
+                "name": shard.name,
+                "bytes": shard.size,
+                "tensors": len(shard.tasks),
+                "merged": sum(task.action == "merged" for task in shard.tasks),
+            }
+            for shard in plan.shards
+        ],
+        "pools": [{"name": p.name, "eligible": p.eligible, "reason": p.reason} for p in pools],
+        "notes": list(plan.notes),
+    }
+
+
+def result_lines(result: MergeResult, plan: MergePlan) -> list[str]:
+    """What a merge did, as a person reads it."""
+    if result.verified is None:
+        return [f"{result.out} already holds this merge ({result.fingerprint[:12]}); nothing done"]
+    size = sum(shard.size for shard in plan.shards)
+    merged = sum(t.action == "merged" for r in result.receipts for t in r.tensors)
+    return [
+        *(f"{layers}: {where}" for layers, where in device_map(result, plan)),
+        f"merged   {merged} tensors, {_gb(size)} in {result.seconds:.1f} s"
+        f" ({size / 1e9 / result.seconds:.2f} GB/s), plan {result.fingerprint[:12]}",
+        f"verified {result.verified.level}: {'; '.join(result.verified.checks)}",
+        f"result   {result.out}",
+    ]
+
+
+def result_document(result: MergeResult, plan: MergePlan) -> dict[str, Any]:
+    """What a merge did, as programs read it."""
+    verified = result.verified
+    return {
+        "ok": True,
+        "out": str(result.out),
+        "fingerprint": result.fingerprint,
+        "already_there": verified is None,
+        "bytes": sum(shard.size for shard in plan.shards),
+        "seconds": result.seconds,
+        "device_map": dict(device_map(result, plan)),
+        "verified": report_document(verified) if verified is not None else None,
+    }
+
+
+def report_lines(report: VerifyReport) -> list[str]:
+    """A verification as a person reads it."""
+    state = "ok" if report.ok else f"{len(report.findings)} checks failed"
+    return [
+        *(f"failed   {finding}" for finding in report.findings),
+        f"verified {report.out} at level {report.level}: {state}; {report.files} files,"
+        f" {report.tensors} tensors, {_gb(report.bytes_read)} read in {report.seconds:.1f} s",
+        *(f"checked  {check}" for check in report.checks),
+    ]
+
+
+def report_document(report: VerifyReport) -> dict[str, Any]:
+    """A verification as programs read it."""
+    from merge_core.merge import describe_report
+
+    return {"out": str(report.out), **describe_report(report)}
+
+
+def device_map(result: MergeResult, plan: MergePlan) -> list[tuple[str, str]]:
+    """Which layers were merged where, runs of layers on one device joined."""
+    where = {r.shard: f"{r.device} on {r.host} ({r.worker})" for r in result.receipts}
+    places = [
+        (layer_of(task.target.name), where[shard.index])
+        for shard in plan.shards
+        if shard.index in where
+        for task in shard.tasks
+    ]
+    rows = []
+    ordered = sorted({p for p in places if p[0] is not None}, key=lambda p: (p[0] or 0, p[1]))
+    for place, run in itertools.groupby(ordered, key=lambda p: p[1]):
+        layers = [layer for layer, _ in run if layer is not None]
+        span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
+        rows.append((f"layers {span}", place))
+    others = sorted({place for layer, place in places if layer is None})
+    return rows + [("embeddings, final norm and head", "; ".join(others))] * bool(others)
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10_000_000 else f"{nbytes / 1e6:.2f} MB"
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

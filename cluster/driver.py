@@ -1,0 +1,277 @@
+"""The driver: a merge on Ray, from the sealed plan to the published checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from actors.collector import Collector
+from actors.events import ItemDone, ItemFailed
+from actors.identity import identify
+from actors.merger import Merger
+from actors.pool import Pool, WorkerOptions, node_resources
+from cluster.schedule import Abort, Assign, Command, Schedule, Start
+from cluster.session import session
+from merge_core.errors import InputError, RaymeldError, refuse
+from merge_core.ledger import Receipt
+from merge_core.merge import MergeResult, Watch, begin, conclude
+from merge_core.output import is_finished
+from merge_core.plan import MergePlan
+from merge_core.progress import Progress, WorkerProgress
+from merge_core.verify import FileCheck, FileResult, verify
+
+WAIT_SECONDS = 0.25
+"""How long the driver waits for the next event before it looks at progress and Ctrl-C again."""
+
+STATUS_SECONDS = 1.0
+"""How often workers are asked how far they are; an answer takes some milliseconds."""
+
+CPUS_A_WORKER = 4
+"""A CPU worker runs four lanes; more cores would wait for the disk."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterOptions:
+    """Where and with how many workers to merge; changes no byte of the result."""
+
+    address: str
+    """A cluster's address, or ``local``."""
+    device: str = "auto"
+    workers: int | None = None
+    """None: one a GPU, or one for every four CPUs of a node."""
+    gpus_per_worker: float = 1.0
+    merger: type[Merger] = Merger
+    collector: type[Collector] = Collector
+    """The actors' classes; tests inject faults by subclassing them."""
+
+
+def merge_on_ray(
+    plan: MergePlan,
+    out: str | Path,
+    options: ClusterOptions,
+    *,
+    level: str = "digest",
+    overwrite: bool = False,
+    watch: Watch,
+    say: Callable[[str], None],
+) -> MergeResult:
+    """Merge ``plan`` into ``out`` with workers on Ray; see ``merge_core.merge.merge``.
+
+    Args:
+        say: called with every decision that a person may want to know about.
+
+    Raises:
+        RaymeldError: and its subclasses, as the merge in one process does.
+    """
+    clock, target = time.perf_counter(), Path(out).absolute()
+    plan = begin(plan, target, overwrite=overwrite)
+    if is_finished(target, plan.fingerprint):
+        return MergeResult(
+            out=target,
+            fingerprint=plan.fingerprint,
+            receipts=(),
+            verified=None,
+            seconds=time.perf_counter() - clock,
+        )
+    with session(options.address, use_gpus=options.device != "cpu"):
+        workers, most = size_pool(options, node_resources(), len(plan.shards))
+        say(f"up to {most} workers on {workers.device}, each with {_amounts(workers.resources)}")
+        pool = Pool(plan, target, identify(), workers, options.merger, options.collector)
+        try:
+            run = Run(plan, pool, most, watch, say)
+            receipts = run.merge()
+            pool.collect("write_record")
+            report = verify(target, level, committed=False, run=run.check)
+            conclude(_Publisher(pool), report)
+        finally:
+            pool.close()
+    return MergeResult(
+        out=target,
+        fingerprint=plan.fingerprint,
+        receipts=receipts,
+        verified=report,
+        seconds=time.perf_counter() - clock,
+    )
+
+
+def size_pool(
+    options: ClusterOptions, nodes: Sequence[Mapping[str, float]], shards: int
+) -> tuple[WorkerOptions, int]:
+    """What each worker asks of Ray, and how many there may be.
+
+    Raises:
+        InputError: no node of the cluster could ever hold such a worker.
+    """
+    gpus = [node.get("GPU", 0) for node in nodes]
+    device = options.device
+    if device == "auto":
+        device = "cuda" if sum(gpus) else "cpu"
+    if device == "cuda":
+        share = options.gpus_per_worker
+        room = sum(int(found / share) for found in gpus)
+        if not room:
+            what = f"a worker needs {share:g} GPUs, the nodes have {sorted(gpus)}"
+            raise refuse(what, "--gpus-per-worker", "Ask for fewer, or use --device cpu")
+        resources = {"num_gpus": share, "num_cpus": 0}
+    else:
+        cpus = [int(node.get("CPU", 0)) for node in nodes]
+        if not sum(cpus):
+            remedy = "Start the cluster with CPUs, or use --device cuda"
+            raise refuse("no node has a CPU for a worker", f"--address {options.address}", remedy)
+        share = _cpu_share(cpus, options.workers)
+        room = sum(int(found / share) for found in cpus)
+        resources = {"num_cpus": share, "num_gpus": 0}
+    most = min(options.workers or room, shards)
+    return WorkerOptions(device=device, resources=resources), most
+
+
+def _cpu_share(cpus: Sequence[int], workers: int | None) -> float:
+    """CPUs a worker. More workers than that leaves room for share what there is: Ray would keep
+    the rest waiting for ever.
+    """
+    share = min(CPUS_A_WORKER, max(cpus))
+    if workers and workers * share > sum(cpus):
+        each = sum(cpus) / workers
+        return int(each) if each >= 1 else each  # Ray takes fractions below one only
+    return share
+
+
+@dataclass(slots=True)
+class Run:
+    """The schedule, the pool, and the loop between them."""
+
+    plan: MergePlan
+    pool: Pool
+    most: int
+    watch: Watch
+    say: Callable[[str], None]
+    _schedule: Schedule = field(init=False)
+    _calls: dict[int, tuple[str, tuple[Any, ...]]] = field(default_factory=dict)
+    _results: dict[int, Any] = field(default_factory=dict)
+    _sizes: dict[int, int] = field(default_factory=dict)
+    _phase: str = "merging"
+    _asked: float = 0.0
+    _greeted: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._schedule = Schedule({}, self.most)
+
+    def merge(self) -> tuple[Receipt, ...]:
+        """Have every shard merged and accepted."""
+        sizes = {shard.index: shard.size for shard in self.plan.shards}
+        results = self._work("merging", sizes, {n: ("merge", (n,)) for n in sizes})
+        return tuple(results[n] for n in sizes)
+
+    def check(
+        self, _check_file: Callable[[FileCheck], FileResult], checks: Sequence[FileCheck]
+    ) -> Iterable[FileResult]:
+        """Spread the checks of a verification over the workers, as more items of the schedule.
+
+        The function is what ``Merger.check`` calls on the other side.
+        """
+        first = len(self.plan.shards)
+        by_name = {shard.name: shard.size for shard in self.plan.shards}
+        sizes = {first + n: by_name.get(Path(check.path).name, 0) for n, check in enumerate(checks)}
+        calls = {first + n: ("check", (check,)) for n, check in enumerate(checks)}
+        results = self._work("verifying", sizes, calls)
+        return [results[n] for n in sizes]
+
+    def _work(
+        self,
+        phase: str,
+        sizes: Mapping[int, int],
+        calls: Mapping[int, tuple[str, tuple[Any, ...]]],
+    ) -> Mapping[int, Any]:
+        self._phase = phase
+        self._sizes, self._results = dict(sizes), {}
+        self._calls |= calls
+        self._schedule.extend(sizes)
+        self._obey(self._schedule.begin())
+        while not self._schedule.finished:
+            for event in self.pool.next_events(WAIT_SECONDS):
+                settled = self._settle(event) if isinstance(event, ItemDone) else event
+                self._obey(self._schedule.handle(settled))
+            self._report()
+        return self._results
+
+    def _settle(self, event: ItemDone) -> ItemDone | ItemFailed:
+        """A merged part is done only when the collector has accepted it."""
+        if self._calls[event.item][0] == "merge":
+            try:
+                self.pool.collect("accept", event.result)
+            except InputError:
+                raise
+            except RaymeldError as error:
+                return ItemFailed(worker=event.worker, item=event.item, error=error)
+        self._results[event.item] = event.result
+        return event
+
+    def _obey(self, commands: Sequence[Command]) -> None:
+        for line in self._schedule.log:
+            self.say(line)
+        self._schedule.log.clear()
+        for command in commands:
+            match command:
+                case Start(worker=worker, delay=delay):
+                    self.pool.start(worker, delay)
+                case Assign(worker=worker, item=item, attempt=attempt):
+                    method, arguments = self._calls[item]
+                    extra = (attempt,) if method == "merge" else ()
+                    self.pool.assign(worker, item, method, *arguments, *extra)
+                case Abort():
+                    raise self._failure(command)
+
+    def _failure(self, abort: Abort) -> Exception:
+        if isinstance(abort.cause, InputError):
+            return abort.cause
+        if abort.item is None:
+            return RaymeldError(abort.reason, "workers", "Look at the machine named there.")
+        return RaymeldError(abort.reason, self._name(abort.item), "Nothing was published.")
+
+    def _name(self, item: int) -> str:
+        shards = self.plan.shards
+        if item < len(shards):
+            return f"shard {shards[item].name}"
+        return f"verification of {Path(self._calls[item][1][0].path).name}"
+
+    def _report(self) -> None:
+        for worker in self.pool.lanes.keys() - self._greeted:
+            self._greeted.add(worker)
+            self.say(f"worker-{worker}: {self.pool.lanes[worker]}")
+        if time.monotonic() - self._asked < STATUS_SECONDS:
+            return
+        self._asked = time.monotonic()
+        workers = tuple(
+            WorkerProgress(worker=f"worker-{n}", device=device, doing=doing, done=done, size=size)
+            for n, (device, doing, done, size) in sorted(self.pool.status().items())
+        )
+        finished = sum(self._sizes[n] for n in self._results)
+        under_way = sum(worker.done for worker in workers)
+        total = sum(self._sizes.values())
+        self.watch(
+            Progress(
+                phase=self._phase,
+                done=min(finished + under_way, total),
+                total=total,
+                workers=workers,
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Publisher:
+    """The collector, as ``conclude`` wants an assembly."""
+
+    pool: Pool
+
+    def publish(self, verified: Mapping[str, Any]) -> None:
+        """Have the collector publish."""
+        self.pool.collect("publish", verified)
+
+
+def _amounts(resources: Mapping[str, float]) -> str:
+    names = {"num_gpus": "GPU", "num_cpus": "CPU"}
+    return " and ".join(f"{amount:g} {names[n]}" for n, amount in resources.items() if amount)

@@ -1,0 +1,73 @@
+"""What a merge must give: PEFT's order of operations, and float64 rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """scaling * B @ A, transposed where the base stores [in, out]."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+    transposed: bool = False
+
+    def product(self, dtype: torch.dtype) -> torch.Tensor:
+        """B @ A, then transposed, then scaled, all of it in ``dtype``."""
+        whole = self.b.to(dtype) @ self.a.to(dtype)
+        return (whole.T if self.transposed else whole) * self.scaling
+
+
+Deltas = Mapping[str, Sequence[Delta]]
+
+
+def merged_like_peft(base: Tensors, deltas: Deltas) -> Tensors:
+    """What ``merge_and_unload()`` does with one adapter: ``weight.data += delta``."""
+    merged = {name: tensor.clone() for name, tensor in base.items()}
+    for name, (delta,) in deltas.items():
+        merged[name] += delta.product(torch.float32)
+    return merged
+
+
+def merged_exactly(base: Tensors, deltas: Deltas, dtype: torch.dtype | None = None) -> Tensors:
+    """All deltas summed in float64, then rounded once; ``dtype`` converts every tensor."""
+    merged = {}
+    for name, tensor in base.items():
+        exact = tensor.double()
+        for delta in deltas.get(name, ()):
+            exact = exact + delta.product(torch.float64)
+        merged[name] = round_once(exact, dtype or tensor.dtype)
+    return merged
+
+
+def round_once(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float64 to ``dtype`` with one rounding; torch goes through float32, which makes it two.
+
+    So float32 gets the value rounded to odd: the last bit says that something was cut off, and
+    the second rounding comes out as if it had seen all bits.
+    """
+    nearest = exact.float()
+    if dtype == torch.float32:
+        return nearest
+    bits = nearest.view(torch.int32) - (nearest.double().abs() > exact.abs()).int()
+    inexact = bits.view(torch.float32).double() != exact
+    return (bits | inexact.int()).view(torch.float32).to(dtype)
+
+
+def steps_between(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """How many representable values apart two tensors are, element by element."""
+    return (_ordinal(one) - _ordinal(other)).abs()
+
+
+def _ordinal(values: torch.Tensor) -> torch.Tensor:
+    wide = values.element_size() == 4
+    bits = values.view(torch.int32 if wide else torch.int16).long()
+    magnitude = bits & (0x7FFF_FFFF if wide else 0x7FFF)
+    return torch.where(bits < 0, -magnitude, magnitude)
