@@ -1,4 +1,4 @@
-"""What happens to workers and their work; free of Ray. The pool reports it, the schedule reads it."""
+"""What happens to workers and their work: reported by the pool, read by the schedule."""
 
 from __future__ import annotations
 

@@ -132,11 +132,12 @@ def plan_lines(plan: MergePlan, pools: Sequence[EligiblePool]) -> list[str]:
     merged = sum(task.action == "merged" for task in plan.tasks)
     tensors = sum(1 for _ in plan.tasks)
     kind = (plan.config.get("architectures") or ["unknown architecture"])[0]
+    size = sum(shard.size for shard in plan.shards)
+    files = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} files"
     return [
         f"base     {plan.base}: {kind}, {tensors} tensors, {_gb(plan.total_size)}",
-        *(f"adapter  {a.path} x {a.weight:g}" for a in plan.adapters),
-        f"result   {len(plan.shards)} shards, {_gb(sum(s.size for s in plan.shards))}:"
-        f" {merged} tensors merged, {tensors - merged} copied or converted",
+        *(f"adapter  {a.path}, weight {a.weight:g}" for a in plan.adapters),
+        f"result   {files}, {_gb(size)}: {merged} tensors merged, {tensors - merged} carried over",
         *(f"pool     {p.name}: {'' if p.eligible else 'not eligible: '}{p.reason}" for p in pools),
         *(f"note     {note}" for note in plan.notes),
     ]
@@ -167,12 +168,11 @@ def result_lines(result: MergeResult, plan: MergePlan) -> list[str]:
     """What a merge did, as a person reads it."""
     if result.verified is None:
         return [f"{result.out} already holds this merge ({result.fingerprint[:12]}); nothing done"]
-    size = sum(shard.size for shard in plan.shards)
+    size, plan_id = sum(shard.size for shard in plan.shards), result.fingerprint[:12]
     merged = sum(t.action == "merged" for r in result.receipts for t in r.tensors)
     return [
         *(f"{layers}: {where}" for layers, where in device_map(result, plan)),
-        f"merged   {merged} tensors, {_gb(size)} in {result.seconds:.1f} s"
-        f" ({size / 1e9 / result.seconds:.2f} GB/s), plan {result.fingerprint[:12]}",
+        f"merged   {merged} tensors, {_gb(size)} in {result.seconds:.1f} s, plan {plan_id}",
         f"verified {result.verified.level}: {'; '.join(result.verified.checks)}",
         f"result   {result.out}",
     ]
@@ -195,11 +195,12 @@ def result_document(result: MergeResult, plan: MergePlan) -> dict[str, Any]:
 
 def report_lines(report: VerifyReport) -> list[str]:
     """A verification as a person reads it."""
+    size, seconds = _gb(report.bytes_read), report.seconds
     state = "ok" if report.ok else f"{len(report.findings)} checks failed"
     return [
         *(f"failed   {finding}" for finding in report.findings),
-        f"verified {report.out} at level {report.level}: {state}; {report.files} files,"
-        f" {report.tensors} tensors, {_gb(report.bytes_read)} read in {report.seconds:.1f} s",
+        f"verified {report.out} at level {report.level}: {state}",
+        f"read     {report.files} files, {report.tensors} tensors, {size} in {seconds:.1f} s",
         *(f"checked  {check}" for check in report.checks),
     ]
 

@@ -42,9 +42,7 @@ def run_demo(directory: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers and PEFT deprecate things between them
         _without_progress_bars()
-        console.print(
-            "[bold]1. a small Qwen1.5 checkpoint[/], untrained, bfloat16, in several files"
-        )
+        console.print("[bold]1. a small Qwen1.5 checkpoint[/], untrained, in bfloat16")
         make_base(base)
         console.print(f"   {base}: {', '.join(sorted(p.name for p in base.glob('*.safetensors')))}")
         console.print(f"[bold]2. a LoRA adapter[/], trained with PEFT for {STEPS} steps")
@@ -162,9 +160,8 @@ def _byte_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>"
-    )
+    special = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def _raymeld(*arguments: object) -> None:

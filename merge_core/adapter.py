@@ -23,6 +23,7 @@ PICKLE = "adapter_model.bin"
 FACTOR_DTYPES = frozenset({"F32", "F16", "BF16"})
 
 _PREFIX = "base_model.model."
+_COPY = re.compile(r"^(?P<module>.+)\.base_layer\.weight$")
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 _WEIGHT = re.compile(r"^(?P<path>.+)@(?P<weight>[-+]?(\d+\.?\d*|\.\d+))$")
 _REPAIR = "Save the adapter again with PEFT; the file is damaged or incomplete"
@@ -52,6 +53,9 @@ class Adapter:
     config: LoraConfig
     pairs: Mapping[str, LowRankPair]
     """By module path, such as ``model.layers.0.self_attn.q_proj``."""
+    copies: Mapping[str, TensorSpec]
+    """Base weights that PEFT saved beside the factors, by module: it does so when lm_head is a
+    target, in case the vocabulary was resized. They must equal the base's own."""
     notes: tuple[str, ...]
 
 
@@ -83,8 +87,8 @@ def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
         name = _weights_file(path)
         tensors = _list_tensors(path / name)
         _refuse_strange_keys(tensors, path / name)
-    pairs = _pairs(tensors, config, str(path), problems) if config is not None else {}
-    if problems or config is None:
+    pairs = {} if config is None else _pairs(tensors, config, str(path), problems)
+    if config is None or problems:
         raise InputError(problems)
     both = (path / SAFETENSORS).exists() and (path / PICKLE).exists()
     return Adapter(
@@ -93,6 +97,7 @@ def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
         file=FileIdentity.of(path, name),
         config=config,
         pairs=pairs,
+        copies=_copies(tensors),
         notes=(f"{path}: {PICKLE} is left out, as PEFT does beside {SAFETENSORS}",) * both,
     )
 
@@ -163,7 +168,12 @@ def _refuse_strange_keys(tensors: tuple[TensorSpec, ...], path: Path) -> None:
         raise refuse("the adapter is empty: it holds no tensor", str(path), _REPAIR)
     by_feature: dict[str, list[str]] = {}
     problems: list[Problem] = []
-    for name in (t.name for t in tensors):
+    copied = {f"{_PREFIX}{module}.lora_A.weight" for module in _copies(tensors)}
+    alone = copied - {tensor.name for tensor in tensors}
+    if alone:
+        what = f"base_layer.weight stands alone; {min(alone)!r} is missing"
+        problems.append(Problem(what, str(path), _REPAIR))
+    for name in (t.name for t in tensors if not _COPY.match(t.name)):
         feature = next((label for regex, label in FEATURE_KEYS if regex.search(name)), None)
         if feature:
             by_feature.setdefault(feature, []).append(name)
@@ -175,6 +185,11 @@ def _refuse_strange_keys(tensors: tuple[TensorSpec, ...], path: Path) -> None:
         problems.append(Problem(what, str(path), _NOT_YET))
     if problems:
         raise InputError(problems)
+
+
+def _copies(tensors: tuple[TensorSpec, ...]) -> dict[str, TensorSpec]:
+    matches = ((tensor, _COPY.match(tensor.name.removeprefix(_PREFIX))) for tensor in tensors)
+    return {match["module"]: tensor for tensor, match in matches if match}
 
 
 def _pairs(

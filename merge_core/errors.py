@@ -14,8 +14,7 @@ All of them cross process borders, so each keeps its constructor's positional ar
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -101,13 +100,20 @@ def refuse(what: str, where: str, remedy: str) -> InputError:
     return InputError([Problem(what, where, remedy)])
 
 
-@contextlib.contextmanager
-def gathered(problems: list[Problem]) -> Iterator[None]:
+class gathered:  # noqa: N801 - read as a verb: "with gathered(problems):"
     """Move the problems of an InputError raised inside into ``problems`` and go on.
 
     This is how the plan reports everything at once instead of the first thing it meets.
     """
-    try:
-        yield
-    except InputError as error:
-        problems.extend(error.problems)
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self._problems = problems
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, InputError):
+            self._problems.extend(error.problems)
+            return True
+        return False

@@ -12,7 +12,7 @@ import numpy as np
 from merge_core.adapter import load_pickle
 from merge_core.digest import bytes_digest
 from merge_core.errors import InputError, Problem
-from merge_core.layout import TensorSpec
+from merge_core.layout import DTYPE_BYTES, TensorSpec
 from merge_core.plan import AdapterInput, MergePlan
 from merge_core.storage import RangeReader, replaced
 
@@ -26,6 +26,10 @@ _EXPONENTS = {
 }
 """Integer view and exponent mask of each dtype: all exponent bits set means NaN or infinity.
 numpy has no bfloat16, and torch is still being imported when the factors are checked."""
+
+
+_COMPARED_ELEMENTS = 4 << 20
+"""Of a saved copy and the base at a time: 16 MB of float32 each."""
 
 
 def seal(plan: MergePlan) -> MergePlan:
@@ -46,6 +50,7 @@ def seal(plan: MergePlan) -> MergePlan:
             bad = _first_non_finite(raw, factor)
             if bad is not None:
                 problems.append(bad_factor(factor, bad, adapter.path))
+        problems += _changed_copies(plan, adapter, source)
         source.close()
         adapters.append(dataclasses.replace(adapter, factor_digests=digests))
     if problems:
@@ -78,11 +83,13 @@ class FactorSource:
 
     def raw(self, factor: TensorSpec) -> memoryview:
         """The factor's bytes."""
+        return self.part(factor, 0, factor.nbytes)
+
+    def part(self, tensor: TensorSpec, first: int, behind: int) -> memoryview:
+        """Bytes ``first`` ... ``behind`` of a tensor."""
         if self._reader is None:
-            return memoryview(_as_bytes(self._state[factor.name]))
-        # An ordinary buffer: factors are read through the page cache, where other workers of
-        # this node find them again.
-        return self._reader.read_cached(factor.offset, factor.nbytes)
+            return memoryview(_as_bytes(self._state[tensor.name]))[first:behind]
+        return self._reader.read_cached(tensor.offset + first, behind - first)
 
     def load(self, factor: TensorSpec, device: torch.device) -> torch.Tensor:
         """The factor in float32 on ``device``, proven to be the one that was sealed.
@@ -118,6 +125,39 @@ def _first_non_finite(raw: memoryview, factor: TensorSpec) -> int | None:
     rows = np.frombuffer(raw, dtype=integers).reshape(factor.shape)
     bad = np.flatnonzero(((rows & mask) == mask).any(axis=1))
     return int(bad[0]) if bad.size else None
+
+
+def _changed_copies(plan: MergePlan, adapter: AdapterInput, source: FactorSource) -> list[Problem]:
+    """The base tensors that the adapter carries along must be the base's own, value by value."""
+    problems = []
+    for saved in adapter.copies:
+        reader = RangeReader(plan.base / plan.base_files[saved.source_file].name)
+        elements = saved.copy.nbytes // DTYPE_BYTES[saved.copy.dtype]
+        for first in range(0, elements, _COMPARED_ELEMENTS):
+            behind = min(first + _COMPARED_ELEMENTS, elements)
+            item = DTYPE_BYTES[saved.copy.dtype]
+            mine = as_float32(source.part(saved.copy, first * item, behind * item), saved.copy)
+            item = DTYPE_BYTES[saved.source.dtype]
+            raw = reader.read_cached(saved.source.offset + first * item, (behind - first) * item)
+            if not np.array_equal(mine, as_float32(raw, saved.source), equal_nan=True):
+                problems.append(
+                    Problem(
+                        f"carries its own copy of {saved.source.name!r}, which differs from the"
+                        " base's: trained or resized weights are not merged yet",
+                        f"{adapter.path}, tensor {saved.copy.name!r}",
+                        "Give the base that it was trained on, or merge it with PEFT",
+                    )
+                )
+                break
+        reader.close()
+    return problems
+
+
+def as_float32(raw: memoryview, tensor: TensorSpec) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Elements of ``tensor`` in float32, exactly; numpy knows no bfloat16."""
+    if tensor.dtype == "BF16":
+        return (np.frombuffer(raw, dtype="<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(raw, dtype="<f2" if tensor.dtype == "F16" else "<f4").astype("<f4")
 
 
 def _as_bytes(tensor: torch.Tensor) -> Any:

@@ -84,7 +84,6 @@ FEATURE_KEYS = (
     (re.compile(r"\.lora_diag$"), "KaSA"),
     (re.compile(r"\.base_layer\.lora_[AB]\.weight$"), "LoRA on parameters (target_parameters)"),
     (re.compile(r"\.bias$"), "trained biases (bias)"),
-    (re.compile(r"\.base_layer\.weight$"), "a saved copy of a base tensor"),
     (re.compile(r"\.lora_E$|\.ranknum$"), "AdaLoRA"),
     (re.compile(r"(?<!\.lora_A)(?<!\.lora_B)\.weight$"), "fully trained modules (modules_to_save)"),
 )

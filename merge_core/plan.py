@@ -66,6 +66,16 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SavedCopy:
+    """A base tensor that an adapter carries along, and where the base itself holds it."""
+
+    copy: TensorSpec
+    source: TensorSpec
+    source_file: int
+    """Index into ``MergePlan.base_files``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInput:
     """An adapter as the workers need it."""
 
@@ -74,6 +84,7 @@ class AdapterInput:
     file: FileIdentity
     factor_digests: Mapping[str, str]
     """By tensor name; empty until ``factors.seal`` has read and checked the whole file."""
+    copies: tuple[SavedCopy, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

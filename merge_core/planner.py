@@ -11,7 +11,7 @@ from merge_core.architecture import is_tied
 from merge_core.checkpoint import Checkpoint, open_checkpoint
 from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.layout import TensorSpec, lay_out
-from merge_core.plan import AdapterInput, LowRankUpdate, MergePlan, Shard, TensorTask
+from merge_core.plan import AdapterInput, LowRankUpdate, MergePlan, SavedCopy, Shard, TensorTask
 from merge_core.shards import OutputTensor, cut_shards, shard_name
 
 SHARD_BYTES = 2_000_000_000
@@ -104,6 +104,16 @@ def _match_updates(
                     )
                 )
         problems += _unmatched(missing, adapter, checkpoint)
+        problems += [
+            Problem(
+                f"carries a {copy.dtype} {list(copy.shape)} copy of {module}.weight, which is"
+                f" {base.dtype} {list(base.shape)} in the base",
+                str(adapter.path),
+                "Give the base that this adapter was trained on; resized ones are not merged yet",
+            )
+            for module, copy in adapter.copies.items()
+            if (base := bases.get(f"{module}.weight")) and base.shape != copy.shape
+        ]
     return updates
 
 
@@ -185,7 +195,17 @@ def _assemble(
         config_changes=_config_changes(checkpoint.config, dtype),
         side_files=checkpoint.side_files,
         adapters=tuple(
-            AdapterInput(path=a.path, weight=a.weight, file=a.file, factor_digests={})
+            AdapterInput(
+                path=a.path,
+                weight=a.weight,
+                file=a.file,
+                factor_digests={},
+                copies=tuple(
+                    SavedCopy(copy=copy, source=source, source_file=file)
+                    for module, copy in a.copies.items()
+                    for file, source in [sources[f"{module}.weight"]]
+                ),
+            )
             for a in adapters
         ),
         shards=tuple(

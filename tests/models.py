@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import warnings
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from oracles import Delta
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import get_pattern_key
+from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 HIDDEN, INNER, VOCAB, LAYERS = 64, 96, 160, 2
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -46,6 +58,18 @@ def make_base(
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)
     model.save_pretrained(path, max_shard_size=shard)
+    return _with_side_files(path)
+
+
+def make_gpt2(path: Path, dtype: torch.dtype) -> Path:
+    """A checkpoint whose layers store [in, out]: Conv1D instead of nn.Linear."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=96, n_layer=2, n_head=2, vocab_size=120, n_positions=32)
+    GPT2LMHeadModel(config).to(dtype).save_pretrained(path)
+    return _with_side_files(path)
+
+
+def _with_side_files(path: Path) -> Path:
     (path / "tokenizer.json").write_text('{"version": "1.0"}')
     (path / "tokenizer_config.json").write_text("{}")
     (path / "chat_template.jinja").write_text("{{ messages }}")
@@ -60,6 +84,7 @@ def make_adapter(
     *,
     dtype: torch.dtype = torch.float32,
     seed: int = 1,
+    scale: float = 0.1,
     safe: bool = True,
     **lora: Any,
 ) -> Path:
@@ -70,8 +95,10 @@ def make_adapter(
     torch.manual_seed(seed)
     for name, parameter in peft.named_parameters():
         if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape).mul_(0.1).to(dtype)
-    peft.save_pretrained(path, safe_serialization=safe)
+            parameter.data = torch.randn(parameter.shape).mul_(scale).to(dtype)
+    with warnings.catch_warnings():  # PEFT tells that it saves lm_head's base weight as well
+        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")
+        peft.save_pretrained(path, safe_serialization=safe)
     return path
 
 
@@ -83,6 +110,24 @@ def oracle(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     if merged.config.tie_word_embeddings:
         del state["lm_head.weight"]
     return state
+
+
+def deltas_of_adapter(*adapters: Path, weights: Sequence[float] = ()) -> dict[str, list[Delta]]:
+    """The deltas of plain LoRA adapters, put together by PEFT's own matching of patterns."""
+    deltas: dict[str, list[Delta]] = {}
+    for adapter, weight in zip(adapters, weights or [1.0] * len(adapters), strict=True):
+        config = LoraConfig.from_pretrained(adapter)
+        factors = load_peft_weights(str(adapter), device="cpu")
+        for key, a in factors.items():
+            if not key.endswith(".lora_A.weight"):
+                continue
+            module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            pattern = config.alpha_pattern
+            alpha = pattern.get(get_pattern_key(pattern, module), config.lora_alpha)
+            scaling = alpha / (math.sqrt(len(a)) if config.use_rslora else len(a)) * weight
+            b = factors[key.replace("lora_A", "lora_B")]
+            deltas.setdefault(f"{module}.weight", []).append(Delta(a=a, b=b, scaling=scaling))
+    return deltas
 
 
 def read_tensors(out: Path) -> dict[str, torch.Tensor]:

@@ -71,3 +71,43 @@ def _ordinal(values: torch.Tensor) -> torch.Tensor:
     bits = values.view(torch.int32 if wide else torch.int16).long()
     magnitude = bits & (0x7FFF_FFFF if wide else 0x7FFF)
     return torch.where(bits < 0, -magnitude, magnitude)
+
+
+IDENTICAL = {torch.bfloat16: 0.9999, torch.float16: 0.9995}
+"""Share of merged elements that come out as from float64, for deltas that are small against the
+base, as trained ones are. A float32 sum is off by 2^-25 on average, so it lands on the other side
+of a border in one of 2^16 elements where the step is 2^-8, and in one of 2^13 where it is 2^-11."""
+
+
+def assert_within_contract(
+    got: Tensors, base: Tensors, deltas: Deltas, dtype: torch.dtype | None = None, slack: float = 1
+) -> None:
+    """``got`` is float64 rounded once, but for what float32 arithmetic cannot know.
+
+    What is more than one step off must be off by float32 noise only: where base and delta cancel,
+    the step of what is left is smaller than the noise of both. In float32 the noise shows in the
+    last bits, so there only the noise is bounded.
+    """
+    exact = merged_exactly(base, deltas, dtype)
+    assert got.keys() == exact.keys()
+    elements = different = 0
+    for name, wanted in exact.items():
+        assert (got[name].dtype, got[name].shape) == (wanted.dtype, wanted.shape), name
+        steps = steps_between(got[name], wanted)
+        if name not in deltas:
+            assert not steps.any(), name
+            continue
+        off = (got[name].double() - wanted.double()).abs()
+        assert torch.all((steps <= 1) | (off <= _noise(base[name], deltas[name]))), name
+        elements, different = elements + steps.numel(), different + int((steps > 0).sum())
+    identical = min(IDENTICAL.get(tensor.dtype, 0.0) for tensor in exact.values())
+    assert different <= 1 + slack * (1 - identical) * elements
+
+
+def _noise(base: torch.Tensor, deltas: Sequence[Delta]) -> torch.Tensor:
+    """What float32 sums of these terms may be off by."""
+    terms = base.double().abs()
+    for delta in deltas:
+        whole = delta.b.double().abs() @ delta.a.double().abs() * abs(delta.scaling)
+        terms = terms + (whole.T if delta.transposed else whole) * (1 + len(delta.a) / 8)
+    return terms * 2.0**-22

@@ -6,17 +6,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.verify.header import TensorEntry
 from merge_core.verify.ledger import Row
-from merge_core.verify.recipe import Delta, adapter_deltas
+from merge_core.verify.recipe import Delta, adapter_deltas, saved_copies
 from merge_core.verify.report import Finding, at
-from merge_core.verify.rounding import FLOATS
+from merge_core.verify.rounding import FLOATS, stored, to_float32
 from merge_core.verify.strict_json import MalformedError, parse_object
 from merge_core.verify.structure import RECORD, Structure
 from merge_core.verify.weights import BaseTensor, open_base
 
 WeightedAdapter = tuple[Path, float]
+_COPY_ELEMENTS = 4 << 20
+"""Of a saved copy that are compared at a time: 16 MB as float32."""
+
 _PLAN = f"{RECORD}/plan.json"
 
 
@@ -110,11 +116,37 @@ def _all_deltas(
         with gathered(problems):
             found, unmatched = adapter_deltas(path, weight, shapes, model_type)
             findings += unmatched
+            findings += _differing_copies(path, tensors)
             for tensor, delta in found.items():
                 deltas.setdefault(tensor, []).append(delta)
     if problems:
         raise InputError(problems)
     return deltas, findings
+
+
+def _differing_copies(adapter: Path, tensors: Mapping[str, BaseTensor]) -> Iterator[Finding]:
+    """A base tensor that the adapter carries along replaces the base's, if it is another one."""
+    for name, (copy, dtype) in saved_copies(adapter).items():
+        base = tensors.get(name)
+        if base is None or not _same_values(copy, dtype, base):
+            what = f"the adapter carries another {name!r} than the base"
+            yield Finding(check="adapter", where=str(adapter), what=what)
+
+
+def _same_values(copy: npt.NDArray[np.uint8], dtype: str, base: BaseTensor) -> bool:
+    entry = base.entry
+    if not {dtype, entry.dtype} <= set(FLOATS):
+        return False
+    mapped = np.memmap(base.path, np.uint8, "r", offset=entry.start, shape=(entry.nbytes,))
+    mine, old = stored(copy, dtype), stored(mapped, entry.dtype)
+    return len(mine) == len(old) and all(
+        np.array_equal(
+            to_float32(mine[first : first + _COPY_ELEMENTS], dtype),
+            to_float32(old[first : first + _COPY_ELEMENTS], entry.dtype),
+            equal_nan=True,
+        )
+        for first in range(0, len(mine), _COPY_ELEMENTS)
+    )
 
 
 def _mismatch(entry: TensorEntry, base: BaseTensor | None, deltas: tuple[Delta, ...]) -> str | None:

@@ -17,6 +17,9 @@ from merge_core.verify.header import TensorEntry, read_header
 from merge_core.verify.rounding import FLOATS, stored, to_float32
 from merge_core.verify.strict_json import MalformedError
 
+RawTensor = tuple[npt.NDArray[np.uint8], str]
+"""The stored bytes, mapped rather than read, and the dtype's name."""
+
 Matrix = npt.NDArray[np.float32]
 _REMEDY = "Check without --level numeric, or with the adapter that was merged"
 
@@ -28,6 +31,7 @@ class Factors:
     path: str
     shapes: Mapping[str, tuple[int, ...]]
     """Key to shape."""
+    raw: Callable[[str], RawTensor]
     read: Callable[[str], Matrix]
     """Tensor of a key, converted to float32 (exact: only BF16, F16 and F32 are accepted)."""
 
@@ -65,8 +69,13 @@ def _safetensors(path: str) -> Factors:
         raw = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.start)
         return to_float32(stored(raw, entry.dtype), entry.dtype).reshape(entry.shape)
 
+    def raw(name: str) -> RawTensor:
+        entry = entries[name]
+        mapped = np.memmap(path, np.uint8, "r", offset=entry.start, shape=(entry.nbytes,))
+        return mapped, entry.dtype
+
     shapes = {name: entry.shape for name, entry in entries.items()}
-    return Factors(path=path, shapes=shapes, read=read)
+    return Factors(path=path, shapes=shapes, raw=raw, read=read)
 
 
 def _pickled(path: str) -> Factors:
@@ -84,8 +93,13 @@ def _pickled(path: str) -> Factors:
         matrix: Matrix = tensors[name].to(torch.float32).numpy()
         return matrix
 
+    def raw(name: str) -> RawTensor:
+        tensor = tensors[name].contiguous()
+        names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+        return tensor.view(torch.uint8).numpy().reshape(-1), names[tensor.dtype]
+
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return Factors(path=path, shapes=shapes, read=read)
+    return Factors(path=path, shapes=shapes, raw=raw, read=read)
 
 
 def _refuse_dtypes(path: str, dtypes: Mapping[str, object], accepted: Any) -> None:

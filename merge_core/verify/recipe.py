@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from merge_core.errors import InputError, Problem, refuse
-from merge_core.verify.factors import Factors, open_factors, weights_path
+from merge_core.verify.factors import Factors, RawTensor, open_factors, weights_path
 from merge_core.verify.report import Finding
 from merge_core.verify.strict_json import MalformedError, parse_object
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_COPY = re.compile(r"base_model\.model\.(?P<module>.+)\.base_layer\.weight")
+"""PEFT saves the base weight beside the factors when lm_head is a target."""
+
 _REMEDY = "Check this merge with --level digest"
 
 _UNDERSTOOD = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
@@ -90,13 +93,21 @@ def adapter_deltas(
         raise InputError([Problem(f"cannot check {what}", where, _REMEDY) for what in problems])
     adapter = _Adapter(path=path, weight=weight, config=config, factors=factors)
     deltas, findings = {}, []
-    for module in sorted({_KEY.fullmatch(key)["module"] for key in factors.shapes}):  # type: ignore[index]
+    keys = (_KEY.fullmatch(key) for key in factors.shapes)
+    for module in sorted({match["module"] for match in keys if match}):
         try:
             deltas[f"{module}.weight"] = _delta(adapter, module, base, model_type)
         except MalformedError as error:
             where = f"{path}: {module}"
             findings.append(Finding(check="adapter", where=where, what=str(error)))
     return deltas, findings
+
+
+def saved_copies(adapter: Path) -> dict[str, RawTensor]:
+    """Base tensors that the adapter carries along, by name; they must equal the base's own."""
+    factors = open_factors(str(weights_path(adapter)))
+    matches = ((key, _COPY.fullmatch(key)) for key in factors.shapes)
+    return {f"{m['module']}.weight": factors.raw(key) for key, m in matches if m}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -139,7 +150,11 @@ def _is_regex(pattern: str) -> bool:
 
 def _unsupported_keys(factors: Factors) -> list[str]:
     """Keys that are no factor of a linear layer: DoRA, embeddings, biases, saved modules."""
-    return [f"tensor {key!r}" for key in factors.shapes if not _KEY.fullmatch(key)]
+    return [
+        f"tensor {key!r}"
+        for key in factors.shapes
+        if not _KEY.fullmatch(key) and not _COPY.fullmatch(key)
+    ]
 
 
 def _delta(

@@ -1,0 +1,82 @@
+"""Settings and fixtures of the whole suite: checkpoints and adapters that are made once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
+
+import pytest
+import torch
+from hypothesis import settings
+from models import DTYPES, make_adapter, make_base, oracle
+from transformers.utils import logging
+
+from merge_core.memory import LaneChoice
+from merge_core.plan import MergePlan
+from merge_core.planner import make_plan
+
+logging.disable_progress_bar()
+settings.register_profile("suite", derandomize=True, deadline=None, database=None)
+settings.load_profile("suite")
+
+TWO_LANES = LaneChoice(lanes=2, read_bytes=1 << 20, reason="the test says so")
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes checkpoints, each kind once: ``bases("F16", shard="40KB", tie_word_embeddings=True)``."""
+    made: dict[str, Path] = {}
+
+    def make(dtype: str = "BF16", **options: Any) -> Path:
+        key = repr((dtype, sorted(options.items())))
+        if key not in made:
+            path = tmp_path_factory.mktemp("bases") / "base"
+            made[key] = make_base(path, dtype=DTYPES[dtype], **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def base(bases: Callable[..., Path]) -> Path:
+    """A bf16 checkpoint in several files. Not to be changed: damage ``base_copy``."""
+    return bases("BF16", shard="40KB")
+
+
+@pytest.fixture(scope="session")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 adapter on every linear layer. Not to be changed: damage ``adapter_copy``."""
+    return make_adapter(tmp_path_factory.mktemp("adapters") / "adapter", base, r=8, lora_alpha=12)
+
+
+@pytest.fixture(scope="session")
+def wanted(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """What PEFT makes of ``base`` and ``adapter``."""
+    return oracle(base, adapter)
+
+
+@pytest.fixture(scope="session")
+def plan(base: Path, adapter: Path) -> MergePlan:
+    """The merge of ``adapter`` into ``base``, in three shards, not sealed."""
+    return make_plan(base, [adapter], shard_bytes=70_000)
+
+
+@pytest.fixture
+def base_copy(base: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(base, tmp_path / "base")
+
+
+@pytest.fixture
+def adapter_copy(adapter: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(adapter, tmp_path / "adapter")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Where to merge to; does not exist yet."""
+    return tmp_path / "out"
