@@ -7,8 +7,10 @@ import importlib.metadata
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ def session(address: str, *, use_gpus: bool) -> Iterator[None]:
 
     _reload_authentication()
     try:
-        with contextlib.chdir(_neutral_directory(scratch)):
+        with contextlib.chdir(_neutral_directory(scratch)), _own_sigterm():
             _connect(ray, address, scratch, use_gpus=use_gpus)
         yield
     finally:
@@ -79,6 +81,15 @@ def _connect(ray: Any, address: str, scratch: Path, *, use_gpus: bool) -> None:
             "Is the cluster up, and RAY_AUTH_TOKEN set if it asks for one?"
             " --address inline merges without Ray.",
         ) from error
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the caller's SIGTERM handler: ray.init puts one in its place that exits at once."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _reload_authentication() -> None:

@@ -102,8 +102,8 @@ def stream_shard(
         readers: one a file of the base, indexed by ``TensorTask.source_file``.
         load: fetches the factors of a tensor to the device.
         read_bytes: output bytes that pass a lane at once; divides the digest's cell.
-        watch: called every TICK_SECONDS with the bytes written so far. What it raises ends the
-            streaming and is raised here.
+        watch: called every TICK_SECONDS, and once at the end, with the bytes written so far.
+            What it raises ends the streaming and is raised here.
 
     Raises:
         NonFiniteError: a merged value is NaN or infinite.
@@ -155,6 +155,7 @@ class _Run:
                 while thread.is_alive():
                     thread.join(TICK_SECONDS)
                     watch(self._written)
+            watch(self._written)
         finally:
             self._stopped = True
             for thread in threads:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from hypothesis import settings
 from models import DTYPES, make_adapter, make_base, oracle
 from transformers.utils import logging
 
-from merge_core.memory import LaneChoice
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 
@@ -24,12 +23,10 @@ logging.disable_progress_bar()
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")
 
-TWO_LANES = LaneChoice(lanes=2, read_bytes=1 << 20, reason="the test says so")
-
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes checkpoints, each kind once: ``bases("F16", shard="40KB", tie_word_embeddings=True)``."""
+    """Makes checkpoints, each kind once: ``bases("F16", shard="40KB", vocab_size=50)``."""
     made: dict[str, Path] = {}
 
     def make(dtype: str = "BF16", **options: Any) -> Path:
@@ -77,6 +74,7 @@ def adapter_copy(adapter: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def out(tmp_path: Path) -> Path:
+def out(tmp_path: Path) -> Iterator[Path]:
     """Where to merge to; does not exist yet."""
-    return tmp_path / "out"
+    yield tmp_path / "out"
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)  # some are large

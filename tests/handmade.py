@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ import torch
 from oracles import Delta, Tensors
 from safetensors.torch import save_file
 
+from merge_core.memory import LaneChoice
+
 INDEX = "model.safetensors.index.json"
+TWO_LANES = LaneChoice(lanes=2, read_bytes=1 << 20, reason="the test says so")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,5 +197,5 @@ def assert_no_checkpoint(out: Path) -> None:
     assert not list(out.glob(".raymeld/parts/*"))
 
 
-def names_of(problems: Iterable[object]) -> str:
-    return "\n".join(str(problem) for problem in problems)
+def ignore_progress(done: int) -> None:
+    """For a ``watch`` that watches nothing."""

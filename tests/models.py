@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import warnings
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,0 +1,113 @@
+"""From single runs to one table, as text, Markdown and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from measure import Measured
+
+YARDSTICK = "cp"
+"""The row that the others are compared with, round by round."""
+
+HEADINGS = (
+    "",
+    "median s",
+    "x cp",
+    "min-max s",
+    "peak memory, tree",
+    "largest process",
+    "written",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What is run, and what came of it."""
+
+    name: str
+    title: str
+    command: Sequence[str]
+    runs: Mapping[int, Measured]
+    """By round."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """One benchmark."""
+
+    model: str
+    date: str
+    command: str
+    machine: Mapping[str, str]
+    notes: Sequence[str]
+    rows: Sequence[Row]
+
+    def ratios(self, row: Row) -> list[float]:
+        """Each run's seconds over those of ``cp -r`` in the same round."""
+        copies = next((r.runs for r in self.rows if r.name == YARDSTICK), {})
+        return [run.seconds / copies[n].seconds for n, run in row.runs.items() if n in copies]
+
+    def text(self) -> str:
+        """For a terminal."""
+        cells = [HEADINGS, *(self._cells(row) for row in self.rows)]
+        widths = [max(len(line[n]) for line in cells) for n in range(len(HEADINGS))]
+        lines = [
+            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+            for line in cells
+        ]
+        return "\n".join([*self._facts(), "", *lines, "", *self.notes])
+
+    def markdown(self) -> str:
+        """For benchmarks/results/."""
+        facts = [f"- {fact}" for fact in self._facts()]
+        lines = ["| " + " | ".join(self._cells(row)) + " |" for row in self.rows]
+        head = ["| " + " | ".join(HEADINGS) + " |", "|---|" + "--:|" * (len(HEADINGS) - 1)]
+        title = f"# Qwen1.5-{self.model}, {self.date}"
+        notes = [f"- {note}" for note in self.notes]
+        return "\n".join([title, "", *facts, "", *head, *lines, "", *notes, ""])
+
+    def document(self) -> dict[str, Any]:
+        """For programs: everything that was measured."""
+        rows = [
+            {
+                "name": row.name,
+                "title": row.title,
+                "command": list(row.command),
+                "median_seconds": median(run.seconds for run in row.runs.values()),
+                "ratio_to_cp": median(self.ratios(row)) if self.ratios(row) else None,
+                "runs": [{"round": n, **dataclasses.asdict(run)} for n, run in row.runs.items()],
+            }
+            for row in self.rows
+        ]
+        facts = {"model": self.model, "date": self.date, "command": self.command}
+        return {**facts, "machine": dict(self.machine), "notes": list(self.notes), "rows": rows}
+
+    def write(self, directory: Path, name: str) -> list[Path]:
+        """Write both files; those of the same name are replaced."""
+        directory.mkdir(parents=True, exist_ok=True)
+        markdown, document = directory / f"{name}.md", directory / f"{name}.json"
+        markdown.write_text(self.markdown())
+        document.write_text(json.dumps(self.document(), indent=1) + "\n")
+        return [markdown, document]
+
+    def _facts(self) -> list[str]:
+        return [f"{key}: {value}" for key, value in self.machine.items()] + [self.command]
+
+    def _cells(self, row: Row) -> tuple[str, ...]:
+        runs, ratios = row.runs.values(), self.ratios(row)
+        seconds = [run.seconds for run in runs]
+        return (
+            row.title,
+            f"{median(seconds):.2f}",
+            f"{median(ratios):.2f}" if ratios else "-",
+            f"{min(seconds):.2f}-{max(seconds):.2f}" if len(seconds) > 1 else "one run",
+            f"{max(run.tree_pss for run in runs) / 1e6:,.0f} MB",
+            f"{max(run.largest_rss for run in runs) / 1e6:,.0f} MB",
+            f"{max(run.output_bytes for run in runs) / 1e9:.3f} GB",
+        )

@@ -1,0 +1,157 @@
+"""The merge on a real Ray: the same bytes as inline, whatever dies on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import faults
+import pytest
+import ray
+from models import assert_same_tensors, make_adapter, make_base, oracle, read_tensors
+
+from actors.merger import Merger
+from cluster.driver import ClusterOptions, merge_on_ray
+from merge_core.errors import InputError, RaymeldError
+from merge_core.merge import merge
+from merge_core.plan import MergePlan
+from merge_core.planner import make_plan
+
+
+@contextlib.contextmanager
+def running_cluster(**environment: str) -> Iterator[str]:
+    """A head node of four CPUs in processes of its own; yields its address."""
+    from ray._common.utils import get_default_ray_temp_dir
+    from ray.cluster_utils import Cluster
+
+    before = dict(os.environ)
+    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **environment}
+    Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)  # Cluster writes there
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False}
+    )
+    try:
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+        os.environ.clear()
+        os.environ |= before
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    faults.by_value()
+    with running_cluster() as at:
+        yield at
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> MergePlan:
+    where = tmp_path_factory.mktemp("ray")
+    base = make_base(where / "base", shard="100KB", num_hidden_layers=3)
+    adapter = make_adapter(where / "adapter", base)
+    return make_plan(base, [adapter], shard_bytes=60_000)
+
+
+@pytest.fixture(scope="module")
+def expected(plan: MergePlan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What the inline merge writes; bit-identical to PEFT."""
+    out = tmp_path_factory.mktemp("inline") / "out"
+    merge(plan, out)
+    assert_same_tensors(read_tensors(out), oracle(plan.base, plan.adapters[0].path))
+    return published(out)
+
+
+def published(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+
+def run(
+    plan: MergePlan, out: Path, address: str, *, workers: int = 2, **classes: type
+) -> list[str]:
+    """Merge and return everything that was said."""
+    said: list[str] = []
+    options = ClusterOptions(address=address, workers=workers, **classes)
+    merge_on_ray(plan, out, options, watch=lambda _: None, say=said.append)
+    return said
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_any_number_of_workers_writes_the_bytes_of_the_inline_merge(
+    plan: MergePlan, expected: dict[str, bytes], address: str, tmp_path: Path, workers: int
+) -> None:
+    assert len(plan.shards) >= 4
+
+    run(plan, tmp_path / "out", address, workers=workers)
+
+    assert published(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(
+    ("merger", "reason"),
+    [
+        (faults.KilledInFirstAttempt, "failure 1 of 20"),
+        (faults.FailsTwice, "failure 2 of 3: a bug"),
+        (faults.LiesAboutItsWork, "was made from plan 000000000000"),
+    ],
+)
+def test_a_shard_that_fails_is_merged_again(
+    plan: MergePlan,
+    expected: dict[str, bytes],
+    address: str,
+    tmp_path: Path,
+    merger: type[Merger],
+    reason: str,
+) -> None:
+    said = run(plan, tmp_path / "out", address, merger=merger)
+
+    assert published(tmp_path / "out") == expected
+    assert any(reason in line for line in said), said
+    assert not (tmp_path / "out" / ".raymeld" / "parts").exists()
+
+
+def test_a_collector_that_dies_is_replaced_and_loses_nothing(
+    plan: MergePlan, expected: dict[str, bytes], address: str, tmp_path: Path
+) -> None:
+    run(plan, tmp_path / "out", address, collector=faults.CollectorKilledOnce)
+
+    assert (tmp_path / "out" / ".raymeld" / "killed").exists()
+    assert published(tmp_path / "out") == expected
+
+
+def test_a_shard_that_always_fails_ends_the_merge_and_is_named(
+    plan: MergePlan, address: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RaymeldError, match=r"model-00002-of-.*failed 3 times.*poison") as caught:
+        run(plan, tmp_path / "out", address, merger=faults.Poisoned)
+
+    assert caught.value.exit_code == 1
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_workers_that_cannot_start_end_the_merge_with_the_reason(
+    plan: MergePlan, address: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RaymeldError, match="3 workers in a row failed to start: no driver"):
+        run(plan, tmp_path / "out", address, workers=1, merger=faults.CannotStart)
+
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_cluster_that_imports_a_users_own_package_called_cluster_is_refused(
+    plan: MergePlan, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "theirs" / "cluster"
+    theirs.mkdir(parents=True)
+    (theirs / "__init__.py").write_text("")
+
+    with (
+        running_cluster(PYTHONPATH=str(theirs.parent)) as at,
+        pytest.raises(InputError, match=f"imports 'cluster' from {theirs}") as caught,
+    ):
+        run(plan, tmp_path / "out", at)
+
+    assert caught.value.exit_code == 2
+    assert not ray.is_initialized()
