@@ -32,12 +32,12 @@ SLACK = 2_000_000_000
 
 TITLES = {
     YARDSTICK: "cp -r",
-    "copy-engine": "the engine copying, no arithmetic",
+    "copy-engine": "same engine, bytes copied, no arithmetic",
     "inline-structure": "raymeld inline, --verify structure",
     "inline": "raymeld inline",
     "ray-structure": "raymeld on Ray, --verify structure",
     "ray": "raymeld on Ray",
-    "inline-structure-qv": "raymeld inline, --verify structure, q_proj and v_proj only",
+    "inline-structure-qv": "raymeld inline, --verify structure, q+v",
     "peft": "PEFT merge_and_unload, save_pretrained",
 }
 
@@ -72,7 +72,7 @@ def main() -> None:
     place.base.parent.mkdir(parents=True, exist_ok=True)
     facts = machine.describe(place.base.parent)
     _check_space(options.model, place)
-    command = "command: python " + shlex.join(sys.argv)
+    command = "python " + shlex.join(sys.argv)
     with _inputs(options.model, place, keep=options.keep):
         commands = _commands(place)
         runs = _run_rounds({n: commands[n] for n in names}, options.rounds, options.model, place)
@@ -147,7 +147,7 @@ def _run_rounds(
     runs: dict[str, dict[int, Measured]] = {name: {} for name in commands}
     every = [name for name in commands if name != "peft"]
     for number in range(rounds):
-        turn = number % max(len(every), 1)
+        turn = number * len(every) // rounds  # a row's places are spread over the whole round
         order = every[turn:] + every[:turn]
         if number == rounds - 1:
             order += [name for name in commands if name == "peft"]
@@ -178,9 +178,11 @@ def _notes(
     tree = "largest sum of PSS over the process and all that it started"
     when = "PSS is read when their resident memory grew by 1 %, and once a second"
     notes = [
-        f"{rounds} rounds; {seconds}; x cp: median of the ratios to cp -r of the same round",
+        f"rounds: {rounds}; {seconds}; x cp: median of the ratios to cp -r of the same round",
         f"page cache {cache}; output removed and synced before each run",
-        f"memory is sampled every {INTERVAL * 1000:.0f} ms: {tree} ({when}), and largest RSS of one",
+        f"peak memory is sampled every {INTERVAL * 1000:.0f} ms: {tree} ({when})",
+        "largest process: the largest RSS of any one of them, sampled too",
+        "adapters: rank 16, float32, on all linear layers; q+v: on q_proj and v_proj only",
     ]
     if "peft" in runs:
         notes.append("PEFT ran once, in the last round")

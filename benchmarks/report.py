@@ -97,7 +97,8 @@ class Report:
         return [markdown, document]
 
     def _facts(self) -> list[str]:
-        return [f"{key}: {value}" for key, value in self.machine.items()] + [self.command]
+        facts = {**self.machine, "command": self.command}
+        return [f"{key}: {value}" for key, value in facts.items()]
 
     def _cells(self, row: Row) -> tuple[str, ...]:
         runs, ratios = row.runs.values(), self.ratios(row)

@@ -78,7 +78,7 @@ def merge_on_ray(
         )
     with session(options.address, use_gpus=options.device != "cpu"):
         workers, most = size_pool(options, node_resources(), len(plan.shards))
-        say(f"up to {most} workers on {workers.device}, each with {_amounts(workers.resources)}")
+        say(f"workers: at most {most} on {workers.device}, each with {_amounts(workers.resources)}")
         pool = Pool(plan, target, identify(), workers, options.merger, options.collector)
         try:
             run = Run(plan, pool, most, watch, say)

@@ -33,6 +33,12 @@ DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
 )
 """Bytes an element. The sub-byte dtypes (F4, F6) are packed formats of quantised models."""
 
+_MAX_DIMENSIONS = 64
+"""Torch works with no more."""
+
+_TOO_MUCH = 1 << 63
+"""Neither a file nor a tensor has that many bytes; Python would count on, for minutes."""
+
 _REPAIR = "Fetch the file again; it is damaged or was not written by safetensors"
 
 
@@ -156,6 +162,8 @@ def _decode(text: bytes, where: str) -> dict[str, Any]:
 
     try:
         fields = json.loads(text.decode(), object_pairs_hook=unique)
+        if isinstance(fields, dict):
+            "".join(fields).encode()  # half a surrogate pair is JSON, but no name to write
     except (ValueError, RecursionError) as error:
         raise refuse(f"the header is no JSON ({error})", where, _REPAIR) from None
     if twice:
@@ -186,11 +194,12 @@ def _tensor(
         problems.append(Problem("shape or data_offsets are not natural numbers", at, _REPAIR))
         return None
     begin, end = offsets
-    if end - begin != tensor_bytes(dtype, shape):
+    nbytes = tensor_bytes(dtype, shape)
+    if end - begin != nbytes:
+        takes = nbytes if nbytes < _TOO_MUCH else "too many"
         problems.append(
             Problem(
-                f"{dtype} {shape} takes {tensor_bytes(dtype, shape)} bytes,"
-                f" its offsets hold {end - begin}",
+                f"{dtype} {shape} takes {takes} bytes, its offsets hold {end - begin}",
                 at,
                 _REPAIR,
             )
@@ -224,7 +233,11 @@ def _check_coverage(
 
 
 def _is_naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= _MAX_DIMENSIONS
+        and all(type(v) is int and 0 <= v < _TOO_MUCH for v in value)
+    )
 
 
 def _is_text_map(value: Any) -> bool:

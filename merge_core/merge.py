@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -78,8 +79,8 @@ def merge(
         return _result(plan, target, (), None, clock)
     assembly = Assembly(plan, target)
     worker = module.ShardWorker(plan, target, module.pick_device(device), choice=choice)
-    receipts = [_merge_shard(worker, assembly, plan, n, watch) for n in range(len(plan.shards))]
-    worker.close()
+    with contextlib.closing(worker):
+        receipts = [_merge_shard(worker, assembly, plan, n, watch) for n in range(len(plan.shards))]
     assembly.write_record()
     report = verify(target, level, committed=False, run=_watched(plan, watch))
     conclude(assembly, report)

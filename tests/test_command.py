@@ -159,7 +159,7 @@ def test_an_interrupted_merge_publishes_nothing_and_ends_its_ray(
         text=True,
     )
     assert process.stderr is not None
-    while not process.stderr.readline().startswith("up to 1 workers"):
+    while not process.stderr.readline().startswith("workers: at most 1"):
         pass  # Ray is up, the workers are not
     process.send_signal(number)
     _, rest = process.communicate(timeout=60)
