@@ -21,6 +21,8 @@ _SIZES = (
     "intermediate_size",
     "vocab_size",
 )
+_DERIVED = ("num_key_value_heads", "head_dim")
+"""Sizes that follow from the others where the config is silent."""
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
@@ -46,9 +48,13 @@ def check_architecture(
         notes.append("auto_map in config.json is carried over; its code is never run")
     if kind != "qwen2":
         return [*notes, f"model_type {kind!r} is not tested; tensors are matched by their names"]
-    wrong = [name for name in _SIZES if type(config.get(name)) is not int or config[name] < 1]
+    wrong = [name for name in _SIZES if not _is_size(config.get(name))]
+    wrong += [name for name in _DERIVED if config.get(name) and not _is_size(config[name])]
     if wrong:
         what = f"config.json has no valid {', '.join(wrong)}"
+        raise InputError([Problem(what, where, "Fetch config.json again")])
+    if config["num_hidden_layers"] > len(found):  # before anything counts up to it
+        what = f"config.json asks {config['num_hidden_layers']} layers of {len(found)} tensors"
         raise InputError([Problem(what, where, "Fetch config.json again")])
     problems = list(_differences(dict(expected_tensors(config)), found, where))
     if problems:
@@ -87,7 +93,14 @@ def _differences(
     if missing:
         listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" * (len(missing) > 3))
         yield Problem(f"the checkpoint lacks {listed}", where, remedy)
-    for name, shape in expected.items():
-        if name in found and found[name] != shape:
-            what = f"tensor {name!r} has shape {list(found[name])}, config.json asks {list(shape)}"
-            yield Problem(what, where, remedy)
+    wrong = [name for name in expected if name in found and found[name] != expected[name]]
+    for name in wrong[:3]:
+        shapes = f"{list(found[name])}, config.json asks {list(expected[name])}"
+        yield Problem(f"tensor {name!r} has shape {shapes}", where, remedy)
+    if len(wrong) > 3:
+        what = f"{len(wrong) - 3} more tensors have other shapes than config.json asks"
+        yield Problem(what, where, remedy)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0

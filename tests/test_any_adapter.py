@@ -113,6 +113,16 @@ def adapters(draw: st.DrawFn, geometry: Geometry, *, plain: bool = False) -> Dra
     return Drawn(factors=factors, config=config, weight=weight, pickled=pickled, deltas=deltas)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The oracle multiplies as a lane does: MKL's last bit of a product of five to eleven rows
+    depends on the number of threads (no real layer is that narrow)."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A new directory for each example."""
