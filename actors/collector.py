@@ -15,7 +15,17 @@ class Collector:
     """An ``Assembly`` in a process of its own; a replacement rebuilds itself from the receipts."""
 
     def __init__(self, plan: MergePlan, out: Path) -> None:
-        self._assembly = Assembly(plan, out)
+        self._plan, self._out = plan, out
+        self._opened: Assembly | None = None
+
+    @property
+    def _assembly(self) -> Assembly:
+        """Opened by the first call: what goes wrong then reaches the driver in full, while an
+        error in an actor's constructor arrives as "the actor died".
+        """
+        if self._opened is None:
+            self._opened = Assembly(self._plan, self._out)
+        return self._opened
 
     def accept(self, receipt: Receipt) -> bool:
         """See ``Assembly.accept``."""

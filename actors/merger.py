@@ -43,16 +43,18 @@ class Merger:
         if self._worker is None:
             raise RuntimeError("hello() comes first")
         self._begin(self._plan.shards[shard].name, self._plan.shards[shard].size)
-        receipt = self._worker.merge(shard, attempt, self._note)
-        self._begin("idle", 0)
-        return receipt
+        try:
+            return self._worker.merge(shard, attempt, self._note)
+        finally:
+            self._begin("idle", 0)
 
     def check(self, check: FileCheck) -> FileResult:
         """Verify one file of the result."""
         self._begin(f"reading back {Path(check.path).name}", 0)
-        result = check_file(check)
-        self._begin("idle", 0)
-        return result
+        try:
+            return check_file(check)
+        finally:
+            self._begin("idle", 0)
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def status(self) -> tuple[str, str, int, int]:

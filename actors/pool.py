@@ -7,6 +7,7 @@ retry is the schedule's business.
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from merge_core.plan import MergePlan
 
 COLLECTOR_STARTS = 3
 """Collectors that may die in a row over one call: more means that the call kills them."""
+
+_COLOUR = re.compile("\x1b\\[[0-9;]*m")
+"""Ray colours its messages, whoever reads them."""
 
 _HOPELESS = (NonFiniteError, InputError)
 
@@ -219,5 +223,5 @@ def _cause(error: RayTaskError) -> Exception:
 
 
 def _first_line(error: Exception | None) -> str:
-    text = str(error).strip()
+    text = _COLOUR.sub("", str(error)).strip()
     return text.splitlines()[0] if text else type(error).__name__

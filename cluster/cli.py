@@ -102,6 +102,9 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
             talk.say(line)
         with talk.progress():
             if address == "inline":
+                if workers is not None:
+                    remedy = "Leave it out, or merge with --address local"
+                    raise refuse("inline has no workers to count", "--workers", remedy)
                 from merge_core.merge import merge as merge_inline
 
                 result = merge_inline(
@@ -224,7 +227,7 @@ def _answering(*, as_json: bool, debug: bool) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         error: RaymeldError = InterruptedMergeError(
-            "interrupted; nothing was published", "", "Run it again with --overwrite to start over."
+            "interrupted", "", "A merge whose OUT has no config.json was not published."
         )
     except RaymeldError as raised:
         error = raised
@@ -248,7 +251,7 @@ def _answering(*, as_json: bool, debug: bool) -> Iterator[None]:
 
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)i?[bB]?", text.strip())
-    if match is None:
+    if match is None or len(text) > 20:
         raise refuse(f"{text!r} is no size", "--shard-size", "Give a size such as 2GB")
     step = 1024 if "i" in text else 1000
     return int(float(match[1]) * step ** " kMGT".index(match[2].replace("K", "k") or " "))

@@ -107,8 +107,12 @@ class Talk:
         left = f", {(progress.total - progress.done) / rate:.0f} s left" if rate else ""
         self.say(
             f"{progress.phase}: {progress.done / 1e9:.2f} of {progress.total / 1e9:.2f} GB,"
-            f" {rate / 1e9:.2f} GB/s{left}, {len(progress.workers)} workers"
+            f" {rate / 1e9:.2f} GB/s{left}{_workers(len(progress.workers))}"
         )
+
+
+def _workers(count: int) -> str:
+    return "" if count == 0 else ", 1 worker" if count == 1 else f", {count} workers"
 
 
 def answer(lines: Iterable[str], document: dict[str, Any], *, as_json: bool) -> None:
@@ -131,7 +135,8 @@ def plan_lines(plan: MergePlan, pools: Sequence[EligiblePool]) -> list[str]:
     """The plan as a person reads it."""
     merged = sum(task.action == "merged" for task in plan.tasks)
     tensors = sum(1 for _ in plan.tasks)
-    kind = (plan.config.get("architectures") or ["unknown architecture"])[0]
+    named = plan.config.get("architectures")
+    kind = named[0] if isinstance(named, list) and named else "unknown architecture"
     size = sum(shard.size for shard in plan.shards)
     files = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} files"
     return [

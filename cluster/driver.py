@@ -18,7 +18,7 @@ from cluster.session import session
 from merge_core.errors import InputError, RaymeldError, refuse
 from merge_core.ledger import Receipt
 from merge_core.merge import MergeResult, Watch, begin, conclude
-from merge_core.output import is_finished
+from merge_core.output import is_finished, parts_directory
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, WorkerProgress
 from merge_core.verify import FileCheck, FileResult, verify
@@ -68,7 +68,7 @@ def merge_on_ray(
     """
     clock, target = time.perf_counter(), Path(out).absolute()
     plan = begin(plan, target, overwrite=overwrite)
-    if is_finished(target, plan.fingerprint):
+    if is_finished(target, plan):
         return MergeResult(
             out=target,
             fingerprint=plan.fingerprint,
@@ -88,6 +88,8 @@ def merge_on_ray(
             conclude(_Publisher(pool), report)
         finally:
             pool.close()
+            for part in parts_directory(target).glob("*.part"):  # of workers that were stopped
+                part.unlink(missing_ok=True)
     return MergeResult(
         out=target,
         fingerprint=plan.fingerprint,
@@ -111,7 +113,10 @@ def size_pool(
         device = "cuda" if sum(gpus) else "cpu"
     if device == "cuda":
         share = options.gpus_per_worker
-        room = sum(int(found / share) for found in gpus)
+        if share > 1 and share != int(share):
+            remedy = "Give a whole number, or a fraction below 1"
+            raise refuse(f"Ray cannot hand out {share:g} GPUs", "--gpus-per-worker", remedy)
+        room = sum(int(found / share + 1e-9) for found in gpus)
         if not room:
             what = f"a worker needs {share:g} GPUs, the nodes have {sorted(gpus)}"
             raise refuse(what, "--gpus-per-worker", "Ask for fewer, or use --device cpu")
@@ -122,21 +127,21 @@ def size_pool(
             remedy = "Start the cluster with CPUs, or use --device cuda"
             raise refuse("no node has a CPU for a worker", f"--address {options.address}", remedy)
         share = _cpu_share(cpus, options.workers)
-        room = sum(int(found / share) for found in cpus)
+        room = sum(int(found / share + 1e-9) for found in cpus)
         resources = {"num_cpus": share, "num_gpus": 0}
     most = min(options.workers or room, shards)
     return WorkerOptions(device=device, resources=resources), most
 
 
 def _cpu_share(cpus: Sequence[int], workers: int | None) -> float:
-    """CPUs a worker. More workers than that leaves room for share what there is: Ray would keep
-    the rest waiting for ever.
+    """CPUs a worker: the most that leaves room for as many as were asked for, since Ray would
+    keep the others waiting for ever.
     """
-    share = min(CPUS_A_WORKER, max(cpus))
-    if workers and workers * share > sum(cpus):
-        each = sum(cpus) / workers
-        return int(each) if each >= 1 else each  # Ray takes fractions below one only
-    return share
+    wanted = workers or 1
+    for share in range(min(CPUS_A_WORKER, max(cpus)), 0, -1):
+        if sum(found // share for found in cpus) >= wanted:
+            return share
+    return 1 / -(-wanted // sum(cpus))  # so many share a CPU: Ray takes fractions below one
 
 
 @dataclass(slots=True)
@@ -229,7 +234,8 @@ class Run:
             return abort.cause
         if abort.item is None:
             return RaymeldError(abort.reason, "workers", "Look at the machine named there.")
-        return RaymeldError(abort.reason, self._name(abort.item), "Nothing was published.")
+        kind = type(abort.cause) if isinstance(abort.cause, RaymeldError) else RaymeldError
+        return kind(abort.reason, self._name(abort.item), "Nothing was published.")
 
     def _name(self, item: int) -> str:
         shards = self.plan.shards

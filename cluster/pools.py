@@ -46,8 +46,9 @@ def _gpus() -> list[tuple[str, str, int]]:
     if tool is None:
         return []
     query = [tool, "--query-gpu=index,name,memory.free", "--format=csv,noheader,nounits"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    if answer.returncode != 0:
-        return []
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []  # a broken driver: workers say so themselves when they ask torch
     rows = (line.split(", ") for line in answer.stdout.splitlines())
     return [(index, name, int(free) << 20) for index, name, free in rows if free.strip().isdigit()]

@@ -34,29 +34,39 @@ def session(address: str, *, use_gpus: bool) -> Iterator[None]:
     Raises:
         RaymeldError: the cluster cannot be reached, or Ray does not start.
     """
-    before = dict(os.environ)
-    scratch = Path(tempfile.mkdtemp(prefix="raymeld-", dir=_short_temporary_directory()))
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    if address == LOCAL:
-        # An explicit token keeps Ray from writing one to ~/.ray; without any token its ports would
-        # be open to everybody on this network.
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        os.environ.pop("RAY_ADDRESS", None)
-    else:
-        _use_token_if_there_is_one()
+    before = dict(os.environ)  # importing Ray changes it already
     import ray
 
-    _reload_authentication()
+    if ray.is_initialized():
+        remedy = "Call ray.shutdown() first, or merge inline."
+        raise RaymeldError("this process is connected to a Ray already", "ray", remedy)
+    scratch = Path(tempfile.mkdtemp(prefix="raymeld-", dir=_short_temporary_directory()))
     try:
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        if address == LOCAL:
+            # An explicit token keeps Ray from writing one to ~/.ray; without any token its ports
+            # would be open to everybody on this network.
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+            os.environ.pop("RAY_ADDRESS", None)
+        else:
+            _use_token_if_there_is_one()
+        _reload_authentication()
         with contextlib.chdir(_neutral_directory(scratch)), _own_sigterm():
             _connect(ray, address, scratch, use_gpus=use_gpus)
         yield
     finally:
         ray.shutdown()
         shutil.rmtree(scratch, ignore_errors=True)
-        os.environ.clear()
-        os.environ |= before
+        _restore_environment(before)
         _reload_authentication()
+
+
+def _restore_environment(before: dict[str, str]) -> None:
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    for name, value in before.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
 
 
 def _connect(ray: Any, address: str, scratch: Path, *, use_gpus: bool) -> None:
@@ -87,7 +97,13 @@ def _connect(ray: Any, address: str, scratch: Path, *, use_gpus: bool) -> None:
 def _own_sigterm() -> Iterator[None]:
     """Keep the caller's SIGTERM handler: ray.init puts one in its place that exits at once."""
     handler = signal.getsignal(signal.SIGTERM)
-    yield
+    try:
+        yield
+    finally:
+        _put_back(handler)
+
+
+def _put_back(handler: Any) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)
 

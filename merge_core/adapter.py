@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_core.adapter_config import LoraConfig, read_config
+from merge_core.adapter_config import MAX_ALPHA, LoraConfig, read_config
 from merge_core.checkpoint import read_header, read_json
 from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.layout import TensorSpec
@@ -23,8 +23,8 @@ PICKLE = "adapter_model.bin"
 FACTOR_DTYPES = frozenset({"F32", "F16", "BF16"})
 
 _PREFIX = "base_model.model."
-_COPY = re.compile(r"^(?P<module>.+)\.base_layer\.weight$")
-_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
+_COPY = re.compile(r"base_model\.model\.(?P<module>.+)\.base_layer\.weight")
+_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _WEIGHT = re.compile(r"^(?P<path>.+)@(?P<weight>[-+]?(\d+\.?\d*|\.\d+))$")
 _REPAIR = "Save the adapter again with PEFT; the file is damaged or incomplete"
 _NOT_YET = "Merge this adapter with PEFT's merge_and_unload for now"
@@ -62,7 +62,7 @@ class Adapter:
 def parse_adapter(text: str | Path) -> tuple[Path, float]:
     """Split ``path@0.5`` into path and weight; a path that exists as a whole has weight 1."""
     match = _WEIGHT.match(str(text))
-    if match is None or Path(text).exists():
+    if match is None or os.path.exists(text):
         return Path(text), 1.0
     return Path(match["path"]), float(match["weight"])
 
@@ -73,12 +73,12 @@ def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
     Raises:
         InputError: with every problem of its config and its keys.
     """
-    if not (path / CONFIG).is_file():
+    if not os.path.isfile(path / CONFIG):
         raise _no_adapter(path)
     problems: list[Problem] = []
     config: LoraConfig | None = None
     tensors: tuple[TensorSpec, ...] = ()
-    if not math.isfinite(weight) or weight == 0:
+    if not 0 < abs(weight) <= MAX_ALPHA:
         what = f"weight {weight} merges nothing sensible"
         problems.append(Problem(what, str(path), "Give a weight other than 0, or leave it out"))
     with gathered(problems):
@@ -120,15 +120,19 @@ def load_pickle(path: Path, device: str = "cpu") -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = f"cannot be loaded with weights_only ({reason})"
         raise refuse(what, str(path), "Save it as adapter_model.safetensors") from None
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise refuse("holds more than tensors", str(path), "Save it as adapter_model.safetensors")
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        for key, value in state.items()
+    ):
+        remedy = "Save it as adapter_model.safetensors"
+        raise refuse("holds something else than named dense tensors", str(path), remedy)
     return state
 
 
 def _no_adapter(path: Path) -> InputError:
     where = str(path)
-    if not path.is_dir():
-        kind = "is a file, not an adapter directory" if path.exists() else "does not exist"
+    if not os.path.isdir(path):
+        kind = "is a file, not an adapter directory" if os.path.exists(path) else "does not exist"
         return refuse(f"ADAPTER {kind}", where, f"Give the directory that holds {CONFIG}")
     below = sorted(p.parent.name for p in path.glob(f"*/{CONFIG}"))
     if below:
@@ -170,14 +174,19 @@ def _refuse_strange_keys(tensors: tuple[TensorSpec, ...], path: Path) -> None:
     problems: list[Problem] = []
     copied = {f"{_PREFIX}{module}.lora_A.weight" for module in _copies(tensors)}
     alone = copied - {tensor.name for tensor in tensors}
+    problems += [
+        Problem(f"{copy.name!r} is {copy.dtype}, not F32, F16 or BF16", str(path), _REPAIR)
+        for copy in _copies(tensors).values()
+        if copy.dtype not in FACTOR_DTYPES
+    ]
     if alone:
         what = f"base_layer.weight stands alone; {min(alone)!r} is missing"
         problems.append(Problem(what, str(path), _REPAIR))
-    for name in (t.name for t in tensors if not _COPY.match(t.name)):
+    for name in (t.name for t in tensors if not _COPY.fullmatch(t.name)):
         feature = next((label for regex, label in FEATURE_KEYS if regex.search(name)), None)
         if feature:
             by_feature.setdefault(feature, []).append(name)
-        elif not (name.startswith(_PREFIX) and _FACTOR.match(name)):
+        elif not _FACTOR.fullmatch(name):
             what = f"key {name!r} is not known, and nothing is dropped silently"
             problems.append(Problem(what, str(path), _REPAIR))
     for feature, names in by_feature.items():
@@ -188,7 +197,7 @@ def _refuse_strange_keys(tensors: tuple[TensorSpec, ...], path: Path) -> None:
 
 
 def _copies(tensors: tuple[TensorSpec, ...]) -> dict[str, TensorSpec]:
-    matches = ((tensor, _COPY.match(tensor.name.removeprefix(_PREFIX))) for tensor in tensors)
+    matches = ((tensor, _COPY.fullmatch(tensor.name)) for tensor in tensors)
     return {match["module"]: tensor for tensor, match in matches if match}
 
 
@@ -197,7 +206,7 @@ def _pairs(
 ) -> dict[str, LowRankPair]:
     sides: dict[str, dict[str, TensorSpec]] = {}
     for tensor in tensors:
-        match = _FACTOR.match(tensor.name.removeprefix(_PREFIX))
+        match = _FACTOR.fullmatch(tensor.name)
         if match:
             sides.setdefault(match["module"], {})[match["side"]] = tensor
     pairs = {}

@@ -19,6 +19,14 @@ from merge_core.peft_fields import (
 
 T = TypeVar("T")
 
+MAX_RANK, MAX_ALPHA = 10**6, 10**9
+"""Beyond anything that was ever trained; keeps hostile numbers out of the arithmetic below."""
+
+_NESTED = re.compile(r"[+*}][^|]*\)[+*{]")
+"""A quantifier inside a quantified group: such a pattern may take for ever to match."""
+
+_NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
 _NOT_YET = "Merge this adapter with PEFT's merge_and_unload for now"
 _REPAIR = "Correct the value, or save the adapter again with PEFT"
 
@@ -33,6 +41,14 @@ class LoraConfig:
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     fan_in_fan_out: bool
+    targets: str | tuple[str, ...] = ()
+    """``target_modules``; empty where other fields narrow it down, so that it says nothing."""
+
+    def is_target(self, module: str) -> bool:
+        """Whether the config says that ``module`` was trained (PEFT: a regex, or suffixes)."""
+        if isinstance(self.targets, str):
+            return self.targets != "" and re.fullmatch(self.targets, module) is not None
+        return any(module == name or module.endswith(f".{name}") for name in self.targets)
 
     def resolve(self, module: str) -> tuple[int, float]:
         """Rank and scaling of ``module``, a path such as ``model.layers.0.self_attn.q_proj``.
@@ -65,7 +81,18 @@ def read_config(fields: Mapping[str, Any], where: str) -> LoraConfig:
         rank_pattern=fields.get("rank_pattern") or {},
         alpha_pattern=fields.get("alpha_pattern") or {},
         fan_in_fan_out=fields.get("fan_in_fan_out") or False,
+        targets=_targets(fields),
     )
+
+
+def _targets(fields: Mapping[str, Any]) -> str | tuple[str, ...]:
+    narrowed = any(fields.get(name) for name in _NARROWING)
+    targets = fields.get("target_modules")
+    if narrowed or not targets:
+        return ()
+    if isinstance(targets, str):
+        return targets if _is_regex(targets) and targets != "all-linear" else ()
+    return tuple(str(name) for name in targets) if isinstance(targets, list) else ()
 
 
 def _first_match(pattern: Mapping[str, T], module: str, default: T) -> T:
@@ -73,13 +100,17 @@ def _first_match(pattern: Mapping[str, T], module: str, default: T) -> T:
     must match the whole path or a suffix of it that starts behind a dot.
     """
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if re.match(_at_end(key), module):
             return value
     return default
 
 
+def _at_end(key: str) -> str:
+    return rf"(.*\.)?({key})$"
+
+
 def _other_tuner(kind: Any, where: str) -> Problem:
-    if kind in TUNERS:
+    if isinstance(kind, str) and kind in TUNERS:
         return Problem(f"peft_type {kind} is not merged yet, only LORA is", where, _NOT_YET)
     return Problem(f"peft_type is {kind!r}, which is no PEFT type", where, _REPAIR)
 
@@ -113,14 +144,17 @@ def _unknown(fields: Mapping[str, Any], where: str) -> list[Problem]:
             "Use a newer raymeld, or remove the field if you know that it is inert",
         )
         for name, value in fields.items()
-        if name not in known and value not in (None, False, "", [], {})
+        if name not in known
+        and value is not None
+        and value is not False
+        and value not in ("", [], {})
     ]
 
 
 def _malformed(fields: Mapping[str, Any], where: str) -> list[Problem]:
     checks: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
         ("r", 8, _is_rank, "a whole number above 0"),
-        ("lora_alpha", 8, _is_number, "a finite number"),
+        ("lora_alpha", 8, _is_number, "a number other than 0"),
         ("use_rslora", False, _is_flag, "true or false"),
         ("fan_in_fan_out", False, _is_flag, "true or false"),
         ("rank_pattern", {}, lambda v: _is_pattern(v, _is_rank), "a map of regexes to ranks"),
@@ -134,11 +168,11 @@ def _malformed(fields: Mapping[str, Any], where: str) -> list[Problem]:
 
 
 def _is_rank(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= MAX_RANK
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and 0 < abs(value) <= MAX_ALPHA
 
 
 def _is_flag(value: Any) -> bool:
@@ -152,8 +186,10 @@ def _is_pattern(value: Any, is_valid: Any) -> bool:
 
 
 def _is_regex(text: str) -> bool:
+    if len(text) > 1000 or _NESTED.search(text):
+        return False
     try:
-        re.compile(text)
+        re.compile(_at_end(text))
     except (re.error, RecursionError, OverflowError):
         return False
     return True

@@ -7,6 +7,7 @@ the merge instead of loading with random weights afterwards. Shapes follow trans
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,9 @@ _SIZES = (
 )
 _DERIVED = ("num_key_value_heads", "head_dim")
 """Sizes that follow from the others where the config is silent."""
+
+
+_LAYER = re.compile(r"model\.layers\.\d+\.")
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
@@ -46,6 +50,9 @@ def check_architecture(
     notes = []
     if config.get("auto_map"):
         notes.append("auto_map in config.json is carried over; its code is never run")
+    if not isinstance(kind, str):
+        what = "config.json has no model_type"
+        raise InputError([Problem(what, where, "Fetch config.json again")])
     if kind != "qwen2":
         return [*notes, f"model_type {kind!r} is not tested; tensors are matched by their names"]
     wrong = [name for name in _SIZES if not _is_size(config.get(name))]
@@ -54,7 +61,8 @@ def check_architecture(
         what = f"config.json has no valid {', '.join(wrong)}"
         raise InputError([Problem(what, where, "Fetch config.json again")])
     if config["num_hidden_layers"] > len(found):  # before anything counts up to it
-        what = f"config.json asks {config['num_hidden_layers']} layers of {len(found)} tensors"
+        asked = f"config.json asks for {config['num_hidden_layers']}"
+        what = f"the checkpoint lacks layers: {asked}, there are {len(found)} tensors in all"
         raise InputError([Problem(what, where, "Fetch config.json again")])
     problems = list(_differences(dict(expected_tensors(config)), found, where))
     if problems:
@@ -85,6 +93,10 @@ def expected_tensors(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
         yield "lm_head.weight", (config["vocab_size"], hidden)
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
 def _differences(
     expected: Mapping[str, Shape], found: Mapping[str, Shape], where: str
 ) -> Iterator[Problem]:
@@ -93,6 +105,11 @@ def _differences(
     if missing:
         listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" * (len(missing) > 3))
         yield Problem(f"the checkpoint lacks {listed}", where, remedy)
+    extra = [name for name in found if _LAYER.match(name) and name not in expected]
+    extra = [name for name in extra if not name.endswith("rotary_emb.inv_freq")]  # old, ignored
+    if extra:
+        listed = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" * (len(extra) > 3))
+        yield Problem(f"config.json has no place for {listed}", where, remedy)
     wrong = [name for name in expected if name in found and found[name] != expected[name]]
     for name in wrong[:3]:
         shapes = f"{list(found[name])}, config.json asks {list(expected[name])}"
@@ -100,7 +117,3 @@ def _differences(
     if len(wrong) > 3:
         what = f"{len(wrong) - 3} more tensors have other shapes than config.json asks"
         yield Problem(what, where, remedy)
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and value > 0

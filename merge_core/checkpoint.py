@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from merge_core.architecture import check_architecture
 from merge_core.digest import bytes_digest
 from merge_core.errors import InputError, Problem, gathered, refuse
+from merge_core.json_text import parse_object
 from merge_core.layout import TensorSpec, header_length, parse_header
 from merge_core.storage import FileIdentity, reported
 
@@ -18,11 +19,14 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5")
+_WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5"),
+    *(".msgpack", ".ot", ".npz", ".tflite"),
+)
 _NOT_CARRIED = frozenset({CONFIG, INDEX, "README.md", "pytorch_model.bin.index.json"})
 """config.json is written last by the commit; the base's model card would describe another model."""
 
-_TEMPLATES = "additional_chat_templates"
+TEMPLATES = "additional_chat_templates"
 """The one subfolder that belongs to a tokenizer."""
 
 
@@ -56,19 +60,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     _refuse_other_directories(path)
     problems: list[Problem] = []
-    config: dict[str, Any] = {}
+    config: dict[str, Any] | None = None
     files: tuple[WeightFile, ...] = ()
     notes: list[str] = []
     with gathered(problems):
         config = read_json(path / CONFIG)
-    with gathered(problems):
         _refuse_quantised(config, path)
     with gathered(problems):
         files = _open_weight_files(path, notes)
-    if config and files:
+    if config is not None and files:
         with gathered(problems):
             notes += check_architecture(config, _shapes(files), str(path))
-    if problems:
+    if problems or config is None:
         raise InputError(problems)
     return Checkpoint(
         path=path, config=config, files=files, side_files=_side_files(path), notes=tuple(notes)
@@ -99,23 +102,21 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: there is none, or it is no JSON object.
     """
     try:
-        fields = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except OSError as error:
         raise refuse(
             f"cannot be read ({error.strerror})", str(path), "Check the path and its permissions"
         ) from None
-    except (ValueError, RecursionError) as error:
-        raise refuse(f"is no JSON ({error})", str(path), "Fetch the file again") from None
-    if not isinstance(fields, dict):
-        raise refuse("is no JSON object", str(path), "Fetch the file again")
-    return fields
+    return parse_object(data, str(path), "Fetch the file again")
 
 
 def _refuse_other_directories(path: Path) -> None:
     where = str(path)
-    if not path.is_dir():
-        kind = "is a file, not a checkpoint directory" if path.exists() else "does not exist"
+    if not os.path.isdir(path):
+        kind = "is a file, not a checkpoint directory" if os.path.exists(path) else "does not exist"
         raise refuse(f"BASE {kind}", where, "Give the directory that holds config.json")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise refuse("BASE may not be read", where, "Ask its owner for permission")
     if (path / "adapter_config.json").exists():
         if not (path / CONFIG).exists():
             raise refuse("is an adapter, not a base", where, "Give BASE first, then ADAPTER")
@@ -232,6 +233,6 @@ def _side_files(path: Path) -> tuple[FileIdentity, ...]:
         and not entry.name.endswith((*_WEIGHT_SUFFIXES, ".index.json"))
         and entry.name not in _NOT_CARRIED
     ]
-    if (path / _TEMPLATES).is_dir():
-        names += [f"{_TEMPLATES}/{entry.name}" for entry in (path / _TEMPLATES).glob("*.jinja")]
+    if (path / TEMPLATES).is_dir():
+        names += [f"{TEMPLATES}/{entry.name}" for entry in (path / TEMPLATES).glob("*.jinja")]
     return tuple(FileIdentity.of(path, name) for name in sorted(names))

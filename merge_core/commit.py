@@ -19,7 +19,7 @@ from merge_core import __version__
 from merge_core.checkpoint import CONFIG, INDEX
 from merge_core.errors import RaymeldError
 from merge_core.ledger import Receipt, write_ledger
-from merge_core.output import parts_directory, receipts_directory, state_directory
+from merge_core.output import current_run, parts_directory, receipts_directory, state_directory
 from merge_core.plan import MergePlan, Shard
 from merge_core.storage import replaced, reported, sync_directory, write_durably
 
@@ -30,6 +30,7 @@ class Assembly:
     def __init__(self, plan: MergePlan, out: Path) -> None:
         self._plan, self._out = plan, out
         self._fingerprint = plan.fingerprint
+        self._run = current_run(out)
         self._receipts: dict[int, Receipt] = {}
         for path in sorted(receipts_directory(out).glob("*.json")):
             receipt = Receipt.from_json(path.read_bytes())
@@ -49,6 +50,7 @@ class Assembly:
         Raises:
             RaymeldError: the receipt or the part does not match the plan.
         """
+        self._check_run()
         if not 0 <= receipt.shard < len(self._plan.shards):
             raise RaymeldError(f"the plan has no shard {receipt.shard}", receipt.worker)
         earlier = self._receipts.get(receipt.shard)
@@ -56,11 +58,16 @@ class Assembly:
             (parts_directory(self._out) / Path(receipt.part).name).unlink(missing_ok=True)
             return False
         if earlier is None:
-            self._check(receipt, self._plan.shards[receipt.shard])
-            name = f"shard-{receipt.shard:05}.json"
-            write_durably(receipts_directory(self._out) / name, receipt.to_json())
+            try:
+                self._check(receipt, self._plan.shards[receipt.shard])
+                name = f"shard-{receipt.shard:05}.json"
+                write_durably(receipts_directory(self._out) / name, receipt.to_json())
+            except RaymeldError:
+                (parts_directory(self._out) / Path(receipt.part).name).unlink(missing_ok=True)
+                raise
             self._receipts[receipt.shard] = receipt
         self._publish_shard(receipt)
+        self._remove_parts(f"{self._plan.shards[receipt.shard].name}.*.part")
         return True
 
     def write_record(self) -> None:
@@ -69,6 +76,7 @@ class Assembly:
         Raises:
             RaymeldError: shards are missing.
         """
+        self._check_run()
         missing = set(range(len(self._plan.shards))) - self.accepted
         if missing:
             raise RaymeldError(f"shards {sorted(missing)} are missing", str(self._out))
@@ -88,6 +96,7 @@ class Assembly:
         Raises:
             StorageError: an input changed during the merge.
         """
+        self._check_run()
         for file in (*self._plan.base_files, *self._plan.side_files):
             file.check(self._plan.base)
         for adapter in self._plan.adapters:
@@ -96,7 +105,20 @@ class Assembly:
         write_durably(state / "verified.json", json.dumps(verified, indent=1).encode())
         write_durably(self._out / CONFIG, (state / CONFIG).read_bytes())
         for leftover in (parts_directory(self._out), receipts_directory(self._out)):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)  # it is published: nothing may fail now
+
+    def _remove_parts(self, pattern: str) -> None:
+        """Parts of attempts that were killed, or that came too late."""
+        for part in parts_directory(self._out).glob(pattern):
+            part.unlink(missing_ok=True)
+
+    def _check_run(self) -> None:
+        if current_run(self._out) != self._run:
+            raise RaymeldError(
+                "another merge has taken this directory over",
+                str(self._out),
+                "Let only one run, and give each its own --out.",
+            )
 
     def _publish_shard(self, receipt: Receipt) -> None:
         """Give an accepted part its final name, unless it has it already."""

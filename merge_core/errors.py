@@ -17,6 +17,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+SHOWN_PROBLEMS = 20
+"""In one message: an adapter for another size has one a module, hundreds for a 72B."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -62,8 +65,11 @@ class InputError(RaymeldError, ValueError):
     def __str__(self) -> str:
         if len(self.problems) == 1:
             return str(self.problems[0])
-        listed = "\n".join(f"  {n}. {problem}" for n, problem in enumerate(self.problems, 1))
-        return f"{len(self.problems)} problems:\n{listed}"
+        shown = self.problems[:SHOWN_PROBLEMS]
+        listed = "\n".join(f"  {n}. {problem}" for n, problem in enumerate(shown, 1))
+        more = len(self.problems) - len(shown)
+        rest = f"\n  and {more} more; ``problems`` holds them all" if more else ""
+        return f"{len(self.problems)} problems:\n{listed}{rest}"
 
 
 class VerificationError(RaymeldError):

@@ -22,6 +22,10 @@ from merge_core.plan import TensorTask
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
+_OUT_OF_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch says where it has no exception type for it."""
+
+
 class Lane:
     """Buffers for one thread on one device."""
 
@@ -125,13 +129,15 @@ def out_of_memory_reported(device: torch.device) -> Iterator[None]:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether torch or Python ran out of memory; torch's CPU allocator has no type for it."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        "DefaultCPUAllocator" in str(error) or "CUDA error: out of memory" in str(error)
+        any(sign in str(error) for sign in _OUT_OF_MEMORY)
     )
 
 
 def _aligned(nbytes: int, device: torch.device) -> torch.Tensor:
     """``nbytes`` of host memory that start on a page, pinned where a GPU copies from it."""
-    raw = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    raw = torch.empty(
+        nbytes + ALIGNMENT, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda"
+    )
     skip = -raw.data_ptr() % ALIGNMENT
     return raw[skip : skip + nbytes]
 

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from merge_core.errors import InputError, Problem, refuse
+from merge_core.json_text import parse_object
 
 ALIGNMENT = 4096
 """Page size that direct I/O asks for: data starts at a multiple, big tensors stay on one."""
@@ -97,7 +98,7 @@ def parse_header(text: bytes, file_size: int, where: str) -> tuple[TensorSpec, .
     Raises:
         InputError: with every problem of this header.
     """
-    fields = _decode(text, where)
+    fields = parse_object(text, f"{where}, header", _REPAIR)
     problems: list[Problem] = []
     metadata = fields.pop("__metadata__", None)
     if metadata is not None and not _is_text_map(metadata):
@@ -116,12 +117,13 @@ def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> FileLayout:
     """Header and offsets of a file that holds ``tensors`` given as (name, dtype, shape).
 
     Tensors whose size is a multiple of the page come first, in the order given, so each of them
-    starts on a page; the others follow, largest first. Deterministic: one metadata key only,
+    starts on a page; the others follow, wide elements before narrow ones so that each is aligned to
+    its own size, and large before small. Deterministic: one metadata key only,
     since readers print several in any order.
     """
     sized = [(name, dtype, shape, tensor_bytes(dtype, shape)) for name, dtype, shape in tensors]
     whole_pages = [t for t in sized if t[3] % ALIGNMENT == 0]
-    odd = sorted((t for t in sized if t[3] % ALIGNMENT), key=lambda t: -t[3])
+    odd = sorted((t for t in sized if t[3] % ALIGNMENT), key=lambda t: (-DTYPE_BYTES[t[1]], -t[3]))
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape, nbytes in whole_pages + odd:
@@ -148,29 +150,6 @@ def lay_out(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> FileLayout:
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
     """Size in bytes of a tensor; ``dtype`` must be one of DTYPE_BYTES."""
     return math.prod(shape) * DTYPE_BYTES[dtype]
-
-
-def _decode(text: bytes, where: str) -> dict[str, Any]:
-    twice: list[str] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) != len(pairs):
-            seen: set[str] = set()
-            twice.extend(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        return fields
-
-    try:
-        fields = json.loads(text.decode(), object_pairs_hook=unique)
-        if isinstance(fields, dict):
-            "".join(fields).encode()  # half a surrogate pair is JSON, but no name to write
-    except (ValueError, RecursionError) as error:
-        raise refuse(f"the header is no JSON ({error})", where, _REPAIR) from None
-    if twice:
-        raise refuse(f"the header names {twice[0]!r} twice", where, _REPAIR)
-    if not isinstance(fields, dict):
-        raise refuse("the header is no JSON object", where, _REPAIR)
-    return fields
 
 
 def _tensor(

@@ -46,17 +46,17 @@ class LaneNeed:
     scratch: int
     """Two float32 blocks, on the device."""
     factors: int
-    """Of the tensor with the largest factors, in float32. Two tensors' factors are held at once:
-    lanes that finish one meet lanes that begin the next."""
+    """Of the tensor with the largest factors, in float32. Each lane holds on to those of its last
+    block, and one more tensor's are being loaded."""
 
     def on_host(self, lanes: int, device: str) -> int:
         """Host memory for that many lanes, without the runtime."""
         each = self.inbox + self.outbox + (self.scratch if device == "cpu" else 0)
-        return lanes * each + 2 * self.factors
+        return lanes * each + (lanes + 1) * self.factors
 
     def on_device(self, lanes: int) -> int:
         """VRAM for that many lanes."""
-        return lanes * (self.inbox + self.outbox + self.scratch) + 2 * self.factors
+        return lanes * (self.inbox + self.outbox + self.scratch) + (lanes + 1) * self.factors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

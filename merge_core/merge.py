@@ -73,9 +73,11 @@ def merge(
     target = Path(out).absolute()
     with ThreadPoolExecutor(1) as pool:
         importing = pool.submit(importlib.import_module, "merge_core.worker")  # torch takes seconds
+        if device == "cuda":  # refused before OUT is touched, if there is none
+            importing.result().pick_device(device)
         plan = begin(plan, target, overwrite=overwrite)
         module = importing.result()
-    if is_finished(target, plan.fingerprint):
+    if is_finished(target, plan):
         return _result(plan, target, (), None, clock)
     assembly = Assembly(plan, target)
     worker = module.ShardWorker(plan, target, module.pick_device(device), choice=choice)
@@ -97,7 +99,7 @@ def begin(plan: MergePlan, out: Path, *, overwrite: bool = False) -> MergePlan:
     if problems:
         raise InputError(problems)
     sealed = seal(plan)
-    if not is_finished(out, sealed.fingerprint):
+    if overwrite or not is_finished(out, sealed):
         prepare(out, sealed, overwrite=overwrite)
     return sealed
 

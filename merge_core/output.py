@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
 
 from merge_core import __version__
-from merge_core.checkpoint import CONFIG, INDEX
+from merge_core.checkpoint import CONFIG, INDEX, TEMPLATES
 from merge_core.errors import InputError, Problem, StorageError, refuse
+from merge_core.json_text import parse_object
 from merge_core.plan import MergePlan
-from merge_core.storage import reported, sync_directory, write_durably
+from merge_core.storage import replaced, reported, sync_directory, write_durably
 
 
 def state_directory(out: Path) -> Path:
@@ -63,17 +65,29 @@ def check_destination(out: Path, plan: MergePlan) -> None:
         StorageError: the disk is too small.
     """
     problems = check_location(out, plan.base, tuple(a.path for a in plan.adapters))
-    if not problems and out.is_dir() and any(out.iterdir()) and _read_plan(out) is None:
-        problems.append(_not_ours(out))
+    if not problems and out.is_dir() and any(out.iterdir()):
+        if _read_plan(out) is None:
+            problems.append(_not_ours(out))
+        elif not (out / CONFIG).exists():
+            what = "OUT holds an unfinished merge"
+            problems.append(Problem(what, str(out), "Merge with --overwrite to start over"))
     if problems:
         raise InputError(problems)
     check_space(out, plan)
 
 
-def is_finished(out: Path, fingerprint: str) -> bool:
-    """Whether OUT holds the committed result of exactly this plan."""
-    plan = _read_plan(out)
-    return plan is not None and plan["fingerprint"] == fingerprint and (out / CONFIG).exists()
+def is_finished(out: Path, plan: MergePlan) -> bool:
+    """Whether OUT holds the committed result of exactly this plan, every file in its size."""
+    earlier = _read_plan(out)
+    if earlier is None or earlier["fingerprint"] != plan.fingerprint:
+        return False
+    sizes = {shard.name: shard.size for shard in plan.shards}
+    sizes |= {file.name: file.size for file in plan.side_files}
+    names = [CONFIG] + [INDEX] * (len(plan.shards) > 1)
+    return all((out / name).is_file() for name in names) and all(
+        (out / name).is_file() and (out / name).stat().st_size == size
+        for name, size in sizes.items()
+    )
 
 
 def prepare(out: Path, plan: MergePlan, *, overwrite: bool = False) -> None:
@@ -85,21 +99,31 @@ def prepare(out: Path, plan: MergePlan, *, overwrite: bool = False) -> None:
     """
     if out.exists() and any(out.iterdir()):
         _make_room(out, plan, overwrite)
-    check_space(out, plan)
-    with reported(out):
-        for directory in (parts_directory(out), receipts_directory(out)):
-            directory.mkdir(parents=True, exist_ok=True)
-    state = state_directory(out)
-    write_durably(state / CONFIG, config_to_publish(plan))
-    write_durably(state / "plan.json", json.dumps(describe(plan), indent=1).encode())
+    else:
+        check_space(out, plan)
+    state, config = state_directory(out), config_to_publish(plan)
+    try:
+        with reported(out):
+            for directory in (parts_directory(out), receipts_directory(out)):
+                directory.mkdir(parents=True, exist_ok=True)
+        write_durably(state / CONFIG, config)
+        write_durably(state / "plan.json", json.dumps(describe(plan), indent=1).encode())
+    except StorageError:  # without plan.json the next run would take OUT for somebody else's
+        shutil.rmtree(state, ignore_errors=True)
+        raise
     sync_directory(out)
     sync_directory(out.parent)
 
 
-def check_space(out: Path, plan: MergePlan) -> None:
-    """Raise StorageError if the file system of OUT has no room for the result."""
+def check_space(out: Path, plan: MergePlan, freed: int = 0) -> None:
+    """Raise StorageError if the file system of OUT has no room for the result.
+
+    Args:
+        freed: bytes that will be free before it is written.
+    """
     existing = next(path for path in (out, *out.parents) if path.exists())
-    needed, free = sum(shard.size for shard in plan.shards), shutil.disk_usage(existing).free
+    needed = sum(s.size for s in plan.shards) + sum(file.size for file in plan.side_files)
+    free = shutil.disk_usage(existing).free + freed
     if free < needed:
         raise StorageError(
             f"no space: the result takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
@@ -110,10 +134,24 @@ def check_space(out: Path, plan: MergePlan) -> None:
 
 def config_to_publish(plan: MergePlan) -> bytes:
     """The result's config.json: the base's bytes, unless the merge changed a field."""
+    data = read_planned_config(plan)
     if not plan.config_changes:
-        with reported(plan.base / CONFIG):
-            return (plan.base / CONFIG).read_bytes()
+        return data
     return json.dumps({**plan.config, **plan.config_changes}, indent=2).encode() + b"\n"
+
+
+def read_planned_config(plan: MergePlan) -> bytes:
+    """The base's config.json, if it still says what was planned with.
+
+    Raises:
+        StorageError: it changed.
+    """
+    path = plan.base / CONFIG
+    with reported(path):
+        data = path.read_bytes()
+    if parse_object(data, str(path), "Fetch it again") != plan.config:
+        raise replaced(path)
+    return data
 
 
 def describe(plan: MergePlan) -> dict[str, Any]:
@@ -121,6 +159,7 @@ def describe(plan: MergePlan) -> dict[str, Any]:
     return {
         "raymeld": __version__,
         "fingerprint": plan.fingerprint,
+        "run": secrets.token_hex(16),
         "base": str(plan.base),
         "adapters": [{"path": str(a.path), "weight": a.weight} for a in plan.adapters],
         "config_changes": dict(plan.config_changes),
@@ -147,17 +186,38 @@ def _make_room(out: Path, plan: MergePlan, overwrite: bool) -> None:
             str(out),
             "Choose another --out, or give --overwrite to replace it",
         )
+    shards = [shard["name"] for shard in earlier["shards"]]
+    old = sum((out / name).stat().st_size for name in shards if (out / name).is_file())
+    check_space(out, plan, freed=old)
     with reported(out):
         # config.json goes first: from here on nothing takes OUT for a checkpoint.
-        names = [CONFIG, INDEX, *(s["name"] for s in earlier["shards"]), *earlier["side_files"]]
-        for name in names:
+        for name in (CONFIG, INDEX, *shards, *earlier["side_files"]):
             (out / name).unlink(missing_ok=True)
         shutil.rmtree(state_directory(out))
 
 
+def current_run(out: Path) -> str | None:
+    """The run that OUT belongs to, which changes when another merge takes OUT over."""
+    plan = _read_plan(out)
+    return plan["run"] if plan is not None else None
+
+
 def _read_plan(out: Path) -> dict[str, Any] | None:
+    """plan.json, or None if it is not one of ours: its names decide what --overwrite removes."""
     try:
         plan = json.loads((state_directory(out) / "plan.json").read_bytes())
-    except (OSError, ValueError):
+        names = [shard["name"] for shard in plan["shards"]] + plan["side_files"]
+        ours = all(_is_inside(name) for name in names)
+        texts = isinstance(plan["fingerprint"], str) and isinstance(plan["run"], str)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return plan if isinstance(plan, dict) else None
+    return plan if ours and texts else None
+
+
+def _is_inside(name: Any) -> bool:
+    """A plain file name, or a chat template in its own folder."""
+    parts = Path(name).parts
+    return bool(parts) and (
+        (len(parts) == 1 and parts[0] not in ("..", "/"))
+        or (len(parts) == 2 and parts[0] == TEMPLATES and parts[1] != "..")
+    )

@@ -74,18 +74,21 @@ FEATURE_FIELDS = MappingProxyType(
 """Fields of features that are not merged yet: refused by name unless they are off."""
 
 FEATURE_KEYS = (
-    (re.compile(r"\.lora_magnitude_vector(\.weight)?$"), "DoRA"),
-    (re.compile(r"\.lora_B\.bias$"), "a bias on lora_B (lora_bias)"),
-    (re.compile(r"\.lora_embedding_[AB]$"), "LoRA on embeddings"),
-    (re.compile(r"\.token_adapter\.|\.trainable_tokens_delta$"), "trainable tokens"),
+    (re.compile(r"\.lora_magnitude_vector(\.weight)?\Z"), "DoRA"),
+    (re.compile(r"\.lora_B\.bias\Z"), "a bias on lora_B (lora_bias)"),
+    (re.compile(r"\.lora_embedding_[AB]\Z"), "LoRA on embeddings"),
+    (re.compile(r"\.token_adapter\.|\.trainable_tokens_delta\Z"), "trainable tokens"),
     (re.compile(r"\.modules_to_save\."), "fully trained modules (modules_to_save)"),
     (re.compile(r"\.lora_velora_embed"), "VeLoRA"),
     (re.compile(r"\.lora_monteclora_sampler\."), "MonteCLoRA"),
-    (re.compile(r"\.lora_diag$"), "KaSA"),
-    (re.compile(r"\.base_layer\.lora_[AB]\.weight$"), "LoRA on parameters (target_parameters)"),
-    (re.compile(r"\.bias$"), "trained biases (bias)"),
-    (re.compile(r"\.lora_E$|\.ranknum$"), "AdaLoRA"),
-    (re.compile(r"(?<!\.lora_A)(?<!\.lora_B)\.weight$"), "fully trained modules (modules_to_save)"),
+    (re.compile(r"\.lora_diag\Z"), "KaSA"),
+    (re.compile(r"\.base_layer\.lora_[AB]\.weight\Z"), "LoRA on parameters (target_parameters)"),
+    (re.compile(r"\.bias\Z"), "trained biases (bias)"),
+    (re.compile(r"\.lora_E\Z|\.ranknum\Z"), "AdaLoRA"),
+    (
+        re.compile(r"(?<!\.lora_A)(?<!\.lora_B)(?<!\.default)\.weight\Z"),
+        "fully trained modules (modules_to_save)",
+    ),
 )
 """Kinds of keys that are not merged yet, first match wins."""
 

@@ -25,6 +25,10 @@ DTYPE_NAMES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32
 """Values of --dtype, as config.json spells them."""
 
 
+CONV1D_MODELS = frozenset({"gpt2", "gpt_bigcode", "imagegpt", "openai-gpt"})
+"""Models whose layers are transformers' Conv1D, which stores [in, out]."""
+
+
 def make_plan(
     base: str | Path,
     adapters: Sequence[str | Path],
@@ -93,6 +97,9 @@ def _match_updates(
                 at = f"{adapter.path}, module {module}"
                 if module == "lm_head" and is_tied(checkpoint.config):
                     raise _tied_head(at)
+                if "embed" in module.rpartition(".")[2]:
+                    what = "has linear factors on an embedding, which PEFT never writes"
+                    raise refuse(what, at, "Save the adapter again with PEFT")
                 transposed = _is_transposed(bases[name], pair.a, pair.b, adapter, checkpoint, at)
                 updates.setdefault(name, []).append(
                     LowRankUpdate(
@@ -104,6 +111,7 @@ def _match_updates(
                     )
                 )
         problems += _unmatched(missing, adapter, checkpoint)
+        problems += _without_factors(bases, adapter, checkpoint)
         problems += [
             Problem(
                 f"carries a {copy.dtype} {list(copy.shape)} copy of {module}.weight, which is"
@@ -140,6 +148,24 @@ def _unmatched(missing: list[str], adapter: Adapter, checkpoint: Checkpoint) -> 
     ]
 
 
+def _without_factors(
+    bases: Mapping[str, TensorSpec], adapter: Adapter, checkpoint: Checkpoint
+) -> list[Problem]:
+    """Modules that the config says were trained, but that the file holds nothing for.
+
+    Only for dense Qwen1.5, whose modules are known: PEFT gives each of them factors.
+    """
+    if checkpoint.config.get("model_type") != "qwen2":
+        return []
+    modules = [name.removesuffix(".weight") for name, t in bases.items() if len(t.shape) == 2]
+    lost = [m for m in modules if m not in adapter.pairs and adapter.config.is_target(m)]
+    if not lost:
+        return []
+    listed = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" * (len(lost) > 3))
+    what = f"target_modules covers {listed}, for which the file holds no factors"
+    return [Problem(what, str(adapter.path), "Save the adapter again; part of it is missing")]
+
+
 def _is_transposed(
     base: TensorSpec,
     a: TensorSpec,
@@ -161,7 +187,8 @@ def _is_transposed(
         return False
     if base.shape == delta:
         return adapter.config.fan_in_fan_out
-    if base.shape == delta[::-1] and not linear:
+    conv1d = adapter.config.fan_in_fan_out or checkpoint.config.get("model_type") in CONV1D_MODELS
+    if base.shape == delta[::-1] and conv1d and not linear:
         return True
     raise refuse(
         f"the delta is {list(delta)}, the base tensor {list(base.shape)}",

@@ -78,9 +78,10 @@ class RangeReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._refused = False
         with reported(path):
             self._buffered = os.open(path, os.O_RDONLY)
-        self._direct = _open_direct(path, os.O_RDONLY)
+            self._direct = _open_direct(path, os.O_RDONLY)
 
     def read_into(self, buffer: memoryview, offset: int, nbytes: int) -> memoryview:
         """The ``nbytes`` at ``offset``, as a view inside ``buffer``.
@@ -92,7 +93,7 @@ class RangeReader:
             StorageError: the read failed, or the file ends before the range does.
         """
         with reported(self._path):
-            if self._direct is not None and nbytes >= DIRECT_MIN_BYTES:
+            if self._direct is not None and not self._refused and nbytes >= DIRECT_MIN_BYTES:
                 start = offset // ALIGNMENT * ALIGNMENT
                 lead = offset - start
                 try:
@@ -100,7 +101,7 @@ class RangeReader:
                 except OSError as error:
                     if error.errno not in _REFUSALS:
                         raise
-                    self._direct = None  # opened but cannot read directly: some FUSE file systems
+                    self._refused = True  # opens but cannot read directly: some FUSE file systems
                 else:
                     return buffer[lead : lead + nbytes]
             self._fill(self._buffered, buffer, offset, nbytes, nbytes)
@@ -146,15 +147,16 @@ class PartFile:
         """Create ``path``, which must not exist, with ``size`` bytes allocated."""
         self._path = path
         self._direct: int | None = None
+        self._refused = False
         with reported(path):
             self._buffered = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with reported(path):
                 _allocate(self._buffered, size)
+                self._direct = _open_direct(path, os.O_WRONLY)
         except StorageError:
             self.discard()
             raise
-        self._direct = _open_direct(path, os.O_WRONLY)
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write ``data`` at ``offset``.
@@ -163,13 +165,13 @@ class PartFile:
         """
         whole = len(data) // ALIGNMENT * ALIGNMENT
         with reported(self._path):
-            if self._direct is not None and offset % ALIGNMENT == 0 and whole:
+            if self._direct is not None and not self._refused and offset % ALIGNMENT == 0 and whole:
                 try:
                     _write_all(self._direct, data[:whole], offset)
                 except OSError as error:
                     if error.errno not in _REFUSALS:
                         raise
-                    self._direct = None
+                    self._refused = True
                 else:
                     data, offset = data[whole:], offset + whole
             _write_all(self._buffered, data, offset)
@@ -204,6 +206,9 @@ def write_durably(path: Path, data: bytes) -> None:
         try:
             _write_all(descriptor, memoryview(data), 0)
             os.fsync(descriptor)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
         finally:
             os.close(descriptor)
         os.rename(temporary, path)

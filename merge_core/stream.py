@@ -147,10 +147,12 @@ class _Run:
 
     def wait_for(self, lanes: Sequence[Lane], watch: Callable[[int], None]) -> None:
         """Start a thread a lane, report progress, and raise the first error of any."""
-        threads = [threading.Thread(target=self._work, args=(lane,)) for lane in lanes]
-        for thread in threads:
-            thread.start()
+        threads: list[threading.Thread] = []
         try:
+            for lane in lanes:
+                thread = threading.Thread(target=self._work, args=(lane,))
+                thread.start()
+                threads.append(thread)
             for thread in threads:
                 while thread.is_alive():
                     thread.join(TICK_SECONDS)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from merge_core.errors import DeviceMemoryError
+from merge_core.errors import DeviceMemoryError, refuse
 from merge_core.factors import FactorSource
 from merge_core.kernel import LoadedUpdate
 from merge_core.lanes import Lane, out_of_memory_reported
@@ -25,10 +25,15 @@ from merge_core.stream import stream_shard
 
 
 def pick_device(wanted: str) -> str:
-    """``cuda`` or ``cpu`` for ``auto``; what was asked for otherwise."""
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return wanted
+    """``cuda`` or ``cpu`` for ``auto``; what was asked for otherwise.
+
+    Raises:
+        InputError: ``cuda`` was asked for where there is none.
+    """
+    found = torch.cuda.is_available()
+    if wanted == "cuda" and not found:
+        raise refuse("torch finds no CUDA device", "--device cuda", "Use --device cpu or auto")
+    return "cuda" if wanted != "cpu" and found else "cpu"
 
 
 def measure_memory(device: str) -> Memory:
@@ -86,12 +91,12 @@ class ShardWorker:
         part = PartFile(parts_directory(self._out) / name, shard.size)
         try:
             records = self._stream(shard, part, watch)
+            for file in {task.source_file for task in shard.tasks}:
+                self._plan.base_files[file].check(self._plan.base)
             part.finish()
         except BaseException:
             part.discard()
             raise
-        for file in {task.source_file for task in shard.tasks}:
-            self._plan.base_files[file].check(self._plan.base)
         return Receipt(
             fingerprint=self._fingerprint,
             shard=index,

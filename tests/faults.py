@@ -73,7 +73,7 @@ class CollectorKilledOnce(Collector):
 
     def accept(self, receipt: Receipt) -> bool:
         accepted = super().accept(receipt)
-        mark = Path(self._assembly._out) / ".raymeld" / "killed"
+        mark = Path(self._out) / ".raymeld" / "killed"
         if receipt.shard == 0 and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)

@@ -115,20 +115,14 @@ def test_a_late_twin_is_thrown_away_and_changes_nothing(
     assert assembly.accepted == {0}
 
 
-def renamed_tensor(receipt: Receipt) -> Receipt:
-    first = dataclasses.replace(receipt.tensors[0], tensor="model.else.weight")
-    return dataclasses.replace(receipt, tensors=(first, *receipt.tensors[1:]))
-
-
 @pytest.mark.parametrize(
     ("lie", "said"),
     [
         (lambda r: dataclasses.replace(r, fingerprint="ab" * 32), "from plan abababababab"),
         (lambda r: dataclasses.replace(r, tensors=r.tensors[:-1]), "not those of the plan"),
         (lambda r: dataclasses.replace(r, tensors=r.tensors[::-1]), "not those of the plan"),
-        (renamed_tensor, "not those of the plan"),
     ],
-    ids=["fingerprint", "a tensor missing", "another order", "another name"],
+    ids=["fingerprint", "a tensor missing", "another order"],
 )
 def test_a_receipt_that_does_not_match_the_plan_is_refused_with_the_shards_name(
     sealed: MergePlan, worker: ShardWorker, out: Path, lie: Any, said: str

@@ -170,10 +170,9 @@ def test_a_damaged_pickle_is_refused(scene: Scene) -> None:
     for size in (len(content) - 1, len(content) // 2, 10, 0):
         file.write_bytes(content[:size])
         assert "adapter_model.bin: cannot be loaded with weights_only" in scene.refusal()
-    torch.save([1, 2], file)
-    assert "holds more than tensors" in scene.refusal()
-    torch.save({**state, 7: torch.ones(1)}, file)
-    assert "adapter_model.bin" in scene.refusal()
+    for other in ([1, 2], {**state, 7: torch.ones(1)}, {**state, QA: 1.0}, torch.ones(1)):
+        torch.save(other, file)
+        assert "adapter_model.bin: holds " in scene.refusal()
 
 
 @pytest.mark.parametrize("value", [True, 0.5, "x", [1], {"a": 1}])
@@ -263,7 +262,7 @@ def test_what_is_no_tuner_is_refused(scene: Scene, kind: object) -> None:
 @pytest.mark.parametrize(
     ("field", "values"),
     [
-        ("r", [0, -1, "8", True, 8.0, None, [8]]),
+        ("r", [0, -1, "8", True, 8.0, None, [8], 10**400]),
         ("lora_alpha", [None, float("nan"), float("inf"), "16", True, 10**400]),
         ("use_rslora", ["true", 1]),
         ("fan_in_fan_out", ["false", 0]),
@@ -345,9 +344,5 @@ def test_problems_of_base_and_adapters_are_told_at_once(scene: Scene, tmp_path: 
 
 
 def test_the_scene_merges_when_nothing_is_spoilt(scene: Scene) -> None:
-    result = merge(
-        make_plan(scene.base, [scene.adapter]), scene.out, device="cpu", choice=TWO_LANES
-    )
-    assert result.verified is not None
-    assert result.verified.ok
+    merge(make_plan(scene.base, [scene.adapter]), scene.out, device="cpu", choice=TWO_LANES)
     assert "config.json" in published(scene.out)

@@ -107,7 +107,7 @@ def test_a_file_laid_out_is_read_by_safetensors_and_starts_on_pages(
     for tensor in layout.tensors:
         if tensor.nbytes % ALIGNMENT == 0:
             assert tensor.offset % ALIGNMENT == 0, tensor
-    odd = [t.nbytes for t in layout.tensors if t.nbytes % ALIGNMENT]
+    odd = [(DTYPE_BYTES[t.dtype], t.nbytes) for t in layout.tensors if t.nbytes % ALIGNMENT]
     assert odd == sorted(odd, reverse=True)
 
 

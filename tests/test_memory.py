@@ -56,8 +56,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> MergePlan:
 
 
 def host_need(lanes: int, read_bytes: int) -> int:
-    """Per lane two buffers with their slack and two float32 blocks of 48 x 32; factors twice."""
-    return lanes * (2 * (read_bytes + 8192) + 2 * 4 * 48 * 32) + 2 * 4 * 4 * (48 + 32)
+    """Per lane two buffers with their slack, two float32 blocks of 48 x 32 and a tensor's factors;
+    and the factors of one tensor more."""
+    return lanes * (2 * (read_bytes + 8192) + 2 * 4 * 48 * 32) + (lanes + 1) * 4 * 4 * (48 + 32)
 
 
 def just_enough(need: int) -> int:
@@ -81,7 +82,7 @@ def test_a_wider_base_needs_a_larger_inbox(tmp_path: Path) -> None:
     assert lane_need(plan, "cpu", MIB).outbox == MIB + 8192
 
 
-STEPS = [(4, 8), (4, 4), (4, 2), (4, 1), (3, 1), (2, 1), (1, 1)]
+STEPS = [(4, 8), (4, 4), (4, 2), (4, 1), (3, 1), (2, 1), (1, 2), (1, 1)]
 """Lanes and MiB a read, as memory shrinks."""
 
 
@@ -281,4 +282,14 @@ def test_an_input_replaced_during_the_merge_is_named_and_nothing_is_published(
         merge(plan, out, choice=FOUR_LANES, watch=touching(tmp_path / name, phase))
 
     assert caught.value.where == str(tmp_path / name)
+    assert_no_checkpoint(out)
+
+
+def test_a_config_json_replaced_after_the_plan_is_not_published(tmp_path: Path, out: Path) -> None:
+    plan = made(tmp_path)
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "another"}')
+
+    with pytest.raises(StorageError, match=r"config\.json"):
+        merge(plan, out, choice=FOUR_LANES)
+
     assert_no_checkpoint(out)
