@@ -46,14 +46,18 @@ def receipts_directory(out: Path) -> Path:
 def check_location(out: Path, base: Path, adapters: tuple[Path, ...]) -> list[Problem]:
     """Problems of where OUT lies: it may share no directory with what is read."""
     problems = []
-    real = out.resolve()
+    try:
+        real, above = out.resolve(), next(path for path in (out, *out.parents) if path.exists())
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle
+        return [Problem(f"OUT cannot be made ({error})", str(out), "Choose another --out")]
     for name, path in (("BASE", base), *(("ADAPTER", adapter) for adapter in adapters)):
         other = path.resolve()
         if real == other or other in real.parents or real in other.parents:
             what = f"OUT and {name} ({path}) lie in one another"
             problems.append(Problem(what, str(out), "Choose an --out outside of what is read"))
-    if out.exists() and not out.is_dir():
-        problems.append(Problem("OUT is a file", str(out), "Choose another --out"))
+    if not above.is_dir():
+        what = "OUT is a file" if above == out else f"OUT lies below a file ({above})"
+        problems.append(Problem(what, str(out), "Choose another --out"))
     return problems
 
 
@@ -80,6 +84,8 @@ def is_finished(out: Path, plan: MergePlan) -> bool:
     """Whether OUT holds the committed result of exactly this plan, every file in its size."""
     earlier = _read_plan(out)
     if earlier is None or earlier["fingerprint"] != plan.fingerprint:
+        return False
+    if earlier.get("inputs") != _inputs(plan):
         return False
     sizes = {shard.name: shard.size for shard in plan.shards}
     sizes |= {file.name: file.size for file in plan.side_files}
@@ -161,6 +167,7 @@ def describe(plan: MergePlan) -> dict[str, Any]:
         "fingerprint": plan.fingerprint,
         "run": secrets.token_hex(16),
         "base": str(plan.base),
+        "inputs": _inputs(plan),
         "adapters": [{"path": str(a.path), "weight": a.weight} for a in plan.adapters],
         "config_changes": dict(plan.config_changes),
         "side_files": [file.name for file in plan.side_files],
@@ -174,15 +181,25 @@ def _not_ours(out: Path) -> Problem:
     )
 
 
+def _inputs(plan: MergePlan) -> list[list[Any]]:
+    """Name, size and time of each base file. The fingerprint holds no times, so that it is the
+    same wherever the base lies; but two models trained from one differ in values alone, and
+    only the times tell them apart before every byte is read.
+    """
+    files = (*plan.base_files, *plan.side_files)
+    return [[file.name, file.size, file.mtime_ns] for file in files]
+
+
 def _make_room(out: Path, plan: MergePlan, overwrite: bool) -> None:
     earlier = _read_plan(out)
     if earlier is None:
         raise InputError([_not_ours(out)])
     state = "a finished" if (out / CONFIG).exists() else "an unfinished"
     if not overwrite:
+        same = ", from input files of other times" * (earlier["fingerprint"] == plan.fingerprint)
         raise refuse(
             f"OUT holds {state} merge of plan {earlier['fingerprint'][:12]};"
-            f" this one is {plan.fingerprint[:12]}",
+            f" this one is {plan.fingerprint[:12]}{same}",
             str(out),
             "Choose another --out, or give --overwrite to replace it",
         )

@@ -191,6 +191,19 @@ def test_a_worker_that_comes_up_forgives_those_that_did_not() -> None:
     assert pool.starting == {3}  # with a delay of nothing, as the rehearsal has checked
 
 
+def test_an_idle_worker_that_is_lost_gets_no_more_work_and_is_replaced_when_there_is_some() -> None:
+    pool = ready(2, {0: 1, 1: 1})
+    pool.tell(ItemDone(worker=0, item=0))
+    pool.tell(WorkerLost(worker=0, reason="node gone"))
+    assert pool.starting == set()  # nothing waits
+
+    pool.tell(WorkerLost(worker=1, reason="node gone"))
+
+    assert pool.starting == {2}
+    pool.tell(WorkerReady(worker=2))
+    assert pool.running == {2: 1}
+
+
 def test_items_added_on_the_way_are_done_as_well() -> None:
     schedule = Schedule(sizes={0: 1}, most_workers=1)
     schedule.begin()

@@ -1,0 +1,131 @@
+"""Where a result may go, and when what lies there already counts as this very result."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from handmade import (
+    TWO_LANES,
+    Geometry,
+    published,
+    random_factors,
+    random_tensors,
+    write_adapter,
+    write_base,
+)
+
+from merge_core.errors import InputError
+from merge_core.merge import MergeResult, merge
+from merge_core.planner import make_plan
+
+GEOMETRY = Geometry(layers=1)
+FACTORS = random_factors(GEOMETRY.linear, {"model.layers.0.mlp.up_proj": 2})
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_base(tmp_path / "base", random_tensors(GEOMETRY), GEOMETRY.config)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return write_adapter(tmp_path / "adapter", FACTORS, r=2)
+
+
+def run(base: Path, adapter: Path, out: Path) -> MergeResult:
+    return merge(make_plan(base, [adapter]), out, choice=TWO_LANES)
+
+
+def test_a_destination_that_no_file_system_could_hold_is_refused(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "file").write_text("mine")
+    impossible = {
+        "x" * 300: "OUT cannot be made .*too long",
+        "null\0byte": "OUT cannot be made .*null byte",
+        "circle": "OUT cannot be made .*oop",
+        "file": "OUT is a file",
+        "file/below/it": r"OUT lies below a file \(.*/file\)",
+    }
+    for name, message in impossible.items():
+        with pytest.raises(InputError, match=message):
+            run(base, adapter, tmp_path / name)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_destination_behind_a_link_is_written_where_the_link_points(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+
+    run(base, adapter, tmp_path / "link" / "deep" / "out")
+
+    assert (tmp_path / "disk" / "deep" / "out" / "config.json").exists()
+
+
+def test_moved_inputs_and_a_touched_adapter_are_the_same_merge(
+    base: Path, adapter: Path, tmp_path: Path, out: Path
+) -> None:
+    run(base, adapter, out)
+    moved = adapter.rename(tmp_path / "moved")
+    for path in moved.iterdir():  # read as a whole by every merge, so its times do not matter
+        os.utime(path, (1, 1))
+
+    assert run(base.rename(tmp_path / "elsewhere"), moved, out).receipts == ()
+
+
+def test_a_touched_base_is_not_taken_for_the_same(base: Path, adapter: Path, out: Path) -> None:
+    run(base, adapter, out)
+    os.utime(base / "model.safetensors", (1, 1))
+
+    with pytest.raises(InputError, match="from input files of other times"):
+        run(base, adapter, out)
+
+
+def test_another_base_with_the_same_headers_is_another_merge(
+    base: Path, adapter: Path, tmp_path: Path, out: Path
+) -> None:
+    """Two models trained from one, such as a base and its chat model, differ in values alone."""
+    run(base, adapter, out)
+    before = published(out)
+    other = write_base(tmp_path / "chat", random_tensors(GEOMETRY, seed=9), GEOMETRY.config)
+
+    with pytest.raises(InputError, match="holds a finished merge of plan"):
+        run(other, adapter, out)
+    assert published(out) == before
+
+
+def test_another_tokenizer_of_the_same_size_is_another_merge(
+    base: Path, adapter: Path, out: Path
+) -> None:
+    run(base, adapter, out)
+    (base / "tokenizer.json").write_text('{"version": "2.0"}')
+
+    with pytest.raises(InputError, match="holds a finished merge of plan"):
+        run(base, adapter, out)
+
+
+@pytest.mark.parametrize("change", ["adapter values", "adapter weight", "alpha", "dtype", "shards"])
+def test_whatever_else_changes_a_byte_makes_another_merge(
+    change: str, base: Path, adapter: Path, out: Path
+) -> None:
+    run(base, adapter, out)
+    named, options = str(adapter), {}
+    if change == "adapter values":
+        write_adapter(adapter, {n: (a, torch.neg(b)) for n, (a, b) in FACTORS.items()}, r=2)
+    elif change == "adapter weight":
+        named = f"{adapter}@0.5"
+    elif change == "alpha":
+        write_adapter(adapter, FACTORS, r=2, lora_alpha=9)
+    elif change == "dtype":
+        options = {"dtype": "float32"}
+    else:
+        options = {"shard_bytes": 4000}
+
+    with pytest.raises(InputError, match="holds a finished merge of plan"):
+        merge(make_plan(base, [named], **options), out)
