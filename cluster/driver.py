@@ -17,7 +17,7 @@ from cluster.schedule import Abort, Assign, Command, Schedule, Start
 from cluster.session import session
 from merge_core.errors import InputError, RaymeldError, refuse
 from merge_core.ledger import Receipt
-from merge_core.merge import MergeResult, Watch, begin, conclude
+from merge_core.merge import MergeResult, Watch, begin, conclude, result_of
 from merge_core.output import is_finished, parts_directory
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, WorkerProgress
@@ -69,13 +69,7 @@ def merge_on_ray(
     clock, target = time.perf_counter(), Path(out).absolute()
     plan = begin(plan, target, overwrite=overwrite)
     if is_finished(target, plan):
-        return MergeResult(
-            out=target,
-            fingerprint=plan.fingerprint,
-            receipts=(),
-            verified=None,
-            seconds=time.perf_counter() - clock,
-        )
+        return result_of(plan, target, (), None, clock)
     with session(options.address, use_gpus=options.device != "cpu"):
         workers, most = size_pool(options, node_resources(), len(plan.shards))
         say(f"workers: at most {most} on {workers.device}, each with {_amounts(workers.resources)}")
@@ -90,13 +84,7 @@ def merge_on_ray(
             pool.close()
             for part in parts_directory(target).glob("*.part"):  # of workers that were stopped
                 part.unlink(missing_ok=True)
-    return MergeResult(
-        out=target,
-        fingerprint=plan.fingerprint,
-        receipts=receipts,
-        verified=report,
-        seconds=time.perf_counter() - clock,
-    )
+    return result_of(plan, target, receipts, report, clock)
 
 
 def size_pool(

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from merge_core.errors import InputError, Problem
+from merge_core.errors import InputError, Problem, some_of
 
 Shape = tuple[int, ...]
 
@@ -103,12 +103,12 @@ def _differences(
     remedy = "Fetch the checkpoint again, or the config.json that belongs to it"
     missing = [name for name in expected if name not in found]
     if missing:
-        listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" * (len(missing) > 3))
+        listed = some_of(missing)
         yield Problem(f"the checkpoint lacks {listed}", where, remedy)
     extra = [name for name in found if _LAYER.match(name) and name not in expected]
     extra = [name for name in extra if not name.endswith("rotary_emb.inv_freq")]  # old, ignored
     if extra:
-        listed = ", ".join(extra[:3]) + (f" and {len(extra) - 3} more" * (len(extra) > 3))
+        listed = some_of(extra)
         yield Problem(f"config.json has no place for {listed}", where, remedy)
     wrong = [name for name in expected if name in found and found[name] != expected[name]]
     for name in wrong[:3]:

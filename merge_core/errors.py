@@ -106,6 +106,11 @@ def refuse(what: str, where: str, remedy: str) -> InputError:
     return InputError([Problem(what, where, remedy)])
 
 
+def some_of(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" * (len(names) > 3))
+
+
 class gathered:  # noqa: N801 - read as a verb: "with gathered(problems):"
     """Move the problems of an InputError raised inside into ``problems`` and go on.
 

@@ -78,7 +78,7 @@ def merge(
         plan = begin(plan, target, overwrite=overwrite)
         module = importing.result()
     if is_finished(target, plan):
-        return _result(plan, target, (), None, clock)
+        return result_of(plan, target, (), None, clock)
     assembly = Assembly(plan, target)
     worker = module.ShardWorker(plan, target, module.pick_device(device), choice=choice)
     with contextlib.closing(worker):
@@ -86,7 +86,7 @@ def merge(
     assembly.write_record()
     report = verify(target, level, committed=False, run=_watched(plan, watch))
     conclude(assembly, report)
-    return _result(plan, target, tuple(receipts), report, clock)
+    return result_of(plan, target, tuple(receipts), report, clock)
 
 
 def begin(plan: MergePlan, out: Path, *, overwrite: bool = False) -> MergePlan:
@@ -194,13 +194,14 @@ def _watched(
     return run
 
 
-def _result(
+def result_of(
     plan: MergePlan,
     out: Path,
     receipts: tuple[Receipt, ...],
     report: VerifyReport | None,
     clock: float,
 ) -> MergeResult:
+    """The result of a merge that began at ``clock``, by ``time.perf_counter``."""
     return MergeResult(
         out=out,
         fingerprint=plan.fingerprint,

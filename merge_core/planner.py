@@ -9,7 +9,7 @@ from typing import Any
 from merge_core.adapter import Adapter, open_adapter, parse_adapter
 from merge_core.architecture import is_tied
 from merge_core.checkpoint import Checkpoint, open_checkpoint
-from merge_core.errors import InputError, Problem, gathered, refuse
+from merge_core.errors import InputError, Problem, gathered, refuse, some_of
 from merge_core.layout import TensorSpec, lay_out
 from merge_core.plan import AdapterInput, LowRankUpdate, MergePlan, SavedCopy, Shard, TensorTask
 from merge_core.shards import OutputTensor, cut_shards, shard_name
@@ -138,7 +138,7 @@ def _unmatched(missing: list[str], adapter: Adapter, checkpoint: Checkpoint) -> 
         return []
     if missing == ["lm_head.weight"] and is_tied(checkpoint.config):
         return list(_tied_head(f"{adapter.path}, module lm_head").problems)
-    listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" * (len(missing) > 3))
+    listed = some_of(missing)
     return [
         Problem(
             f"the base has no {listed}",
@@ -161,7 +161,7 @@ def _without_factors(
     lost = [m for m in modules if m not in adapter.pairs and adapter.config.is_target(m)]
     if not lost:
         return []
-    listed = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" * (len(lost) > 3))
+    listed = some_of(lost)
     what = f"target_modules covers {listed}, for which the file holds no factors"
     return [Problem(what, str(adapter.path), "Save the adapter again; part of it is missing")]
 
