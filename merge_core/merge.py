@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from merge_core.worker import ShardWorker
 
 ATTEMPTS = 3
-"""Tries of a shard that runs out of memory, each with half the lanes. Other errors would meet
+"""Tries of a shard that runs out of memory, each with a third of the lanes. Other errors would meet
 the same process, device and disk again, so they end the merge at once."""
 
 Watch = Callable[[Progress], None]

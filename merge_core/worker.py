@@ -149,8 +149,8 @@ class ShardWorker:
 
     def _take_fewer_lanes(self) -> None:
         self._lanes.clear()
-        fewer = max(1, self.choice.lanes // 2)
-        reason = f"{fewer} lanes instead of {self.choice.lanes} after running out of memory"
+        fewer = max(1, self.choice.lanes // 3)  # 8, 2, 1: the last attempt is the smallest there is
+        reason = f"{fewer} {'lane' if fewer == 1 else 'lanes'} instead of {self.choice.lanes} after running out of memory"
         self.choice = dataclasses.replace(self.choice, lanes=fewer, reason=reason)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
