@@ -12,8 +12,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
 
 import pytest
 import torch
+from handmade import small_merge
 from hypothesis import settings
+from merged_by_hand import merged_names, write_out
 from models import DTYPES, make_adapter, make_base, oracle
+from scenes import AdapterScene, BaseScene
 from transformers.utils import logging
 
 from merge_core.plan import MergePlan
@@ -58,9 +61,27 @@ def wanted(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="session")
+def template(
+    base: Path,
+    adapter: Path,
+    wanted: dict[str, torch.Tensor],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A finished merge that holds ``wanted``. Not to be changed: damage ``finished``."""
+    out = tmp_path_factory.mktemp("template") / "out"
+    return write_out(out, wanted, merged_names(adapter), base=base, adapters={adapter: 1.0})
+
+
+@pytest.fixture(scope="session")
 def plan(base: Path, adapter: Path) -> MergePlan:
     """The merge of ``adapter`` into ``base``, in three shards, not sealed."""
     return make_plan(base, [adapter], shard_bytes=70_000)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> MergePlan:
+    """The merge of checkpoint and adapter written by hand, in several shards, not sealed."""
+    return small_merge(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture
@@ -74,7 +95,25 @@ def adapter_copy(adapter: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def finished(template: Path, tmp_path: Path) -> Path:
+    """A finished merge for the test to damage."""
+    return shutil.copytree(template, tmp_path / "out")
+
+
+@pytest.fixture
 def out(tmp_path: Path) -> Iterator[Path]:
     """Where to merge to; does not exist yet."""
     yield tmp_path / "out"
     shutil.rmtree(tmp_path / "out", ignore_errors=True)  # some are large
+
+
+@pytest.fixture
+def scene(tmp_path: Path, out: Path) -> BaseScene:
+    """A small merge, whose base or destination the test spoils."""
+    return BaseScene.make(tmp_path, out)
+
+
+@pytest.fixture
+def adapter_scene(tmp_path: Path, out: Path) -> AdapterScene:
+    """A small merge, whose adapter the test spoils."""
+    return AdapterScene.make(tmp_path, out)

@@ -13,9 +13,12 @@ from oracles import Delta, Tensors
 from safetensors.torch import save_file
 
 from merge_core.memory import LaneChoice
+from merge_core.plan import MergePlan
+from merge_core.planner import make_plan
 
 INDEX = "model.safetensors.index.json"
 TWO_LANES = LaneChoice(lanes=2, read_bytes=1 << 20, reason="the test says so")
+FOUR_LANES = LaneChoice(lanes=4, read_bytes=1 << 20, reason="the test says so")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +157,23 @@ def deltas_of(
     return {
         f"{module}.weight": [Delta(a=a, b=b, scaling=scaling)] for module, (a, b) in factors.items()
     }
+
+
+GEOMETRY = Geometry()
+FACTORS = random_factors(GEOMETRY.linear, dict.fromkeys(GEOMETRY.linear, 4))
+"""What ``small_merge`` merges: an adapter of rank 4 on every linear layer."""
+
+
+def small_merge(
+    path: Path,
+    tensors: Tensors | None = None,
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    **options: Any,
+) -> MergePlan:
+    """A base and an adapter below ``path``, planned in several shards, not sealed."""
+    base = write_base(path / "base", tensors or random_tensors(GEOMETRY), GEOMETRY.config)
+    adapter = write_adapter(path / "adapter", factors or FACTORS, r=4, lora_alpha=8)
+    return make_plan(base, [adapter], shard_bytes=18_000, **options)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -26,6 +26,8 @@ class Delta:
 
 
 Deltas = Mapping[str, Sequence[Delta]]
+Term = tuple[torch.Tensor, torch.Tensor, float]
+"""A, B and the scale of B @ A."""
 
 
 def merged_like_peft(base: Tensors, deltas: Deltas) -> Tensors:
@@ -34,6 +36,12 @@ def merged_like_peft(base: Tensors, deltas: Deltas) -> Tensors:
     for name, (delta,) in deltas.items():
         merged[name] += delta.product(torch.float32)
     return merged
+
+
+def plain_sum(base: torch.Tensor, terms: Sequence[Term]) -> torch.Tensor:
+    """As PEFT does it."""
+    total = sum(((b.float() @ a.float()) * s for a, b, s in terms), torch.zeros(()))
+    return base.float() + total
 
 
 def merged_exactly(base: Tensors, deltas: Deltas, dtype: torch.dtype | None = None) -> Tensors:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from models import assert_same_tensors, make_adapter, make_base, oracle, read_tensors
 
+from cluster.demo import LESSONS
 from cluster.session import session
 
 
@@ -34,7 +35,7 @@ def environment(home: Path) -> dict[str, str]:
 def raymeld(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).with_name("raymeld")), *map(str, words)]
     return subprocess.run(
-        command, cwd=cwd, env=environment(cwd), capture_output=True, text=True, timeout=120
+        command, cwd=cwd, env=environment(cwd), capture_output=True, text=True, timeout=300
     )
 
 
@@ -104,7 +105,7 @@ def test_a_flipped_bit_ends_verify_with_exit_code_3(
     done = raymeld("verify", out, cwd=tmp_path)
 
     assert done.returncode == 3
-    assert "1 checks failed" in done.stdout
+    assert "1 check failed" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -132,11 +133,15 @@ def test_wrong_input_ends_with_exit_code_2_and_one_paragraph(
     assert list(tmp_path.iterdir()) == []
 
 
+def package_of_the_user(directory: Path) -> None:
+    (directory / "cluster").mkdir()
+    (directory / "cluster" / "__init__.py").write_text("raise RuntimeError('not ours')")
+
+
 def test_ray_started_for_a_merge_leaves_nothing_and_ignores_a_users_package_called_cluster(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "cluster").mkdir()
-    (tmp_path / "cluster" / "__init__.py").write_text("raise RuntimeError('not ours')")
+    package_of_the_user(tmp_path)
 
     done = raymeld("merge", base, adapter, "--out", "out", "--workers", 1, cwd=tmp_path)
 
@@ -144,6 +149,20 @@ def test_ray_started_for_a_merge_leaves_nothing_and_ignores_a_users_package_call
     assert_same_tensors(read_tensors(tmp_path / "out"), oracle(base, adapter))
     assert {path.name for path in tmp_path.iterdir()} == {"cluster", "out"}  # HOME is here too
     assert ray_processes() == set()
+
+
+def test_the_demo_answers_like_base_and_adapter_also_beside_a_users_package_called_cluster(
+    tmp_path: Path,
+) -> None:
+    package_of_the_user(tmp_path)
+
+    done = raymeld("demo", cwd=tmp_path)
+
+    assert done.returncode == 0, done.stderr
+    said = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    answers = [line[1] for line in said if line[:1] == ["merged"] and line[1].startswith("'")]
+    assert len(answers) == len(LESSONS)
+    assert all(answer.strip("' ") in LESSONS.values() for answer in answers)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

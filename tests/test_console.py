@@ -200,10 +200,28 @@ def test_the_result_says_where_what_and_how_proven(
 
     assert result.verified is not None
     assert lines[0].startswith("layers 0-3: cpu on ")
-    assert lines[-3:] == [
+    assert lines[-4:] == [
         f"merged   28 tensors, {size:.2f} MB in 1.2 s, plan {merged.fingerprint[:12]}",
+        *console._change_lines(result),
         f"verified digest: {'; '.join(result.verified.checks)}",
         f"result   {merged.out}",
+    ]
+
+
+def test_the_result_says_how_much_changed_and_what_an_untrained_adapter_left_alone(
+    merged: MergeResult,
+) -> None:
+    norms = iter([(3.0, 0.3), (4.0, 0.0), (0.0, 0.0)])
+    first, *rest = [t for r in merged.receipts for t in r.tensors if t.delta_norm is not None]
+    rows = [
+        dataclasses.replace(row, base_norm=base, delta_norm=delta)
+        for row, (base, delta) in zip((first, *rest), norms, strict=False)
+    ]
+    receipt = dataclasses.replace(merged.receipts[0], tensors=tuple(rows))
+
+    assert console._change_lines(dataclasses.replace(merged, receipts=(receipt,))) == [
+        f"changed  by 6.00% of their norm, most in {first.tensor}: 10.00%",
+        "note     1 tensor did not change: the delta is zero",
     ]
 
 

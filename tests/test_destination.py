@@ -16,6 +16,7 @@ from handmade import (
     write_adapter,
     write_base,
 )
+from scenes import SMALL, BaseScene, Scene, adapter_of
 
 from merge_core.errors import InputError
 from merge_core.merge import MergeResult, merge
@@ -129,3 +130,51 @@ def test_whatever_else_changes_a_byte_makes_another_merge(
 
     with pytest.raises(InputError, match="holds a finished merge of plan"):
         merge(make_plan(base, [named], **options), out)
+
+
+def test_out_may_not_lie_in_what_is_read(scene: BaseScene, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(scene.base)
+    for out in (scene.base, scene.base / "out", tmp_path, tmp_path / "link" / "out"):
+        scene.out = out
+        assert f"OUT and BASE ({scene.base}) lie in one another" in scene.refusal()
+    scene.out = scene.adapter / "out"
+    assert f"OUT and ADAPTER ({scene.adapter}) lie in one another" in scene.refusal()
+
+
+def test_out_that_is_not_ours_is_left_alone(scene: BaseScene) -> None:
+    scene.out.write_text("mine")
+    assert "OUT is a file" in scene.refusal()
+    scene.out.unlink()
+    scene.out.mkdir()
+    (scene.out / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        text = scene.refusal(overwrite=overwrite)
+        assert "OUT is not empty, and raymeld did not make it" in text
+
+
+def test_an_unfinished_merge_in_out_is_refused(scene: BaseScene) -> None:
+    fingerprint = scene.merge().fingerprint
+    (scene.out / "config.json").unlink()
+    assert f"OUT holds an unfinished merge of plan {fingerprint[:12]}" in scene.refusal()
+
+
+def test_a_merge_that_is_already_there_is_not_done_again(scene: BaseScene) -> None:
+    first = scene.merge()
+    times = {path: path.stat().st_mtime_ns for path in scene.out.rglob("*")}
+    again = scene.merge()
+    assert (again.verified, again.receipts) == (None, ())
+    assert again.fingerprint == first.fingerprint
+    assert {path: path.stat().st_mtime_ns for path in scene.out.rglob("*")} == times
+
+
+def test_another_merge_in_out_is_replaced_only_when_asked(scene: BaseScene, tmp_path: Path) -> None:
+    first = scene.merge()
+    (scene.out / "notes.txt").write_text("mine")
+    scene.adapter = adapter_of(SMALL, tmp_path / "other", seed=2)
+    elsewhere = Scene(scene.base, scene.adapter, tmp_path / "elsewhere")
+    second = elsewhere.merge()
+    text = scene.refusal()
+    for said in (first.fingerprint[:12], second.fingerprint[:12], "a finished", "--overwrite"):
+        assert said in text
+    scene.merge(overwrite=True)
+    assert published(scene.out) == {**published(elsewhere.out), "notes.txt": b"mine"}

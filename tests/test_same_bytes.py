@@ -23,9 +23,9 @@ from handmade import (
     write_base,
     write_raw,
 )
+from merged_by_hand import NAMES, naive_digest, raw
 from models import assert_same_tensors, read_tensors
 from oracles import merged_like_peft
-from test_verify_sample import NAMES, naive_digest, raw
 
 from merge_core import storage
 from merge_core.commit import Assembly

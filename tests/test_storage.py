@@ -19,7 +19,14 @@ from hypothesis import strategies as st
 from merge_core import storage
 from merge_core.errors import StorageError
 from merge_core.layout import ALIGNMENT
-from merge_core.storage import SLACK, FileIdentity, PartFile, RangeReader, write_durably
+from merge_core.storage import (
+    SLACK,
+    FileIdentity,
+    PartFile,
+    RangeReader,
+    copy_durably,
+    write_durably,
+)
 
 SIZE = 5 * ALIGNMENT + 123
 CONTENT = Random(7).randbytes(SIZE)
@@ -233,11 +240,27 @@ def test_a_durable_write_that_fails_leaves_the_old_content_or_all_of_the_new(
         with pytest.raises(StorageError, match="broken disk"):
             write_durably(path, b"new")
 
-    assert path.read_bytes() == kept
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": kept}
     assert descriptors() == before
 
     write_durably(path, b"newer")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"newer"}
+
+
+def test_a_copy_takes_every_byte_and_a_source_that_is_gone_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "COPY_BYTES", 4)
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"0123456789")
+
+    assert copy_durably(source, target) == 10
+    assert target.read_bytes() == b"0123456789"
+
+    source.unlink()
+    with pytest.raises(StorageError, match=str(source)):
+        copy_durably(source, target)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"target": b"0123456789"}
 
 
 def test_every_descriptor_is_closed(tmp_path: Path, stored: Path, opened: int) -> None:

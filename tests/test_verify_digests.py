@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_verify_sample import naive_digest, write_weights
+from merged_by_hand import naive_digest, write_weights
 
 from merge_core.verify import FileCheck, check_file, digests
 from merge_core.verify.ledger import Row

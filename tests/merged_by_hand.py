@@ -1,4 +1,4 @@
-"""Builds merged checkpoints by hand, for the tests of ``merge_core.verify``; and tests the builder.
+"""Finished merges written by hand, and what ``verify`` finds in them.
 
 Nothing here uses the merge: files, index, plan and ledger are written from their descriptions.
 """
@@ -6,18 +6,29 @@ Nothing here uses the merge: files, index, plan and ledger are written from thei
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import torch
 import xxhash
+from oracles import Term
 from pyarrow import parquet
 from safetensors.torch import load_file
 
-from merge_core.verify import verify
+from merge_core.verify import FileCheck, Finding, check_file, verify
+from merge_core.verify.against_base import Comparison
+from merge_core.verify.header import read_header
+from merge_core.verify.recipe import Delta
+from merge_core.verify.weights import BaseTensor
 
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64"}
+FLOATS = [torch.bfloat16, torch.float16, torch.float32]
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+INDEX, LEDGER = "model.safetensors.index.json", ".raymeld/ledger.parquet"
+GATE = "model.layers.0.mlp.gate_proj.weight"
+Q0, Q1 = (f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1))
+NORM = "model.layers.0.input_layernorm.weight"
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -75,10 +86,7 @@ def write_out(
     write_ledger(out, ledger)
     if files > 1:
         size = sum(row["nbytes"] for row in ledger)
-        write_json(
-            out / "model.safetensors.index.json",
-            {"metadata": {"total_size": size}, "weight_map": homes},
-        )
+        write_json(out / INDEX, {"metadata": {"total_size": size}, "weight_map": homes})
     inputs = [{"path": str(path), "weight": weight} for path, weight in adapters.items()]
     plan = {"fingerprint": "f", "base": str(base), "adapters": inputs}
     write_json(out / ".raymeld" / "plan.json", plan)
@@ -86,16 +94,23 @@ def write_out(
 
 
 def write_ledger(out: Path, rows: list[dict[str, object]]) -> None:
-    parquet.write_table(pa.Table.from_pylist(rows), out / ".raymeld" / "ledger.parquet")
+    parquet.write_table(pa.Table.from_pylist(rows), out / LEDGER)
 
 
 def read_rows(out: Path) -> list[dict[str, object]]:
-    with open(out / ".raymeld" / "ledger.parquet", "rb") as file:
+    with open(out / LEDGER, "rb") as file:
         return parquet.ParquetFile(file).read().to_pylist()
 
 
 def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content))
+
+
+def merged_names(adapter: Path) -> dict[str, str]:
+    """``merged`` for each tensor that the adapter's keys name."""
+    keys = load_file(adapter / "adapter_model.safetensors")
+    modules = {key.split(".lora_")[0].removeprefix("base_model.model.") for key in keys}
+    return {f"{module}.weight": "merged" for module in modules}
 
 
 def found(out: Path, level: str, **options: object) -> list[tuple[str, str]]:
@@ -105,32 +120,31 @@ def found(out: Path, level: str, **options: object) -> list[tuple[str, str]]:
     return [(finding.check, finding.where) for finding in report.findings]
 
 
-def test_safetensors_reads_what_the_builder_writes(tmp_path: Path) -> None:
-    tensors = {
-        "a": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
-        "b": torch.arange(3),
-        "empty": torch.zeros(0, 4),
-    }
-
-    write_weights(tmp_path / "x.safetensors", tensors)
-
-    read = load_file(tmp_path / "x.safetensors")
-    assert list(read) == sorted(tensors)
-    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
-    start = (tmp_path / "x.safetensors").stat().st_size - sum(len(raw(t)) for t in tensors.values())
-    assert start == 4096
-
-
-def test_a_checkpoint_without_anything_merged_is_right(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    base.mkdir()
-    write_json(base / "config.json", {"model_type": "qwen2"})
-    write_weights(base / "model.safetensors", {"n": torch.ones(3), "s": torch.tensor(5)})
-    out = write_out(
-        tmp_path / "out", load_file(base / "model.safetensors"), base=base, adapters={}, files=1
+def compare(
+    directory: Path, out: torch.Tensor, base: torch.Tensor, terms: Sequence[Term] = ()
+) -> list[Finding]:
+    """Findings about ``out`` as the sum of ``base`` and the terms (A, B, scale)."""
+    files = [directory / name for name in ("out.safetensors", "base.safetensors", "lora")]
+    write_weights(files[0], {"w": out})
+    # The tensor before it moves the base's data off the page.
+    write_weights(files[1], {"pad": torch.zeros(3, dtype=torch.bfloat16), "w": base})
+    write_weights(
+        files[2],
+        {
+            f"{n}{name}": t
+            for n, term in enumerate(terms)
+            for name, t in zip("AB", term, strict=False)
+        },
     )
-
-    report = verify(out, "numeric")
-
-    assert report.findings == ()
-    assert (report.files, report.tensors, report.bytes_read) == (1, 2, 3 * 20)
+    deltas = tuple(
+        Delta(path=str(files[2]), a=f"{n}A", b=f"{n}B", scale=term[2], transposed=False)
+        for n, term in enumerate(terms)
+    )
+    source = BaseTensor(path=str(files[1]), entry=read_header(files[1])[1])
+    check = FileCheck(
+        path=str(files[0]),
+        level="numeric",
+        rows=None,
+        comparisons=(Comparison(tensor="w", base=source, deltas=deltas),),
+    )
+    return list(check_file(check).findings)

@@ -1,0 +1,154 @@
+"""Factors that make no delta, keys of other methods and damaged files are refused by name."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from handmade import Geometry, keyed, random_factors, random_tensors, write_adapter, write_base
+from safetensors.torch import load_file, save_file
+from scenes import QA, QB, AdapterScene, Q
+
+from merge_core.peft_fields import FEATURE_KEYS
+
+
+def test_an_adapter_for_another_size_is_refused(adapter_scene: AdapterScene) -> None:
+    adapter_scene.keep(**{QA: torch.ones(4, 64), QB: torch.ones(64, 4)})
+    said = f"module {Q}: the delta is [64, 64], the base tensor [32, 32]"
+    assert said in adapter_scene.refusal()
+
+
+def test_layers_that_the_base_lacks_are_refused(adapter_scene: AdapterScene) -> None:
+    deep = Geometry(layers=6)
+    ranks = {f"model.layers.{n}.self_attn.q_proj": 4 for n in range(6)}
+    write_adapter(adapter_scene.adapter, random_factors(deep.linear, ranks), r=4, lora_alpha=8)
+    names = ", ".join(f"model.layers.{n}.self_attn.q_proj.weight" for n in (1, 2, 3))
+    assert f"the base has no {names} and 2 more" in adapter_scene.refusal()
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({QB: None}, f"module {Q}: has lora_A but no lora_B"),
+        ({QA: None}, f"module {Q}: has lora_B but no lora_A"),
+        (
+            {QA: torch.ones(2, 32), QB: torch.ones(32, 2)},
+            "lora_A has rank 2, lora_B 2, the config says 4",
+        ),
+        ({QB: torch.ones(32, 2)}, "lora_A has rank 4, lora_B 2, the config says 4"),
+        ({QA: torch.ones(4)}, f"{QA} has shape [4], not two sizes above 0"),
+        ({QA: torch.ones(0, 32)}, f"{QA} has shape [0, 32], not two sizes above 0"),
+        ({QA: torch.ones(4, 32).to(torch.float64)}, f"{QA} is F64, not F32, F16 or BF16"),
+        ({"what.is.this": torch.ones(1)}, "key 'what.is.this' is not known"),
+        (
+            {"model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(4, 32)},
+            "is not known, and nothing is dropped silently",
+        ),
+    ],
+)
+def test_factors_that_make_no_delta_are_refused(
+    adapter_scene: AdapterScene, tensors: dict[str, torch.Tensor | None], said: str
+) -> None:
+    adapter_scene.keep(**tensors)
+    assert said in adapter_scene.refusal()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_factor_that_is_not_finite_is_refused_with_its_row(
+    adapter_scene: AdapterScene, dtype: torch.dtype, value: float
+) -> None:
+    factor = torch.full((32, 4), torch.finfo(dtype).max, dtype=dtype)
+    factor[17, 2] = value
+    adapter_scene.keep(**{QB: factor})
+    assert f"tensor {QB!r}: holds NaN or infinity in row 17" in adapter_scene.refusal()
+
+
+def test_an_empty_adapter_is_refused(adapter_scene: AdapterScene) -> None:
+    save_file({}, adapter_scene.adapter / "adapter_model.safetensors")
+    assert "the adapter is empty: it holds no tensor" in adapter_scene.refusal()
+    (adapter_scene.adapter / "adapter_model.safetensors").unlink()
+    assert "has neither adapter_model.safetensors nor adapter_model.bin" in adapter_scene.refusal()
+
+
+class Payload:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
+    adapter_scene: AdapterScene, tmp_path: Path, zipped: bool
+) -> None:
+    (adapter_scene.adapter / "adapter_model.safetensors").unlink()
+    file, ran = adapter_scene.adapter / "adapter_model.bin", tmp_path / "ran"
+    if zipped:
+        torch.save({QA: torch.ones(4, 32), QB: Payload(ran)}, file)
+    else:
+        file.write_bytes(pickle.dumps(Payload(ran)))
+    assert "adapter_model.bin: cannot be loaded with weights_only" in adapter_scene.refusal()
+    assert not ran.exists()
+
+
+def test_a_damaged_pickle_is_refused(adapter_scene: AdapterScene) -> None:
+    state = load_file(adapter_scene.adapter / "adapter_model.safetensors")
+    (adapter_scene.adapter / "adapter_model.safetensors").unlink()
+    file = adapter_scene.adapter / "adapter_model.bin"
+    torch.save(state, file)
+    content = file.read_bytes()
+    for size in (len(content) - 1, len(content) // 2, 10, 0):
+        file.write_bytes(content[:size])
+        assert "adapter_model.bin: cannot be loaded with weights_only" in adapter_scene.refusal()
+    for other in ([1, 2], {**state, 7: torch.ones(1)}, {**state, QA: 1.0}, torch.ones(1)):
+        torch.save(other, file)
+        assert "adapter_model.bin: holds " in adapter_scene.refusal()
+
+
+def test_lora_on_a_tied_head_is_refused(adapter_scene: AdapterScene, tmp_path: Path) -> None:
+    tied = Geometry(layers=1, tied=True)
+    adapter_scene.base = write_base(tmp_path / "tied", random_tensors(tied), tied.config)
+    factors = random_factors({"lm_head": (80, 32)}, {"lm_head": 4})
+    save_file(keyed(factors), adapter_scene.adapter / "adapter_model.safetensors")
+    assert "LoRA on an lm_head that is tied" in adapter_scene.refusal()
+
+
+KEYS = {
+    f"{Q}.lora_magnitude_vector.weight": "DoRA",
+    f"{Q}.lora_magnitude_vector": "DoRA",
+    f"{Q}.lora_B.bias": "a bias on lora_B (lora_bias)",
+    "model.embed_tokens.lora_embedding_A": "LoRA on embeddings",
+    "model.embed_tokens.lora_embedding_B": "LoRA on embeddings",
+    "model.embed_tokens.token_adapter.trainable_tokens_delta": "trainable tokens",
+    "model.embed_tokens.trainable_tokens_delta": "trainable tokens",
+    "lm_head.modules_to_save.weight": "fully trained modules (modules_to_save)",
+    f"{Q}.lora_velora_embed.weight": "VeLoRA",
+    f"{Q}.lora_monteclora_sampler.std": "MonteCLoRA",
+    f"{Q}.lora_diag": "KaSA",
+    f"{Q}.base_layer.lora_A.weight": "LoRA on parameters (target_parameters)",
+    f"{Q}.bias": "trained biases (bias)",
+    f"{Q}.lora_E": "AdaLoRA",
+    f"{Q}.ranknum": "AdaLoRA",
+    "lm_head.weight": "fully trained modules (modules_to_save)",
+}
+
+
+@pytest.mark.parametrize(("key", "feature"), KEYS.items())
+def test_a_feature_among_the_keys_is_refused_by_name(
+    adapter_scene: AdapterScene, key: str, feature: str
+) -> None:
+    name = f"base_model.model.{key}"
+    adapter_scene.keep(**{name: torch.ones(2)})
+    assert f"{feature} is not merged yet (1 tensor, such as {name!r})" in adapter_scene.refusal()
+
+
+def test_every_kind_of_key_is_tried() -> None:
+    assert set(KEYS.values()) == {feature for _, feature in FEATURE_KEYS}
