@@ -71,10 +71,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if config is not None and files:
         with gathered(problems):
             notes += check_architecture(config, _shapes(files), str(path))
+    side_files = _side_files(path, problems)
     if problems or config is None:
         raise InputError(problems)
     return Checkpoint(
-        path=path, config=config, files=files, side_files=_side_files(path), notes=tuple(notes)
+        path=path, config=config, files=files, side_files=side_files, notes=tuple(notes)
     )
 
 
@@ -224,15 +225,22 @@ def _shapes(files: tuple[WeightFile, ...]) -> dict[str, tuple[int, ...]]:
     return {tensor.name: tensor.shape for file in files for tensor in file.tensors}
 
 
-def _side_files(path: Path) -> tuple[FileIdentity, ...]:
+def _side_files(path: Path, problems: list[Problem]) -> tuple[FileIdentity, ...]:
     names = [
         entry.name
         for entry in path.iterdir()
-        if entry.is_file()
+        if not entry.is_dir()
         and not entry.name.startswith(".")
         and not entry.name.endswith((*_WEIGHT_SUFFIXES, ".index.json"))
         and entry.name not in _NOT_CARRIED
     ]
     if (path / TEMPLATES).is_dir():
         names += [f"{TEMPLATES}/{entry.name}" for entry in (path / TEMPLATES).glob("*.jinja")]
-    return tuple(FileIdentity.of(path, name) for name in sorted(names))
+    problems += [
+        Problem(
+            "is a link that leads nowhere, or no file that may be read", str(path / name), _FETCH
+        )
+        for name in names
+        if not (path / name).is_file() or not os.access(path / name, os.R_OK)
+    ]
+    return () if problems else tuple(FileIdentity.of(path, name) for name in sorted(names))

@@ -21,7 +21,7 @@ from merge_core.errors import RaymeldError
 from merge_core.ledger import Receipt, write_ledger
 from merge_core.output import current_run, parts_directory, receipts_directory, state_directory
 from merge_core.plan import MergePlan, Shard
-from merge_core.storage import replaced, reported, sync_directory, write_durably
+from merge_core.storage import copy_durably, replaced, reported, sync_directory, write_durably
 
 
 class Assembly:
@@ -150,13 +150,10 @@ class Assembly:
     def _copy_side_files(self) -> None:
         for file in self._plan.side_files:
             source, target = self._plan.base / file.name, self._out / file.name
-            with reported(source):
-                data = source.read_bytes()
-            if len(data) != file.size:
-                raise replaced(source)
             with reported(target):
                 target.parent.mkdir(exist_ok=True)
-            write_durably(target, data)
+            if copy_durably(source, target) != file.size:
+                raise replaced(source)
 
 
 def index_json(plan: MergePlan) -> bytes:

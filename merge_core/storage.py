@@ -25,6 +25,9 @@ widens to the page before and the page after."""
 DIRECT_MIN_BYTES = 256 << 10
 """Below this a direct read costs a whole device round trip where readahead has it at hand."""
 
+COPY_BYTES = 1 << 20
+"""Of a side file at a time: most fit, and none may cost memory however large it is."""
+
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _REFUSALS = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
@@ -200,19 +203,42 @@ class PartFile:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Replace ``path`` with ``data``: after a crash it holds the old content or all of the new."""
+    with _replacing(path) as descriptor, reported(path):
+        _write_all(descriptor, memoryview(data), 0)
+
+
+def copy_durably(source: Path, target: Path) -> int:
+    """Replace ``target`` with the content of ``source`` and return its size.
+
+    Raises:
+        StorageError: naming the file that could not be read or written.
+    """
+    copied = 0
+    with reported(source), source.open("rb") as file, _replacing(target) as descriptor:
+        while data := file.read(COPY_BYTES):
+            with reported(target):
+                _write_all(descriptor, memoryview(data), copied)
+            copied += len(data)
+    return copied
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[int]:
+    """A descriptor whose content becomes that of ``path`` if nothing is raised inside."""
     temporary = path.with_name(f".{path.name}.tmp")
     with reported(path):
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            _write_all(descriptor, memoryview(data), 0)
+    try:
+        yield descriptor
+        with reported(path):
             os.fsync(descriptor)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(descriptor)
-        os.rename(temporary, path)
-        sync_directory(path.parent)
+            os.rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+    sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:
