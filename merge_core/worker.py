@@ -8,11 +8,13 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from merge_core.errors import DeviceMemoryError, refuse
+from merge_core.errors import DeviceMemoryError, counted, refuse
 from merge_core.factors import FactorSource
 from merge_core.kernel import LoadedUpdate
 from merge_core.lanes import Lane, out_of_memory_reported
@@ -70,10 +72,14 @@ class ShardWorker:
         self._device = torch.device(device)
         self.choice = choice or choose_lanes(plan, device, measure_memory(device))
         self._lanes: list[Lane] = []
-        self._factors = [FactorSource(adapter) for adapter in plan.adapters]
-        for file in plan.base_files:
-            file.check(plan.base)
-        self._readers = [RangeReader(plan.base / file.name) for file in plan.base_files]
+        with contextlib.ExitStack() as inputs:
+            opened = inputs.enter_context
+            self._factors = [opened(closing(FactorSource(one))) for one in plan.adapters]
+            for file in plan.base_files:
+                file.check(plan.base)
+            paths = [plan.base / file.name for file in plan.base_files]
+            self._readers = [opened(closing(RangeReader(path))) for path in paths]
+            self._inputs = inputs.pop_all()
 
     def merge(self, index: int, attempt: int, watch: Callable[[int], None]) -> Receipt:
         """Merge shard ``index`` into a part of its own; leaves nothing behind if it fails.
@@ -118,10 +124,7 @@ class ShardWorker:
 
     def close(self) -> None:
         """Close the input files."""
-        for source in self._factors:
-            source.close()
-        for reader in self._readers:
-            reader.close()
+        self._inputs.close()
 
     def _stream(
         self, shard: Shard, part: PartFile, watch: Callable[[int], None]
@@ -149,8 +152,10 @@ class ShardWorker:
 
     def _take_fewer_lanes(self) -> None:
         self._lanes.clear()
-        fewer = max(1, self.choice.lanes // 3)  # 8, 2, 1: the last attempt is the smallest there is
-        reason = f"{fewer} {'lane' if fewer == 1 else 'lanes'} instead of {self.choice.lanes} after running out of memory"
+        fewer = max(1, self.choice.lanes // 3)  # 8, 2, 1: the third attempt is the smallest
+        reason = (
+            f"{counted(fewer, 'lane')} instead of {self.choice.lanes} after running out of memory"
+        )
         self.choice = dataclasses.replace(self.choice, lanes=fewer, reason=reason)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -171,13 +176,18 @@ class ShardWorker:
 def exact_float32() -> Iterator[None]:
     """Products in real float32 (no TF32, no bfloat16 shortcuts), the caller's settings restored.
 
-    The thread count is restored too: lanes set theirs to one, which torch also takes as the
-    default of threads that start later.
+    Set where each backend looks: the older ``torch.set_float32_matmul_precision`` raises once a
+    program has used these. The thread count is restored too: lanes set theirs to one, which torch
+    also takes as the default of threads that start later.
     """
-    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    torch.set_float32_matmul_precision("highest")
+    mkldnn: Any = torch.backends.mkldnn
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, mkldnn.matmul)
+    before, threads = [backend.fp32_precision for backend in backends], torch.get_num_threads()
+    for backend in backends:
+        backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
         torch.set_num_threads(threads)
