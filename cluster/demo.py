@@ -167,6 +167,6 @@ def _byte_tokenizer() -> Any:
 def _raymeld(*arguments: object) -> None:
     words = [str(argument) for argument in arguments]
     print(f"   $ raymeld {shlex.join(words)}", flush=True)
-    done = subprocess.run([sys.executable, "-m", "cluster.cli", *words], check=False)
+    done = subprocess.run([sys.executable, "-P", "-m", "cluster.cli", *words], check=False)
     if done.returncode:
         raise RaymeldError(f"raymeld {words[0]} ended with exit code {done.returncode}")
