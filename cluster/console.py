@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,7 +25,8 @@ from rich.progress import (
 )
 
 from cluster.pools import EligiblePool
-from merge_core.errors import RaymeldError
+from merge_core.errors import RaymeldError, counted
+from merge_core.ledger import TensorRecord
 from merge_core.merge import MergeResult
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress
@@ -138,7 +140,7 @@ def plan_lines(plan: MergePlan, pools: Sequence[EligiblePool]) -> list[str]:
     named = plan.config.get("architectures")
     kind = named[0] if isinstance(named, list) and named else "unknown architecture"
     size = sum(shard.size for shard in plan.shards)
-    files = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} files"
+    files = counted(len(plan.shards), "file")
     return [
         f"base     {plan.base}: {kind}, {tensors} tensors, {_gb(plan.total_size)}",
         *(f"adapter  {a.path}, weight {a.weight:g}" for a in plan.adapters),
@@ -174,13 +176,33 @@ def result_lines(result: MergeResult, plan: MergePlan) -> list[str]:
     if result.verified is None:
         return [f"{result.out} already holds this merge ({result.fingerprint[:12]}); nothing done"]
     size, plan_id = sum(shard.size for shard in plan.shards), result.fingerprint[:12]
-    merged = sum(t.action == "merged" for r in result.receipts for t in r.tensors)
+    merged = counted(sum(t.action == "merged" for t in _tensors(result)), "tensor")
     return [
         *(f"{layers}: {where}" for layers, where in device_map(result, plan)),
-        f"merged   {merged} tensors, {_gb(size)} in {result.seconds:.1f} s, plan {plan_id}",
+        f"merged   {merged}, {_gb(size)} in {result.seconds:.1f} s, plan {plan_id}",
+        *_change_lines(result),
         f"verified {result.verified.level}: {'; '.join(result.verified.checks)}",
         f"result   {result.out}",
     ]
+
+
+def _change_lines(result: MergeResult) -> list[str]:
+    """By how much the weights changed: an adapter that was never trained shows here."""
+    rows = [(t.base_norm, t.delta_norm or 0.0, t.tensor) for t in _tensors(result) if t.base_norm]
+    if not rows:
+        return []
+    bases, deltas, _ = zip(*rows, strict=True)
+    most, where = max((delta / base, tensor) for base, delta, tensor in rows)
+    idle = deltas.count(0.0)
+    whole = math.hypot(*deltas) / math.hypot(*bases)
+    return [
+        f"changed  by {whole:.2%} of their norm, most in {where}: {most:.2%}",
+        *[f"note     {counted(idle, 'tensor')} did not change: the delta is zero"] * (idle > 0),
+    ]
+
+
+def _tensors(result: MergeResult) -> list[TensorRecord]:
+    return [tensor for receipt in result.receipts for tensor in receipt.tensors]
 
 
 def result_document(result: MergeResult, plan: MergePlan) -> dict[str, Any]:
@@ -201,11 +223,12 @@ def result_document(result: MergeResult, plan: MergePlan) -> dict[str, Any]:
 def report_lines(report: VerifyReport) -> list[str]:
     """A verification as a person reads it."""
     size, seconds = _gb(report.bytes_read), report.seconds
-    state = "ok" if report.ok else f"{len(report.findings)} checks failed"
+    files, tensors = counted(report.files, "file"), counted(report.tensors, "tensor")
+    state = "ok" if report.ok else f"{counted(len(report.findings), 'check')} failed"
     return [
         *(f"failed   {finding}" for finding in report.findings),
         f"verified {report.out} at level {report.level}: {state}",
-        f"read     {report.files} files, {report.tensors} tensors, {size} in {seconds:.1f} s",
+        f"read     {files}, {tensors}, {size} in {seconds:.1f} s",
         *(f"checked  {check}" for check in report.checks),
     ]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from merge_core.adapter_config import MAX_ALPHA, LoraConfig, read_config
 from merge_core.checkpoint import read_header, read_json
-from merge_core.errors import InputError, Problem, gathered, refuse
+from merge_core.errors import InputError, Problem, counted, gathered, refuse
 from merge_core.layout import TensorSpec
 from merge_core.peft_fields import FEATURE_KEYS
 from merge_core.storage import FileIdentity
@@ -90,7 +90,9 @@ def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
     pairs = {} if config is None else _pairs(tensors, config, str(path), problems)
     if config is None or problems:
         raise InputError(problems)
-    both = (path / SAFETENSORS).exists() and (path / PICKLE).exists()
+    notes = [f"{path}: {slip} matches no module" for slip in config.idle_patterns(pairs)]
+    if name == SAFETENSORS and (path / PICKLE).exists():
+        notes.append(f"{path}: {PICKLE} is left out, as PEFT does beside {SAFETENSORS}")
     return Adapter(
         path=path,
         weight=weight,
@@ -98,7 +100,7 @@ def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
         config=config,
         pairs=pairs,
         copies=_copies(tensors),
-        notes=(f"{path}: {PICKLE} is left out, as PEFT does beside {SAFETENSORS}",) * both,
+        notes=tuple(notes),
     )
 
 
@@ -190,7 +192,8 @@ def _refuse_strange_keys(tensors: tuple[TensorSpec, ...], path: Path) -> None:
             what = f"key {name!r} is not known, and nothing is dropped silently"
             problems.append(Problem(what, str(path), _REPAIR))
     for feature, names in by_feature.items():
-        what = f"{feature} is not merged yet ({len(names)} tensors, such as {names[0]!r})"
+        which = f"{counted(len(names), 'tensor')}, such as {names[0]!r}"
+        what = f"{feature} is not merged yet ({which})"
         problems.append(Problem(what, str(path), _NOT_YET))
     if problems:
         raise InputError(problems)

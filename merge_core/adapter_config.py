@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -59,6 +59,19 @@ class LoraConfig:
         rank = _first_match(self.rank_pattern, module, self.rank)
         alpha = _first_match(self.alpha_pattern, module, self.alpha)
         return rank, alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def idle_patterns(self, modules: Iterable[str]) -> list[str]:
+        """Keys of the two patterns that match none of ``modules``; a slip, more often than not."""
+        paths = list(modules)
+        return [
+            f"{field} {key!r}"
+            for field, pattern in (
+                ("rank_pattern", self.rank_pattern),
+                ("alpha_pattern", self.alpha_pattern),
+            )
+            for key in pattern
+            if not any(re.match(_at_end(key), path) for path in paths)
+        ]
 
 
 def read_config(fields: Mapping[str, Any], where: str) -> LoraConfig:

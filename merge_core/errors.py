@@ -111,6 +111,11 @@ def some_of(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" * (len(names) > 3))
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 lane``, ``3 lanes``."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 class gathered:  # noqa: N801 - read as a verb: "with gathered(problems):"
     """Move the problems of an InputError raised inside into ``problems`` and go on.
 

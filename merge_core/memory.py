@@ -12,7 +12,7 @@ from pathlib import Path
 
 from merge_core.blocks import largest_block
 from merge_core.digest import CELL_BYTES
-from merge_core.errors import DeviceMemoryError
+from merge_core.errors import DeviceMemoryError, counted
 from merge_core.layout import DTYPE_BYTES, TensorSpec
 from merge_core.plan import MergePlan
 from merge_core.storage import SLACK
@@ -152,7 +152,7 @@ def _elements(*factors: TensorSpec) -> int:
 def _reason(lanes: int, read_bytes: int, host: int, vram: int, found: Memory) -> str:
     parts = [f"{_mb(host)} of memory"] + [f"{_mb(vram)} of VRAM"] * (found.device is not None)
     return (
-        f"{lanes} {'lane' if lanes == 1 else 'lanes'} of {read_bytes >> 20} MiB reads need {' and '.join(parts)};"
+        f"{counted(lanes, 'lane')} of {read_bytes >> 20} MiB reads need {' and '.join(parts)};"
         f" found free: {_found(found)}"
     )
 

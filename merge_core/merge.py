@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from merge_core.commit import Assembly
-from merge_core.errors import DeviceMemoryError, InputError, VerificationError
+from merge_core.errors import DeviceMemoryError, InputError, VerificationError, counted
 from merge_core.factors import seal
 from merge_core.ledger import Receipt
 from merge_core.output import check_location, is_finished, prepare
@@ -120,8 +120,9 @@ def conclude(publisher: Publisher, report: VerifyReport) -> None:
     if not report.ok:
         found = "; ".join(f"{f.where}: {f.what}" for f in report.findings[:5])
         more = len(report.findings) - 5
+        found += f"; and {more} more" * (more > 0)
         raise VerificationError(
-            f"{len(report.findings)} checks failed: {found}" + f"; and {more} more" * (more > 0),
+            f"{counted(len(report.findings), 'check')} failed: {found}",
             str(report.out),
             "Nothing was published; check disk and memory, and merge again with --overwrite.",
         )

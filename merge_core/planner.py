@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -239,8 +240,16 @@ def _assemble(
             _shard(n, shard_name(n + 1, len(cut)), tensors, sources, updates)
             for n, tensors in enumerate(cut)
         ),
-        notes=(*checkpoint.notes, *(note for a in adapters for note in a.notes)),
+        notes=(*checkpoint.notes, *_notes_of(adapters)),
     )
+
+
+def _notes_of(adapters: Sequence[Adapter]) -> Iterator[str]:
+    times = Counter(adapter.path for adapter in adapters)
+    yield from (
+        f"{path} is given {n} times, and added {n} times" for path, n in times.items() if n > 1
+    )
+    yield from dict.fromkeys(note for adapter in adapters for note in adapter.notes)
 
 
 def _shard(
