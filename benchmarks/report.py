@@ -12,6 +12,9 @@ from typing import Any
 
 from measure import Measured
 
+CHECKOUT = Path(__file__).resolve().parent.parent
+"""Left out of the commands that are kept: where it lies says nothing to others."""
+
 YARDSTICK = "cp"
 """The row that the others are compared with, round by round."""
 
@@ -78,7 +81,7 @@ class Report:
             {
                 "name": row.name,
                 "title": row.title,
-                "command": list(row.command),
+                "command": [word.replace(f"{CHECKOUT}/", "") for word in row.command],
                 "median_seconds": median(run.seconds for run in row.runs.values()),
                 "ratio_to_cp": median(self.ratios(row)) if self.ratios(row) else None,
                 "runs": [{"round": n, **dataclasses.asdict(run)} for n, run in row.runs.items()],
