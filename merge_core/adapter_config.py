@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -70,7 +71,7 @@ class LoraConfig:
                 ("alpha_pattern", self.alpha_pattern),
             )
             for key in pattern
-            if not any(re.match(_at_end(key), path) for path in paths)
+            if not any(map(_at_end(key).match, paths))
         ]
 
 
@@ -113,13 +114,15 @@ def _first_match(pattern: Mapping[str, T], module: str, default: T) -> T:
     must match the whole path or a suffix of it that starts behind a dot.
     """
     for key, value in pattern.items():
-        if re.match(_at_end(key), module):
+        if _at_end(key).match(module):
             return value
     return default
 
 
-def _at_end(key: str) -> str:
-    return rf"(.*\.)?({key})$"
+@functools.cache
+def _at_end(key: str) -> re.Pattern[str]:
+    """Kept, since some adapters have a key for each of a thousand modules: re keeps only 512."""
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def _other_tuner(kind: Any, where: str) -> Problem:
@@ -202,7 +205,7 @@ def _is_regex(text: str) -> bool:
     if len(text) > 1000 or _NESTED.search(text):
         return False
     try:
-        re.compile(_at_end(text))
+        _at_end(text)
     except (re.error, RecursionError, OverflowError):
         return False
     return True
