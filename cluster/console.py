@@ -188,12 +188,13 @@ def result_lines(result: MergeResult, plan: MergePlan) -> list[str]:
 
 def _change_lines(result: MergeResult) -> list[str]:
     """By how much the weights changed: an adapter that was never trained shows here."""
-    rows = [(t.base_norm, t.delta_norm or 0.0, t.tensor) for t in _tensors(result) if t.base_norm]
-    if not rows:
+    rows = [(t.relative_change, t) for t in _tensors(result)]
+    changes = [(change, row) for change, row in rows if change is not None]
+    if not changes:
         return []
-    bases, deltas, _ = zip(*rows, strict=True)
-    most, where = max((delta / base, tensor) for base, delta, tensor in rows)
-    idle = deltas.count(0.0)
+    most, where = max((change, row.tensor) for change, row in changes)
+    idle = sum(change == 0 for change, _ in changes)
+    deltas, bases = zip(*((row.delta_norm, row.base_norm) for _, row in changes), strict=True)
     whole = math.hypot(*deltas) / math.hypot(*bases)
     return [
         f"changed  by {whole:.2%} of their norm, most in {where}: {most:.2%}",
