@@ -21,7 +21,7 @@ from pathlib import Path
 import machine
 from measure import INTERVAL, CommandError, Measured, measure
 from models import FAMILY, config, make_adapter, make_checkpoint
-from report import YARDSTICK, Report, Row
+from report import Report, Row
 
 from merge_core.architecture import expected_tensors
 from merge_core.layout import tensor_bytes
@@ -31,7 +31,7 @@ SLACK = 2_000_000_000
 """Bytes of disk beyond base and result: adapters, Ray's session, and what others write."""
 
 TITLES = {
-    YARDSTICK: "cp -r",
+    "cp": "cp -r",
     "copy-engine": "same engine, bytes copied, no arithmetic",
     "inline-structure": "raymeld inline, --verify structure",
     "inline": "raymeld inline",
@@ -129,7 +129,7 @@ def _commands(place: Workplace) -> dict[str, list[str]]:
     inline, ray = ["--address", "inline"], ["--address", "local"]
     structure = ["--verify", "structure"]
     return {
-        YARDSTICK: ["cp", "-r", base, out],
+        "cp": ["cp", "-r", base, out],
         "copy-engine": [python, str(HERE / "copy_engine.py"), base, str(place.adapter), out],
         "inline-structure": [*merge, *inline, *structure],
         "inline": [*merge, *inline],
@@ -178,7 +178,8 @@ def _notes(
     tree = "largest sum of PSS over the process and all that it started"
     when = "PSS is read when their resident memory grew by 1 %, and once a second"
     notes = [
-        f"rounds: {rounds}; {seconds}; x cp: median of the ratios to cp -r of the same round",
+        f"rounds: {rounds}; {seconds}",
+        "x cp, x copy: median of the ratios to cp -r, and to the engine's own copy, in each round",
         f"page cache {cache}; output removed and synced before each run",
         f"peak memory is sampled every {INTERVAL * 1000:.0f} ms: {tree} ({when})",
         "largest process: the largest RSS of any one of them, sampled too",

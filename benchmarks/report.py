@@ -15,13 +15,14 @@ from measure import Measured
 CHECKOUT = Path(__file__).resolve().parent.parent
 """Left out of the commands that are kept: where it lies says nothing to others."""
 
-YARDSTICK = "cp"
-"""The row that the others are compared with, round by round."""
+YARDSTICKS = {"cp": "x cp", "copy-engine": "x copy"}
+"""The rows that the others are compared with, round by round: what a user would run, and what this
+disk allows."""
 
 HEADINGS = (
     "",
     "median s",
-    "x cp",
+    *YARDSTICKS.values(),
     "min-max s",
     "peak memory, tree",
     "largest process",
@@ -51,10 +52,11 @@ class Report:
     notes: Sequence[str]
     rows: Sequence[Row]
 
-    def ratios(self, row: Row) -> list[float]:
-        """Each run's seconds over those of ``cp -r`` in the same round."""
-        copies = next((r.runs for r in self.rows if r.name == YARDSTICK), {})
-        return [run.seconds / copies[n].seconds for n, run in row.runs.items() if n in copies]
+    def ratio(self, row: Row, yardstick: str) -> float | None:
+        """The median of each run's seconds over those of the yardstick in the same round."""
+        other = next((r.runs for r in self.rows if r.name == yardstick), {})
+        ratios = [run.seconds / other[n].seconds for n, run in row.runs.items() if n in other]
+        return median(ratios) if ratios else None
 
     def text(self) -> str:
         """For a terminal."""
@@ -83,7 +85,7 @@ class Report:
                 "title": row.title,
                 "command": [word.replace(f"{CHECKOUT}/", "") for word in row.command],
                 "median_seconds": median(run.seconds for run in row.runs.values()),
-                "ratio_to_cp": median(self.ratios(row)) if self.ratios(row) else None,
+                "ratios": {yardstick: self.ratio(row, yardstick) for yardstick in YARDSTICKS},
                 "runs": [{"round": n, **dataclasses.asdict(run)} for n, run in row.runs.items()],
             }
             for row in self.rows
@@ -104,12 +106,12 @@ class Report:
         return [f"{key}: {value}" for key, value in facts.items()]
 
     def _cells(self, row: Row) -> tuple[str, ...]:
-        runs, ratios = row.runs.values(), self.ratios(row)
+        runs, ratios = row.runs.values(), [self.ratio(row, y) for y in YARDSTICKS]
         seconds = [run.seconds for run in runs]
         return (
             row.title,
             f"{median(seconds):.2f}",
-            f"{median(ratios):.2f}" if ratios else "-",
+            *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
             f"{min(seconds):.2f}-{max(seconds):.2f}" if len(seconds) > 1 else "one run",
             f"{max(run.tree_pss for run in runs) / 1e6:,.0f} MB",
             f"{max(run.largest_rss for run in runs) / 1e6:,.0f} MB",
