@@ -30,7 +30,7 @@ STATUS_SECONDS = 1.0
 """How often workers are asked how far they are; an answer takes some milliseconds."""
 
 CPUS_A_WORKER = 4
-"""A CPU worker runs four lanes; more cores would wait for the disk."""
+"""What the lanes of a CPU worker keep busy at most, while the others wait for the disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
