@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import re
 import signal
-import sys
-import traceback
-from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from cluster.answering import answering
+from cluster.options import (
+    Adapters,
+    Base,
+    Debug,
+    Device,
+    DtypeOption,
+    Json,
+    Level,
+    Quiet,
+    ShardSize,
+    size_in_bytes,
+)
 from merge_core.adapter import parse_adapter
-from merge_core.errors import InterruptedMergeError, RaymeldError, VerificationError, refuse
+from merge_core.errors import VerificationError, refuse
 from merge_core.planner import make_plan
 
 app = typer.Typer(
@@ -26,42 +33,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Fold PEFT LoRA adapters into Qwen1.5 checkpoints, on a Ray cluster or on this machine.",
 )
-
-
-class Level(StrEnum):
-    """What a verification looks at; each level includes structure, the last two digest."""
-
-    STRUCTURE = "structure"
-    DIGEST = "digest"
-    NUMERIC = "numeric"
-    LOAD = "load"
-
-
-class Device(StrEnum):
-    """Where deltas are computed."""
-
-    AUTO = "auto"
-    CUDA = "cuda"
-    CPU = "cpu"
-
-
-class Dtype(StrEnum):
-    """Dtypes of a result."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-    FLOAT32 = "float32"
-
-
-Base = Annotated[Path, typer.Argument(help="Directory of the base checkpoint.")]
-Adapters = Annotated[
-    list[str], typer.Argument(metavar="ADAPTER[@WEIGHT]...", help="Directories of PEFT adapters.")
-]
-DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Dtype of the result.")]
-ShardSize = Annotated[str, typer.Option(help="Size limit of an output file, such as 2GB.")]
-Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No talk on stderr.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.command()
@@ -93,12 +64,12 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
 
     Example: raymeld merge Qwen1.5-7B my-lora other-lora@0.5 --out merged
     """
-    with _answering(as_json=as_json, debug=debug):
+    with answering(as_json=as_json, debug=debug):
         from cluster import console
         from cluster.pools import find_pools
 
         talk = console.Talk(quiet=quiet)
-        plan = make_plan(base, adapters, dtype=dtype, shard_bytes=_bytes(shard_size))
+        plan = make_plan(base, adapters, dtype=dtype, shard_bytes=size_in_bytes(shard_size))
         for line in console.plan_lines(plan, find_pools(plan)):
             talk.say(line)
         with talk.progress():
@@ -152,12 +123,12 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say what a merge would do and need, and everything that is wrong; reads only headers."""
-    with _answering(as_json=as_json, debug=debug):
+    with answering(as_json=as_json, debug=debug):
         from cluster import console
         from cluster.pools import find_pools
         from merge_core.output import check_destination
 
-        planned = make_plan(base, adapters, dtype=dtype, shard_bytes=_bytes(shard_size))
+        planned = make_plan(base, adapters, dtype=dtype, shard_bytes=size_in_bytes(shard_size))
         if out is not None:
             check_destination(out.absolute(), planned)
         pools = find_pools(planned)
@@ -183,7 +154,7 @@ def verify(
 
     Base and adapters are those that the merge recorded, unless given.
     """
-    with _answering(as_json=as_json, debug=debug):
+    with answering(as_json=as_json, debug=debug):
         from cluster import console
         from merge_core.verify import verify as verify_checkpoint
 
@@ -203,7 +174,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Make a small Qwen1.5 checkpoint, train a LoRA on it, merge, verify, and compare answers."""
-    with _answering(as_json=False, debug=debug):
+    with answering(as_json=False, debug=debug):
         from cluster.demo import run_demo
 
         run_demo(directory)
@@ -222,43 +193,6 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
     """SIGTERM ends a merge the way Ctrl-C does: parts removed, workers stopped."""
     del number, frame
     raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _answering(*, as_json: bool, debug: bool) -> Iterator[None]:
-    """Turn what goes wrong inside into one paragraph and an exit code."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        error: RaymeldError = InterruptedMergeError(
-            "interrupted", "", "A merge whose OUT has no config.json was not published."
-        )
-    except RaymeldError as raised:
-        error = raised
-        if debug:
-            traceback.print_exc()
-    except (typer.Exit, typer.Abort):
-        raise
-    except Exception as raised:  # noqa: BLE001 - a bug of ours, told as one
-        if debug:
-            traceback.print_exc()
-        reason = f"{type(raised).__name__}: {raised}"
-        error = RaymeldError(f"unexpected {reason}", "", "Run it with --debug and report it.")
-    else:
-        return
-    from cluster import console
-
-    console.complain(error, as_json=as_json)
-    sys.stdout.flush()
-    raise typer.Exit(error.exit_code)
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)i?[bB]?", text.strip())
-    if match is None or len(text) > 20:
-        raise refuse(f"{text!r} is no size", "--shard-size", "Give a size such as 2GB")
-    step = 1024 if "i" in text else 1000
-    return int(float(match[1]) * step ** " kMGT".index(match[2].replace("K", "k") or " "))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""The options that several commands share."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from merge_core.errors import refuse
+
+
+class Level(StrEnum):
+    """What a verification looks at; each level includes structure, the last two digest."""
+
+    STRUCTURE = "structure"
+    DIGEST = "digest"
+    NUMERIC = "numeric"
+    LOAD = "load"
+
+
+class Device(StrEnum):
+    """Where deltas are computed."""
+
+    AUTO = "auto"
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
+class Dtype(StrEnum):
+    """Dtypes of a result."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+Base = Annotated[Path, typer.Argument(metavar="BASE", help="Directory of the base checkpoint.")]
+Adapters = Annotated[
+    list[str], typer.Argument(metavar="ADAPTER[@WEIGHT]...", help="Directories of PEFT adapters.")
+]
+DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Dtype of the result.")]
+ShardSize = Annotated[str, typer.Option(help="Size limit of an output file, such as 2GB.")]
+Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON document on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No talk on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def size_in_bytes(text: str) -> int:
+    """The bytes that a size such as ``2GB`` or ``512 MiB`` means."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)i?[bB]?", text.strip())
+    if match is None or len(text) > 20:
+        raise refuse(f"{text!r} is no size", "--shard-size", "Give a size such as 2GB")
+    step = 1024 if "i" in text else 1000
+    return int(float(match[1]) * step ** " kMGT".index(match[2].replace("K", "k") or " "))
