@@ -39,20 +39,16 @@ def raymeld(*words: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def ray_processes() -> set[int]:
-    return {
-        process.pid
-        for process in psutil.process_iter()
-        if process.status() != psutil.STATUS_ZOMBIE
-        and any("raymeld-" in word and "session_" in word for word in _words(process))
-    }
+def processes_of(home: Path) -> set[int]:
+    """What still runs of a command that was started with this home."""
+    return {process.pid for process in psutil.process_iter() if _home(process) == str(home)}
 
 
-def _words(process: psutil.Process) -> list[str]:
+def _home(process: psutil.Process) -> str | None:
     try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
+        return process.environ().get("HOME")
+    except psutil.Error:  # a zombie, or somebody else's
+        return None
 
 
 def test_plan_answers_in_json_and_touches_nothing(
@@ -148,7 +144,7 @@ def test_ray_started_for_a_merge_leaves_nothing_and_ignores_a_users_package_call
     assert done.returncode == 0, done.stderr
     assert_same_tensors(read_tensors(tmp_path / "out"), oracle(base, adapter))
     assert {path.name for path in tmp_path.iterdir()} == {"cluster", "out"}  # HOME is here too
-    assert ray_processes() == set()
+    assert processes_of(tmp_path) == set()
 
 
 def test_the_demo_answers_like_base_and_adapter_also_beside_a_users_package_called_cluster(
@@ -186,7 +182,7 @@ def test_an_interrupted_merge_publishes_nothing_and_ends_its_ray(
     assert process.returncode == 130, rest
     assert "error: interrupted" in rest
     assert not (tmp_path / "out" / "config.json").exists()
-    assert ray_processes() == set()
+    assert processes_of(tmp_path) == set()
 
 
 def test_a_session_restores_the_environment() -> None:
