@@ -65,12 +65,13 @@ class Pool:
         self,
         plan: MergePlan,
         out: Path,
+        run: str,
         driver: Identity,
         options: WorkerOptions,
         merger: type[Merger] = Merger,
         collector: type[Collector] = Collector,
     ) -> None:
-        self._out, self._driver, self._options = out, driver, options
+        self._out, self._run, self._driver, self._options = out, run, driver, options
         self._plan = ray.put(plan)  # once; workers fetch it, calls name shards by number
         self._merger = remote_merger(merger, **options.resources)
         self._collector_class = collector
@@ -167,7 +168,7 @@ class Pool:
         """Beside the driver, without a CPU of its own: clusters may have none on the head."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         actor = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(self._collector_class)
-        return actor.options(scheduling_strategy=here).remote(self._plan, self._out)
+        return actor.options(scheduling_strategy=here).remote(self._plan, self._out, self._run)
 
     def _event(self, ref: Any) -> Event:
         worker = self._refs.pop(ref)

@@ -19,7 +19,9 @@ def answering(*, as_json: bool, debug: bool) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         error: RaymeldError = InterruptedMergeError(
-            "interrupted", "", "A merge whose OUT has no config.json was not published."
+            "interrupted",
+            "",
+            "A merge whose OUT has no config.json was not published; the same command goes on.",
         )
     except RaymeldError as raised:
         error = raised

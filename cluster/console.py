@@ -180,6 +180,8 @@ def result_lines(result: MergeResult, plan: MergePlan) -> list[str]:
     return [
         *(f"{layers}: {where}" for layers, where in device_map(result, plan)),
         f"merged   {merged}, {_gb(size)} in {result.seconds:.1f} s, plan {plan_id}",
+        *[f"resumed  {counted(result.resumed, 'shard')} were there, and are proven"]
+        * (result.resumed > 0),
         *_change_lines(result),
         f"verified {result.verified.level}: {'; '.join(result.verified.checks)}",
         f"result   {result.out}",
@@ -214,6 +216,7 @@ def result_document(result: MergeResult, plan: MergePlan) -> dict[str, Any]:
         "out": str(result.out),
         "fingerprint": result.fingerprint,
         "already_there": verified is None,
+        "resumed": result.resumed,
         "bytes": sum(shard.size for shard in plan.shards),
         "seconds": result.seconds,
         "device_map": dict(device_map(result, plan)),

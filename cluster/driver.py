@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +16,12 @@ from actors.merger import Merger
 from actors.pool import Pool, WorkerOptions, node_resources
 from cluster.schedule import Abort, Assign, Command, Schedule, Start
 from cluster.session import session
-from merge_core.errors import InputError, RaymeldError, refuse
-from merge_core.ledger import Receipt
-from merge_core.merge import MergeResult, Watch, begin, conclude, result_of
-from merge_core.output import is_finished, parts_directory
+from merge_core.errors import InputError, RaymeldError, counted, refuse
+from merge_core.merge import MergeResult, Watch, begin, claim, conclude, result_of, unproven
+from merge_core.output import parts_directory
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, WorkerProgress
-from merge_core.verify import FileCheck, FileResult, verify
+from merge_core.verify import FileCheck, FileResult, VerifyReport, verify
 
 WAIT_SECONDS = 0.25
 """How long the driver waits for the next event before it looks at progress and Ctrl-C again."""
@@ -67,24 +67,34 @@ def merge_on_ray(
         RaymeldError: and its subclasses, as the merge in one process does.
     """
     clock, target = time.perf_counter(), Path(out).absolute()
-    plan = begin(plan, target, overwrite=overwrite)
-    if is_finished(target, plan):
-        return result_of(plan, target, (), None, clock)
-    with session(options.address, use_gpus=options.device != "cpu"):
-        workers, most = size_pool(options, node_resources(), len(plan.shards))
-        say(f"workers: at most {most} on {workers.device}, each with {_amounts(workers.resources)}")
-        pool = Pool(plan, target, identify(), workers, options.merger, options.collector)
-        try:
+    plan = begin(plan, target)
+    with claim(plan, target, overwrite=overwrite) as run_id:
+        if run_id is None:
+            return result_of(plan, target, {}, None, clock)
+        with session(options.address, use_gpus=options.device != "cpu"):
+            workers, most = size_pool(options, node_resources(), len(plan.shards))
+            needs = _amounts(workers.resources)
+            say(f"workers: at most {most} on {workers.device}, each with {needs}")
+            driver = identify()
+            pool = Pool(plan, target, run_id, driver, workers, options.merger, options.collector)
             run = Run(plan, pool, most, watch, say)
-            receipts = run.merge()
-            pool.collect("write_record")
-            report = verify(target, level, committed=False, run=run.check)
-            conclude(_Publisher(pool), report)
-        finally:
-            pool.close()
-            for part in parts_directory(target).glob("*.part"):  # of workers that were stopped
-                part.unlink(missing_ok=True)
-    return result_of(plan, target, receipts, report, clock)
+            try:
+                resumed = run.resume()
+                run.merge()
+                report = _commit(pool, target, level, run)
+                receipts = pool.collect("receipts")
+            finally:
+                pool.close()
+                for part in parts_directory(target).glob("*.part"):  # of workers that were stopped
+                    part.unlink(missing_ok=True)
+    return result_of(plan, target, receipts, report, clock, resumed)
+
+
+def _commit(pool: Pool, out: Path, level: str, run: Run) -> VerifyReport:
+    pool.collect("write_record")
+    report = verify(out, level, committed=False, run=run.check)
+    conclude(_Publisher(pool), report)
+    return report
 
 
 def size_pool(
@@ -148,15 +158,31 @@ class Run:
     _phase: str = "merging"
     _asked: float = 0.0
     _greeted: set[int] = field(default_factory=set)
+    _numbers: itertools.count[int] = field(init=False)
+    """Of items that are no shards; a shard's item has its index."""
 
     def __post_init__(self) -> None:
         self._schedule = Schedule({}, self.most)
+        self._numbers = itertools.count(len(self.plan.shards))
 
-    def merge(self) -> tuple[Receipt, ...]:
-        """Have every shard merged and accepted."""
-        sizes = {shard.index: shard.size for shard in self.plan.shards}
-        results = self._work("merging", sizes, {n: ("merge", (n,)) for n in sizes})
-        return tuple(results[n] for n in sizes)
+    def resume(self) -> int:
+        """Have the shards of an earlier run proven; how many were."""
+        checks: dict[int, FileCheck] = self.pool.collect("resume")
+        if not checks:
+            return 0
+        failed = unproven(checks, self._check("proving", list(checks.values())))
+        for index in failed:
+            self.say(f"{self.plan.shards[index].name} is not as its receipt says; merging it again")
+            self.pool.collect("forget", index)
+        proven = len(checks) - len(failed)
+        self.say(f"{proven} of {counted(len(self.plan.shards), 'shard')} were there and are proven")
+        return proven
+
+    def merge(self) -> None:
+        """Have every shard merged and accepted that is not done."""
+        done = self.pool.collect("receipts")
+        sizes = {s.index: s.size for s in self.plan.shards if s.index not in done}
+        self._work("merging", sizes, {n: ("merge", (n,)) for n in sizes})
 
     def check(
         self, _check_file: Callable[[FileCheck], FileResult], checks: Sequence[FileCheck]
@@ -165,12 +191,15 @@ class Run:
 
         The function is what ``Merger.check`` calls on the other side.
         """
-        first = len(self.plan.shards)
+        return self._check("verifying", checks)
+
+    def _check(self, phase: str, checks: Sequence[FileCheck]) -> list[FileResult]:
+        numbers = list(itertools.islice(self._numbers, len(checks)))
         by_name = {shard.name: shard.size for shard in self.plan.shards}
-        sizes = {first + n: by_name.get(Path(check.path).name, 0) for n, check in enumerate(checks)}
-        calls = {first + n: ("check", (check,)) for n, check in enumerate(checks)}
-        results = self._work("verifying", sizes, calls)
-        return [results[n] for n in sizes]
+        sizes = [by_name.get(Path(check.path).name, 0) for check in checks]
+        calls = {n: ("check", (check,)) for n, check in zip(numbers, checks, strict=True)}
+        results = self._work(phase, dict(zip(numbers, sizes, strict=True)), calls)
+        return [results[n] for n in numbers]
 
     def _work(
         self,
@@ -229,7 +258,7 @@ class Run:
         shards = self.plan.shards
         if item < len(shards):
             return f"shard {shards[item].name}"
-        return f"verification of {Path(self._calls[item][1][0].path).name}"
+        return f"check of {Path(self._calls[item][1][0].path).name}"
 
     def _report(self) -> None:
         for worker in self.pool.lanes.keys() - self._greeted:

@@ -18,29 +18,58 @@ from typing import Any
 from merge_core import __version__
 from merge_core.checkpoint import CONFIG, INDEX
 from merge_core.errors import RaymeldError
-from merge_core.ledger import Receipt, write_ledger
-from merge_core.output import current_run, parts_directory, receipts_directory, state_directory
+from merge_core.lease import holder_of, taken_over
+from merge_core.ledger import Receipt, TensorRecord, write_ledger
+from merge_core.output import parts_directory, receipts_directory, state_directory
 from merge_core.plan import MergePlan, Shard
 from merge_core.storage import copy_durably, replaced, reported, sync_directory, write_durably
+from merge_core.verify import FileCheck, Row
 
 
 class Assembly:
-    """The destination as its one writer of record sees it; rebuilt from the receipts."""
+    """The destination as its one writer of record sees it; rebuilt from the receipts.
 
-    def __init__(self, plan: MergePlan, out: Path) -> None:
-        self._plan, self._out = plan, out
+    Args:
+        run: of the lease under which it writes; with another one, every method raises.
+    """
+
+    def __init__(self, plan: MergePlan, out: Path, run: str) -> None:
+        self._plan, self._out, self._run = plan, out, run
         self._fingerprint = plan.fingerprint
-        self._run = current_run(out)
         self._receipts: dict[int, Receipt] = {}
-        for path in sorted(receipts_directory(out).glob("*.json")):
-            receipt = Receipt.from_json(path.read_bytes())
-            self._receipts[receipt.shard] = receipt
-            self._publish_shard(receipt)
+        for index in range(len(plan.shards)):
+            receipt = self._read_receipt(index)
+            if receipt is not None:
+                self._receipts[index] = receipt
+                self._publish_shard(receipt)
 
     @property
-    def accepted(self) -> frozenset[int]:
-        """Indices of the shards that are done."""
-        return frozenset(self._receipts)
+    def receipts(self) -> dict[int, Receipt]:
+        """Of the shards that are done, by their index."""
+        return dict(self._receipts)
+
+    def resume(self) -> dict[int, FileCheck]:
+        """What proves, by shard, that an earlier run left what its receipts say.
+
+        Removes what that run did not finish, so no worker of this one may have begun.
+        """
+        self._check_run()
+        self._remove_parts("*.part")
+        names = {index: self._plan.shards[index].name for index in self._receipts}
+        return {
+            index: FileCheck(
+                path=str(self._out / name),
+                level="digest",
+                rows=tuple(_row(name, record) for record in self._receipts[index].tensors),
+            )
+            for index, name in names.items()
+        }
+
+    def forget(self, index: int) -> None:
+        """Have a shard that failed its proof count as not done."""
+        self._check_run()
+        self._receipt_path(index).unlink(missing_ok=True)
+        del self._receipts[index]
 
     def accept(self, receipt: Receipt) -> bool:
         """Take a finished part as the shard, unless another attempt was taken before.
@@ -60,8 +89,7 @@ class Assembly:
         if earlier is None:
             try:
                 self._check(receipt, self._plan.shards[receipt.shard])
-                name = f"shard-{receipt.shard:05}.json"
-                write_durably(receipts_directory(self._out) / name, receipt.to_json())
+                write_durably(self._receipt_path(receipt.shard), receipt.to_json())
             except RaymeldError:
                 (parts_directory(self._out) / Path(receipt.part).name).unlink(missing_ok=True)
                 raise
@@ -77,7 +105,7 @@ class Assembly:
             RaymeldError: shards are missing.
         """
         self._check_run()
-        missing = set(range(len(self._plan.shards))) - self.accepted
+        missing = set(range(len(self._plan.shards))) - self._receipts.keys()
         if missing:
             raise RaymeldError(f"shards {sorted(missing)} are missing", str(self._out))
         if len(self._plan.shards) > 1:
@@ -113,12 +141,21 @@ class Assembly:
             part.unlink(missing_ok=True)
 
     def _check_run(self) -> None:
-        if current_run(self._out) != self._run:
-            raise RaymeldError(
-                "another merge has taken this directory over",
-                str(self._out),
-                "Let only one run, and give each its own --out.",
-            )
+        holder = holder_of(self._out)
+        if holder is None or holder.run != self._run:
+            raise taken_over(self._out)
+
+    def _read_receipt(self, index: int) -> Receipt | None:
+        """None if there is none of this plan: what it would speak of is merged again."""
+        try:
+            receipt = Receipt.from_json(self._receipt_path(index).read_bytes())
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return None
+        ours = receipt.fingerprint == self._fingerprint and receipt.shard == index
+        return receipt if ours else None
+
+    def _receipt_path(self, index: int) -> Path:
+        return receipts_directory(self._out) / f"shard-{index:05}.json"
 
     def _publish_shard(self, receipt: Receipt) -> None:
         """Give an accepted part its final name, unless it has it already."""
@@ -154,6 +191,19 @@ class Assembly:
                 target.parent.mkdir(exist_ok=True)
             if copy_durably(source, target) != file.size:
                 raise replaced(source)
+
+
+def _row(file: str, record: TensorRecord) -> Row:
+    """What a receipt claims of a tensor, as verification wants it."""
+    return Row(
+        tensor=record.tensor,
+        file=file,
+        action=record.action,
+        dtype=record.dtype,
+        shape=record.shape,
+        nbytes=record.nbytes,
+        digest=record.digest,
+    )
 
 
 def index_json(plan: MergePlan) -> bytes:

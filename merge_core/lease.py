@@ -114,9 +114,11 @@ class Lease:
         """Let the next merge take it at once."""
         self._ended.set()
         self._thread.join()
-        with contextlib.suppress(OSError, StorageError):  # it ends by itself, only later
-            if self._directory.is_dir():
+        with contextlib.suppress(OSError):  # it ends by itself, only later
+            try:
                 _advance(self._directory, self._number, None)
+            except OSError:  # a full disk
+                os.utime(_path(self._directory, self._number), (0, 0))
 
     def _take(self) -> int:
         with reported(self._directory):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from merge_core.commit import Assembly
 from merge_core.errors import DeviceMemoryError, InputError, VerificationError, counted
 from merge_core.factors import seal
+from merge_core.lease import Lease
 from merge_core.ledger import Receipt
-from merge_core.output import check_location, is_finished, prepare
+from merge_core.output import check_location, check_usable, is_finished, prepare
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, WorkerProgress
-from merge_core.verify import FileCheck, FileResult, VerifyReport, verify
+from merge_core.verify import FileCheck, FileResult, VerifyReport, check_file, verify
 
 if TYPE_CHECKING:
     from merge_core.memory import LaneChoice
@@ -38,7 +39,9 @@ class MergeResult:
     out: Path
     fingerprint: str
     receipts: tuple[Receipt, ...]
-    """Empty if OUT already held this very merge."""
+    """One a shard; empty if OUT already held this very merge."""
+    resumed: int
+    """Shards that an earlier run had finished, and that were proven instead of merged."""
     verified: VerifyReport | None
     seconds: float
 
@@ -75,22 +78,26 @@ def merge(
         importing = pool.submit(importlib.import_module, "merge_core.worker")  # torch takes seconds
         if device == "cuda":  # refused before OUT is touched, if there is none
             importing.result().pick_device(device)
-        plan = begin(plan, target, overwrite=overwrite)
+        plan = begin(plan, target)
         module = importing.result()
-    if is_finished(target, plan):
-        return result_of(plan, target, (), None, clock)
-    assembly = Assembly(plan, target)
-    worker = module.ShardWorker(plan, target, module.pick_device(device), choice=choice)
-    with contextlib.closing(worker):
-        receipts = [_merge_shard(worker, assembly, plan, n, watch) for n in range(len(plan.shards))]
-    assembly.write_record()
-    report = verify(target, level, committed=False, run=_watched(plan, watch))
-    conclude(assembly, report)
-    return result_of(plan, target, tuple(receipts), report, clock)
+    with claim(plan, target, overwrite=overwrite) as run:
+        if run is None:
+            return result_of(plan, target, {}, None, clock)
+        assembly = Assembly(plan, target, run)
+        resumed = _resume(assembly, plan, watch)
+        worker = module.ShardWorker(plan, target, module.pick_device(device), choice=choice)
+        with contextlib.closing(worker):
+            for shard in plan.shards:
+                if shard.index not in assembly.receipts:
+                    _merge_shard(worker, assembly, plan, shard.index, watch)
+        assembly.write_record()
+        report = verify(target, level, committed=False, run=_watched(plan, "verifying", watch))
+        conclude(assembly, report)
+    return result_of(plan, target, assembly.receipts, report, clock, resumed)
 
 
-def begin(plan: MergePlan, out: Path, *, overwrite: bool = False) -> MergePlan:
-    """Read and check the adapters, and make ``out`` ready unless it holds this very result.
+def begin(plan: MergePlan, out: Path) -> MergePlan:
+    """Check where ``out`` lies, and read and check the adapters; writes nothing.
 
     Returns:
         The plan, sealed.
@@ -98,10 +105,42 @@ def begin(plan: MergePlan, out: Path, *, overwrite: bool = False) -> MergePlan:
     problems = check_location(out, plan.base, tuple(a.path for a in plan.adapters))
     if problems:
         raise InputError(problems)
-    sealed = seal(plan)
-    if overwrite or not is_finished(out, sealed):
-        prepare(out, sealed, overwrite=overwrite)
-    return sealed
+    return seal(plan)
+
+
+@contextlib.contextmanager
+def claim(plan: MergePlan, out: Path, *, overwrite: bool) -> Iterator[str | None]:
+    """Make ``out`` ready for ``plan``, which must be sealed, and keep every other merge off it.
+
+    Yields:
+        The run of the lease, or None if ``out`` holds this very result already.
+
+    Raises:
+        InputError: it holds something else, or another merge is at work there.
+        StorageError: it cannot be made, or the disk is too small.
+    """
+    if not overwrite and is_finished(out, plan):
+        yield None
+        return
+    check_usable(out, plan, overwrite=overwrite)
+    with Lease(out) as lease:
+        prepare(out, plan, overwrite=overwrite)
+        yield lease.holder.run
+
+
+def _resume(assembly: Assembly, plan: MergePlan, watch: Watch) -> int:
+    """Prove what an earlier run finished, and forget what is not as its receipt says."""
+    checks = assembly.resume()
+    results = _watched(plan, "proving", watch)(check_file, list(checks.values()))
+    for index in unproven(checks, results):
+        assembly.forget(index)
+    return len(assembly.receipts)
+
+
+def unproven(checks: Mapping[int, FileCheck], results: Iterable[FileResult]) -> list[int]:
+    """The shards whose check found something, or gave no result."""
+    good = {result.path for result in results if not result.findings}
+    return [index for index, check in checks.items() if check.path not in good]
 
 
 class Publisher(Protocol):
@@ -124,7 +163,8 @@ def conclude(publisher: Publisher, report: VerifyReport) -> None:
         raise VerificationError(
             f"{counted(len(report.findings), 'check')} failed: {found}",
             str(report.out),
-            "Nothing was published; check disk and memory, and merge again with --overwrite.",
+            "Nothing was published. Check disk and memory; the same command again proves what is"
+            " there and merges the rest.",
         )
     publisher.publish(describe_report(report))
 
@@ -149,7 +189,7 @@ def _unwatched(progress: Progress) -> None:
 
 def _merge_shard(
     worker: ShardWorker, assembly: Assembly, plan: MergePlan, index: int, watch: Watch
-) -> Receipt:
+) -> None:
     shard = plan.shards[index]
     before = sum(s.size for s in plan.shards[:index])
     total = sum(s.size for s in plan.shards)
@@ -172,12 +212,12 @@ def _merge_shard(
                 raise
         else:
             assembly.accept(receipt)
-            return receipt
+            return
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def _watched(
-    plan: MergePlan, watch: Watch
+    plan: MergePlan, phase: str, watch: Watch
 ) -> Callable[[Callable[[FileCheck], FileResult], Sequence[FileCheck]], Iterable[FileResult]]:
     """Run the checks of a verification one after another, reporting in between."""
     total = sum(shard.size for shard in plan.shards)
@@ -187,7 +227,7 @@ def _watched(
     ) -> Iterable[FileResult]:
         done = 0
         for one in checks:
-            watch(Progress(phase="verifying", done=done, total=total, workers=()))
+            watch(Progress(phase=phase, done=done, total=total, workers=()))
             result = check(one)
             done += result.bytes_read
             yield result
@@ -198,15 +238,17 @@ def _watched(
 def result_of(
     plan: MergePlan,
     out: Path,
-    receipts: tuple[Receipt, ...],
+    receipts: Mapping[int, Receipt],
     report: VerifyReport | None,
     clock: float,
+    resumed: int = 0,
 ) -> MergeResult:
     """The result of a merge that began at ``clock``, by ``time.perf_counter``."""
     return MergeResult(
         out=out,
         fingerprint=plan.fingerprint,
-        receipts=receipts,
+        receipts=tuple(receipts[index] for index in sorted(receipts)),
+        resumed=resumed,
         verified=report,
         seconds=time.perf_counter() - clock,
     )

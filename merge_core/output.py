@@ -3,6 +3,7 @@
 OUT/model-0000n-of-0000m.safetensors   published shards
 OUT/model.safetensors.index.json       written when all shards are there
 OUT/config.json                        written last: before it nothing loads OUT as a checkpoint
+OUT/.raymeld/lease/                    who is at work
 OUT/.raymeld/plan.json                 what is being done
 OUT/.raymeld/parts/                    unfinished files of workers
 OUT/.raymeld/receipts/                 one small file a finished shard
@@ -15,8 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import secrets
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,11 @@ def check_destination(out: Path, plan: MergePlan) -> None:
         StorageError: the disk is too small.
     """
     problems = check_location(out, plan.base, tuple(a.path for a in plan.adapters))
-    if not problems and out.is_dir() and any(out.iterdir()):
-        if _read_plan(out) is None:
-            problems.append(_not_ours(out))
-        elif not (out / CONFIG).exists():
-            what = "OUT holds an unfinished merge"
-            problems.append(Problem(what, str(out), "Merge with --overwrite to start over"))
+    if not problems and not _is_new(out) and _read_plan(out) is None:
+        problems.append(_not_ours(out))
     if problems:
         raise InputError(problems)
-    check_space(out, plan)
+    check_space(out, plan, freed=_written(out))
 
 
 def is_finished(out: Path, plan: MergePlan) -> bool:
@@ -96,27 +93,41 @@ def is_finished(out: Path, plan: MergePlan) -> bool:
     )
 
 
+def check_usable(out: Path, plan: MergePlan, *, overwrite: bool = False) -> None:
+    """Raise what ``prepare`` would, and write nothing.
+
+    Raises:
+        InputError: OUT holds something else, and ``overwrite`` is not given or does not apply.
+        StorageError: the disk is too small.
+    """
+    if not _is_new(out):
+        earlier = _read_plan(out)
+        if earlier is None:
+            raise InputError([_not_ours(out)])
+        if not overwrite and not _can_go_on(out, plan, earlier):
+            raise _other_merge(out, plan, earlier)
+    check_space(out, plan, freed=_written(out))
+
+
 def prepare(out: Path, plan: MergePlan, *, overwrite: bool = False) -> None:
     """Make OUT ready for the workers of ``plan``, which must be sealed.
+
+    What an unfinished merge of the same plan has done stays, unless ``overwrite`` is given.
 
     Raises:
         InputError: OUT holds something else, and ``overwrite`` is not given or does not apply.
         StorageError: OUT cannot be made, or the disk is too small.
     """
-    if out.exists() and any(out.iterdir()):
-        _make_room(out, plan, overwrite)
-    else:
-        check_space(out, plan)
+    check_usable(out, plan, overwrite=overwrite)
+    earlier = None if _is_new(out) else _read_plan(out)
+    if earlier is not None and (overwrite or not _can_go_on(out, plan, earlier)):
+        _make_room(out, earlier)
     state, config = state_directory(out), config_to_publish(plan)
-    try:
-        with reported(out):
-            for directory in (parts_directory(out), receipts_directory(out)):
-                directory.mkdir(parents=True, exist_ok=True)
-        write_durably(state / CONFIG, config)
-        write_durably(state / "plan.json", json.dumps(describe(plan), indent=1).encode())
-    except StorageError:  # without plan.json the next run would take OUT for somebody else's
-        shutil.rmtree(state, ignore_errors=True)
-        raise
+    with reported(out):
+        for directory in (parts_directory(out), receipts_directory(out)):
+            directory.mkdir(parents=True, exist_ok=True)
+    write_durably(state / CONFIG, config)
+    write_durably(_plan_path(out), json.dumps(describe(plan), indent=1).encode())
     sync_directory(out)
     sync_directory(out.parent)
 
@@ -165,7 +176,6 @@ def describe(plan: MergePlan) -> dict[str, Any]:
     return {
         "raymeld": __version__,
         "fingerprint": plan.fingerprint,
-        "run": secrets.token_hex(16),
         "base": str(plan.base),
         "inputs": _inputs(plan),
         "adapters": [{"path": str(a.path), "weight": a.weight} for a in plan.adapters],
@@ -190,42 +200,69 @@ def _inputs(plan: MergePlan) -> list[list[Any]]:
     return [[file.name, file.size, file.mtime_ns] for file in files]
 
 
-def _make_room(out: Path, plan: MergePlan, overwrite: bool) -> None:
-    earlier = _read_plan(out)
-    if earlier is None:
-        raise InputError([_not_ours(out)])
-    state = "a finished" if (out / CONFIG).exists() else "an unfinished"
-    if not overwrite:
-        same = ", from input files of other times" * (earlier["fingerprint"] == plan.fingerprint)
-        raise refuse(
-            f"OUT holds {state} merge of plan {earlier['fingerprint'][:12]};"
-            f" this one is {plan.fingerprint[:12]}{same}",
-            str(out),
-            "Choose another --out, or give --overwrite to replace it",
-        )
-    shards = [shard["name"] for shard in earlier["shards"]]
-    old = sum((out / name).stat().st_size for name in shards if (out / name).is_file())
-    check_space(out, plan, freed=old)
+def _is_new(out: Path) -> bool:
+    """Whether nothing lies there, or nothing but what a merge leaves that wrote no plan yet."""
+    entries = list(out.iterdir()) if out.is_dir() else []
+    return entries in ([], [state_directory(out)]) and not _plan_path(out).exists()
+
+
+def _can_go_on(out: Path, plan: MergePlan, earlier: Mapping[str, Any]) -> bool:
+    """Whether what ``earlier`` finished of its shards can be part of this merge."""
+    same = {name: earlier.get(name) for name in ("raymeld", "fingerprint", "inputs")}
+    here = {
+        "raymeld": __version__,
+        "fingerprint": plan.fingerprint,
+        "inputs": _inputs(plan),
+    }
+    return same == here and not (out / CONFIG).exists()
+
+
+def _other_merge(out: Path, plan: MergePlan, earlier: Mapping[str, Any]) -> InputError:
+    finished = (out / CONFIG).exists()
+    what = f"OUT holds {'a finished' if finished else 'an unfinished'} merge"
+    if earlier["fingerprint"] != plan.fingerprint:
+        what += f" of plan {earlier['fingerprint'][:12]}; this one is {plan.fingerprint[:12]}"
+    elif earlier.get("inputs") != _inputs(plan):
+        what += f" of the same plan {plan.fingerprint[:12]}, from input files of other times"
+    elif finished:
+        what += f" of this very plan {plan.fingerprint[:12]}, but files of it are missing"
+    else:
+        what += f" by raymeld {earlier.get('raymeld')}; this is {__version__}"
+    return refuse(what, str(out), "Choose another --out, or give --overwrite to replace it")
+
+
+def _make_room(out: Path, earlier: Mapping[str, Any]) -> None:
     with reported(out):
         # config.json goes first: from here on nothing takes OUT for a checkpoint.
+        shards = [shard["name"] for shard in earlier["shards"]]
         for name in (CONFIG, INDEX, *shards, *earlier["side_files"]):
             (out / name).unlink(missing_ok=True)
-        shutil.rmtree(state_directory(out))
+        _plan_path(out).unlink()
+        for path in state_directory(out).iterdir():
+            if path.is_dir() and path.name != "lease":
+                shutil.rmtree(path)
+            elif path.is_file():
+                path.unlink()
 
 
-def current_run(out: Path) -> str | None:
-    """The run that OUT belongs to, which changes when another merge takes OUT over."""
-    plan = _read_plan(out)
-    return plan["run"] if plan is not None else None
+def _written(out: Path) -> int:
+    """Bytes of an earlier merge's shards, which this one replaces or needs no room for."""
+    earlier = _read_plan(out)
+    names = [shard["name"] for shard in earlier["shards"]] if earlier else []
+    return sum((out / name).stat().st_size for name in names if (out / name).is_file())
+
+
+def _plan_path(out: Path) -> Path:
+    return state_directory(out) / "plan.json"
 
 
 def _read_plan(out: Path) -> dict[str, Any] | None:
     """plan.json, or None if it is not one of ours: its names decide what --overwrite removes."""
     try:
-        plan = json.loads((state_directory(out) / "plan.json").read_bytes())
+        plan = json.loads(_plan_path(out).read_bytes())
         names = [shard["name"] for shard in plan["shards"]] + plan["side_files"]
         ours = all(_is_inside(name) for name in names)
-        texts = isinstance(plan["fingerprint"], str) and isinstance(plan["run"], str)
+        texts = isinstance(plan["fingerprint"], str)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return plan if ours and texts else None

@@ -33,9 +33,9 @@ from merge_core import commit
 from merge_core.commit import Assembly
 from merge_core.errors import RaymeldError, StorageError, VerificationError
 from merge_core.factors import seal
+from merge_core.lease import holder_of
 from merge_core.ledger import Receipt, TensorRecord
-from merge_core.merge import merge
-from merge_core.output import prepare
+from merge_core.merge import claim, merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.progress import Progress
@@ -55,10 +55,17 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> MergePlan:
 
 @pytest.fixture
 def worker(sealed: MergePlan, out: Path) -> Iterator[ShardWorker]:
-    prepare(out, sealed)
-    worker = ShardWorker(sealed, out, "cpu", "worker-0", TWO_LANES)
-    yield worker
-    worker.close()
+    with claim(sealed, out, overwrite=False):
+        worker = ShardWorker(sealed, out, "cpu", "worker-0", TWO_LANES)
+        yield worker
+        worker.close()
+
+
+def assemble(plan: MergePlan, out: Path) -> Assembly:
+    """The assembly of whoever has the lease."""
+    holder = holder_of(out)
+    assert holder is not None
+    return Assembly(plan, out, holder.run)
 
 
 def part_of(out: Path, receipt: Receipt) -> Path:
@@ -70,7 +77,7 @@ def test_an_accepted_part_becomes_the_shard_and_its_receipt_is_kept(
 ) -> None:
     receipt = worker.merge(1, 1, ignore_progress)
     content = part_of(out, receipt).read_bytes()
-    assembly = Assembly(sealed, out)
+    assembly = assemble(sealed, out)
 
     assert assembly.accept(receipt) is True
     assert assembly.accept(receipt) is True  # the driver asks again if the collector died
@@ -78,7 +85,7 @@ def test_an_accepted_part_becomes_the_shard_and_its_receipt_is_kept(
     assert not part_of(out, receipt).exists()
     kept = out / ".raymeld" / "receipts" / "shard-00001.json"
     assert Receipt.from_json(kept.read_bytes()) == receipt
-    assert Assembly(sealed, out).accepted == {1}
+    assert assemble(sealed, out).receipts.keys() == {1}
 
 
 def test_a_crash_between_receipt_and_name_is_repaired_by_the_next_assembly(
@@ -86,16 +93,16 @@ def test_a_crash_between_receipt_and_name_is_repaired_by_the_next_assembly(
 ) -> None:
     receipt = worker.merge(0, 1, ignore_progress)
     content = part_of(out, receipt).read_bytes()
-    assembly = Assembly(sealed, out)
+    assembly = assemble(sealed, out)
     with monkeypatch.context() as patch:
         patch.setattr(Assembly, "_publish_shard", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             assembly.accept(receipt)
     assert published(out) == {}
 
-    rebuilt = Assembly(sealed, out)
+    rebuilt = assemble(sealed, out)
 
-    assert rebuilt.accepted == {0}
+    assert rebuilt.receipts.keys() == {0}
     assert published(out) == {sealed.shards[0].name: content}
     assert rebuilt.accept(receipt) is True
 
@@ -105,14 +112,14 @@ def test_a_late_twin_is_thrown_away_and_changes_nothing(
 ) -> None:
     first, twin = (worker.merge(0, attempt, ignore_progress) for attempt in (1, 2))
     part_of(out, twin).write_bytes(b"whatever a zombie writes")
-    assembly = Assembly(sealed, out)
+    assembly = assemble(sealed, out)
     assembly.accept(first)
     before = files_below(out)
 
     assert assembly.accept(twin) is False
-    assert Assembly(sealed, out).accept(twin) is False
+    assert assemble(sealed, out).accept(twin) is False
     assert files_below(out) == {n: d for n, d in before.items() if twin.part not in n}
-    assert assembly.accepted == {0}
+    assert assembly.receipts.keys() == {0}
 
 
 @pytest.mark.parametrize(
@@ -128,13 +135,13 @@ def test_a_receipt_that_does_not_match_the_plan_is_refused_with_the_shards_name(
     sealed: MergePlan, worker: ShardWorker, out: Path, lie: Any, said: str
 ) -> None:
     receipt = lie(worker.merge(1, 1, ignore_progress))
-    assembly = Assembly(sealed, out)
+    assembly = assemble(sealed, out)
 
     with pytest.raises(RaymeldError, match=said) as caught:
         assembly.accept(receipt)
 
     assert caught.value.where == f"{sealed.shards[1].name}, attempt 1 by worker-0"
-    assert assembly.accepted == frozenset()
+    assert assembly.receipts == {}
     assert published(out) == {}
 
 
@@ -150,11 +157,11 @@ def test_a_part_that_is_not_as_planned_is_refused_with_the_shards_name(
     part_of(out, receipt).write_bytes(damaged[damage])
 
     with pytest.raises(RaymeldError, match="is not as planned") as caught:
-        Assembly(sealed, out).accept(receipt)
+        assemble(sealed, out).accept(receipt)
 
     assert caught.value.where.startswith(sealed.shards[0].name)
     assert published(out) == {}
-    assert Assembly(sealed, out).accepted == frozenset()
+    assert assemble(sealed, out).receipts == {}
 
 
 def test_a_part_that_vanished_and_a_shard_that_nobody_planned_are_refused(
@@ -162,7 +169,7 @@ def test_a_part_that_vanished_and_a_shard_that_nobody_planned_are_refused(
 ) -> None:
     receipt = worker.merge(0, 1, ignore_progress)
     part_of(out, receipt).unlink()
-    assembly = Assembly(sealed, out)
+    assembly = assemble(sealed, out)
 
     with pytest.raises(StorageError, match=receipt.part):
         assembly.accept(receipt)
@@ -170,13 +177,13 @@ def test_a_part_that_vanished_and_a_shard_that_nobody_planned_are_refused(
         assembly.accept(dataclasses.replace(receipt, shard=99))
     with pytest.raises(RaymeldError, match="no shard -1"):
         assembly.accept(dataclasses.replace(receipt, shard=-1))
-    assert assembly.accepted == frozenset()
+    assert assembly.receipts == {}
 
 
 def test_the_record_is_not_written_while_shards_are_missing(
     sealed: MergePlan, worker: ShardWorker, out: Path
 ) -> None:
-    assembly = Assembly(sealed, out)
+    assembly = assemble(sealed, out)
     assembly.accept(worker.merge(1, 1, ignore_progress))
     others = sorted(set(range(len(sealed.shards))) - {1})
 
@@ -203,9 +210,10 @@ def breaking(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, fatal: int)
 @pytest.mark.parametrize(
     ("place", "name"), [(commit, "write_durably"), (commit, "copy_durably"), (os, "rename")]
 )
-def test_whichever_write_fails_there_is_no_config_json(
+def test_whichever_write_fails_there_is_no_config_json_and_the_same_merge_again_goes_on(
     sealed: MergePlan, tmp_path: Path, place: Any, name: str
 ) -> None:
+    merge(sealed, tmp_path / "reference", choice=TWO_LANES)
     for fatal in itertools.count(1):
         out = tmp_path / f"out-{fatal}"
         with pytest.MonkeyPatch.context() as patch:
@@ -216,6 +224,8 @@ def test_whichever_write_fails_there_is_no_config_json(
                 assert not (out / "config.json").exists(), fatal
             else:
                 break
+        merge(sealed, out, choice=TWO_LANES)
+        assert published(out) == published(tmp_path / "reference"), fatal
 
     # Every one was the one that failed. Written are receipts, index, verified.json, config.json;
     # renamed are these, the side files, each part, what is staged, and the ledger.

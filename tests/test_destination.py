@@ -96,7 +96,7 @@ def test_another_base_with_the_same_headers_is_another_merge(
     before = published(out)
     other = write_base(tmp_path / "chat", random_tensors(GEOMETRY, seed=9), GEOMETRY.config)
 
-    with pytest.raises(InputError, match="holds a finished merge of plan"):
+    with pytest.raises(InputError, match=r"of the same plan .* from input files of other times"):
         run(other, adapter, out)
     assert published(out) == before
 
@@ -107,7 +107,7 @@ def test_another_tokenizer_of_the_same_size_is_another_merge(
     run(base, adapter, out)
     (base / "tokenizer.json").write_text('{"version": "2.0"}')
 
-    with pytest.raises(InputError, match="holds a finished merge of plan"):
+    with pytest.raises(InputError, match=r"of the same plan .* from input files of other times"):
         run(base, adapter, out)
 
 
@@ -152,10 +152,24 @@ def test_out_that_is_not_ours_is_left_alone(scene: BaseScene) -> None:
         assert "OUT is not empty, and raymeld did not make it" in text
 
 
-def test_an_unfinished_merge_in_out_is_refused(scene: BaseScene) -> None:
-    fingerprint = scene.merge().fingerprint
+def test_an_unfinished_merge_of_another_plan_in_out_is_refused_with_both_fingerprints(
+    scene: BaseScene, tmp_path: Path
+) -> None:
+    first = scene.merge().fingerprint
     (scene.out / "config.json").unlink()
-    assert f"OUT holds an unfinished merge of plan {fingerprint[:12]}" in scene.refusal()
+    scene.adapter = adapter_of(SMALL, tmp_path / "other", seed=2)
+    second = Scene(scene.base, scene.adapter, tmp_path / "elsewhere").merge().fingerprint
+
+    said = f"OUT holds an unfinished merge of plan {first[:12]}; this one is {second[:12]}"
+    assert said in scene.refusal()
+
+
+def test_a_finished_merge_of_which_files_are_missing_is_refused(scene: BaseScene) -> None:
+    fingerprint = scene.merge().fingerprint
+    next(scene.out.glob("*.safetensors")).unlink()
+
+    said = f"of this very plan {fingerprint[:12]}, but files of it are missing"
+    assert said in scene.refusal()
 
 
 def test_a_merge_that_is_already_there_is_not_done_again(scene: BaseScene) -> None:

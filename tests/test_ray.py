@@ -18,6 +18,7 @@ from merge_core.errors import InputError, RaymeldError
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
+from merge_core.progress import Progress
 
 
 @contextlib.contextmanager
@@ -129,6 +130,28 @@ def test_a_shard_that_always_fails_ends_the_merge_and_is_named(
 
     assert caught.value.exit_code == 1
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_what_a_stopped_merge_has_done_is_proven_by_the_workers_and_not_merged_again(
+    plan: MergePlan, expected: dict[str, bytes], address: str, tmp_path: Path
+) -> None:
+    out, done = tmp_path / "out", [shard.name for shard in plan.shards[:3]]
+
+    def watch(progress: Progress) -> None:
+        if progress.done > sum(shard.size for shard in plan.shards[:3]):
+            raise RaymeldError("stopped")
+
+    with pytest.raises(RaymeldError, match="stopped"):
+        merge(plan, out, watch=watch)
+    (out / done[0]).write_bytes((out / done[0]).read_bytes()[:-1] + b"?")
+    times = [(out / name).stat().st_mtime_ns for name in done[1:]]
+
+    said = run(plan, out, address)
+
+    assert f"{done[0]} is not as its receipt says; merging it again" in said
+    assert f"2 of {len(plan.shards)} shards were there and are proven" in said
+    assert published(out) == expected
+    assert [(out / name).stat().st_mtime_ns for name in done[1:]] == times
 
 
 def test_workers_that_cannot_start_end_the_merge_with_the_reason(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,7 @@ from merge_core.digest import bytes_digest
 from merge_core.errors import StorageError
 from merge_core.factors import seal
 from merge_core.memory import LaneChoice
-from merge_core.merge import conclude, merge
-from merge_core.output import prepare
+from merge_core.merge import claim, conclude, merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.storage import RangeReader
@@ -123,6 +124,13 @@ def test_base_tensors_may_start_at_any_byte(
     check_same(plan, reference, out, choice=TWO_LANES)
 
 
+@pytest.fixture
+def held() -> Iterator[contextlib.ExitStack]:
+    """Let go of at the end of the test."""
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
 def write_shifted(path: Path, tensors: dict[str, torch.Tensor], shift: int) -> None:
     """Data that starts ``shift`` bytes behind a page, with the three odd bytes first."""
     entries: dict[str, Any] = {}
@@ -146,14 +154,15 @@ def test_any_order_of_shards_gives_the_same_checkpoint(plan: MergePlan, tmp_path
     worker: ShardWorker | None = None
     for number, order in enumerate(itertools.permutations(range(4))):
         out = tmp_path / str(number)
-        prepare(out, sealed)
-        assembly = Assembly(sealed, out)
-        worker = ShardWorker(sealed, out, "cpu", choice=TWO_LANES)
-        for shard in order:
-            assembly.accept(worker.merge(shard, 1, ignore_progress))
-        worker.close()
-        assembly.write_record()
-        conclude(assembly, verify(out, committed=False))
+        with claim(sealed, out, overwrite=False) as run:
+            assert run is not None
+            assembly = Assembly(sealed, out, run)
+            worker = ShardWorker(sealed, out, "cpu", choice=TWO_LANES)
+            for shard in order:
+                assembly.accept(worker.merge(shard, 1, ignore_progress))
+            worker.close()
+            assembly.write_record()
+            conclude(assembly, verify(out, committed=False))
 
         assert published(out) == expected, order
 
@@ -165,10 +174,12 @@ def test_a_shard_that_failed_half_way_is_the_same_when_tried_again(
     large: MergePlan,
     reference: Path,
     out: Path,
+    held: contextlib.ExitStack,
 ) -> None:
     sealed = seal(large)
-    prepare(out, sealed)
-    assembly = Assembly(sealed, out)
+    run = held.enter_context(claim(sealed, out, overwrite=False))
+    assert run is not None
+    assembly = Assembly(sealed, out, run)
     worker = ShardWorker(sealed, out, "cpu", choice=TWO_LANES)
     (biggest,) = (shard.index for shard in sealed.shards if shard.size > 1_000_000)
     reads = itertools.count()

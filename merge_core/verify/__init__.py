@@ -13,6 +13,7 @@ directory, one file), ``digests``, ``against_base`` and ``recipe`` (what a tenso
 """
 
 from merge_core.verify.file_check import FileCheck, FileResult, check_file
+from merge_core.verify.ledger import Row
 from merge_core.verify.report import LEVELS, Finding, VerifyReport
 from merge_core.verify.verification import verify
 
@@ -21,6 +22,7 @@ __all__ = [
     "FileCheck",
     "FileResult",
     "Finding",
+    "Row",
     "VerifyReport",
     "check_file",
     "verify",

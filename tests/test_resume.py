@@ -1,0 +1,240 @@
+"""The same command again: what is done is proven, what is missing is merged, no byte differs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from handmade import (
+    TWO_LANES,
+    Geometry,
+    published,
+    random_factors,
+    random_tensors,
+    write_adapter,
+    write_base,
+)
+
+from merge_core.errors import InputError, RaymeldError
+from merge_core.lease import LEASE_SECONDS, Lease, lease_directory
+from merge_core.merge import MergeResult, merge
+from merge_core.plan import MergePlan
+from merge_core.planner import make_plan
+from merge_core.progress import Progress
+
+GEOMETRY = Geometry()
+SHARD_BYTES = 18_000
+
+KILLED = """
+import os, signal, sys
+from merge_core import commit, output, worker
+import merge_core.merge as merging
+from merge_core.planner import make_plan
+
+base, adapter, out, place, name, fatal = sys.argv[1:]
+owners = {"merge": merging, "output": output}
+owners |= {"commit": commit.Assembly, "worker": worker.ShardWorker}
+owner = owners[place]
+real, left = getattr(owner, name), [int(fatal)]
+
+def call(*args, **options):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **options)
+
+setattr(owner, name, call)
+merging.merge(make_plan(base, [adapter], shard_bytes=18_000), out, device="cpu")
+"""
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> MergePlan:
+    path = tmp_path_factory.mktemp("resume")
+    base = write_base(path / "base", random_tensors(GEOMETRY), GEOMETRY.config, files=2)
+    factors = random_factors(GEOMETRY.linear, dict.fromkeys(GEOMETRY.linear, 4))
+    adapter = write_adapter(path / "adapter", factors, r=4, lora_alpha=8)
+    return make_plan(base, [adapter], shard_bytes=SHARD_BYTES)
+
+
+@pytest.fixture(scope="module")
+def expected(plan: MergePlan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("reference") / "out"
+    merge(plan, out, choice=TWO_LANES)
+    return published(out)
+
+
+@pytest.fixture
+def stopped(plan: MergePlan, out: Path) -> Path:
+    """OUT of a merge that ended with two of its shards done."""
+    stop_when(plan, out, lambda p: p.done > sum(s.size for s in plan.shards[:2]))
+    assert len(list((out / ".raymeld" / "receipts").iterdir())) == 2
+    return out
+
+
+def stop_when(plan: MergePlan, out: Path, stop: Callable[[Progress], bool]) -> None:
+    def watch(progress: Progress) -> None:
+        if stop(progress):
+            raise RaymeldError("stopped")
+
+    with pytest.raises(RaymeldError, match="stopped"):
+        merge(plan, out, choice=TWO_LANES, watch=watch)
+
+
+def go_on(plan: MergePlan, out: Path) -> MergeResult:
+    return merge(plan, out, choice=TWO_LANES)
+
+
+def test_finished_shards_are_proven_and_not_merged_again(
+    plan: MergePlan, expected: dict[str, bytes], stopped: Path
+) -> None:
+    done = [stopped / shard.name for shard in plan.shards[:2]]
+    times = [path.stat().st_mtime_ns for path in done]
+
+    result = go_on(plan, stopped)
+
+    assert result.resumed == 2
+    assert [receipt.shard for receipt in result.receipts] == list(range(len(plan.shards)))
+    assert published(stopped) == expected
+    assert [path.stat().st_mtime_ns for path in done] == times
+
+
+def flip_last_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip_last_bit,
+        Path.unlink,
+        lambda path: os.truncate(path, path.stat().st_size - 1),
+        lambda path: path.write_bytes(b""),
+    ],
+    ids=["a bit flipped", "gone", "shorter", "empty"],
+)
+def test_a_finished_shard_that_is_damaged_is_merged_again(
+    plan: MergePlan, expected: dict[str, bytes], stopped: Path, damage: Callable[[Path], object]
+) -> None:
+    damage(stopped / plan.shards[1].name)
+
+    assert go_on(plan, stopped).resumed == 1
+    assert published(stopped) == expected
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"shard": 1}', "another plan"])
+def test_a_receipt_that_cannot_be_believed_counts_as_none(
+    plan: MergePlan, expected: dict[str, bytes], stopped: Path, text: str
+) -> None:
+    receipt = stopped / ".raymeld" / "receipts" / "shard-00001.json"
+    if text == "another plan":
+        text = json.dumps({**json.loads(receipt.read_bytes()), "fingerprint": "0" * 64})
+    receipt.write_text(text)
+
+    assert go_on(plan, stopped).resumed == 1
+    assert published(stopped) == expected
+
+
+def test_what_another_version_began_is_refused(plan: MergePlan, stopped: Path) -> None:
+    path = stopped / ".raymeld" / "plan.json"
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "raymeld": "0.0.9"}))
+
+    with pytest.raises(InputError, match=r"an unfinished merge by raymeld 0\.0\.9"):
+        go_on(plan, stopped)
+
+
+def test_overwrite_starts_from_the_beginning(
+    plan: MergePlan, expected: dict[str, bytes], stopped: Path
+) -> None:
+    result = merge(plan, stopped, choice=TWO_LANES, overwrite=True)
+
+    assert result.resumed == 0
+    assert published(stopped) == expected
+
+
+def test_a_merge_that_stopped_after_its_verification_failed_goes_on(
+    plan: MergePlan, expected: dict[str, bytes], out: Path
+) -> None:
+    stop_when(plan, out, lambda p: p.phase == "verifying")
+    flip_last_bit(out / plan.shards[-1].name)
+
+    assert go_on(plan, out).resumed == len(plan.shards) - 1
+    assert published(out) == expected
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "fatal", "resumed"),
+    [
+        ("merge", "prepare", 1, 0),
+        ("output", "write_durably", 2, 0),
+        ("worker", "merge", 2, 1),
+        ("commit", "accept", 2, 1),
+        ("commit", "_publish_shard", 2, 2),
+        ("commit", "_remove_parts", 3, 2),
+        ("commit", "write_record", 1, 4),
+        ("commit", "_copy_side_files", 1, 4),
+        ("commit", "publish", 1, 4),
+    ],
+)
+def test_a_merge_that_was_killed_goes_on_wherever_it_was(
+    plan: MergePlan,
+    expected: dict[str, bytes],
+    out: Path,
+    place: str,
+    name: str,
+    fatal: int,
+    resumed: int,
+) -> None:
+    words = [plan.base, plan.adapters[0].path, out, place, name, fatal]
+    command = [sys.executable, "-c", KILLED, *map(str, words)]
+    died = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert not (out / "config.json").exists()
+
+    result = go_on(plan, out)
+
+    assert result.resumed == resumed
+    assert published(out) == expected
+    assert not (out / ".raymeld" / "parts").exists()
+
+
+def test_a_second_merge_into_the_same_directory_is_refused(plan: MergePlan, out: Path) -> None:
+    before: set[Path] = set()
+    with Lease(out):
+        before = set(out.rglob("*"))
+        with pytest.raises(InputError, match="is merging into it"):
+            go_on(plan, out)
+        assert set(out.rglob("*")) == before
+
+
+def test_a_merge_whose_lease_was_taken_over_publishes_nothing_more(
+    plan: MergePlan, expected: dict[str, bytes], out: Path
+) -> None:
+    """It slept, say, and another one took its place: both end, one with the result."""
+    taken: list[Lease] = []
+
+    def watch(progress: Progress) -> None:
+        if progress.phase == "merging" and progress.done > plan.shards[0].size and not taken:
+            newest = max(lease_directory(out).glob("*.json"))
+            holder = {**json.loads(newest.read_bytes()), "machine": "another"}
+            newest.write_text(json.dumps(holder))
+            then = newest.stat().st_mtime - LEASE_SECONDS - 1
+            os.utime(newest, (then, then))
+            taken.append(Lease(out))
+
+    with pytest.raises(RaymeldError, match="another merge has taken this directory over"):
+        merge(plan, out, choice=TWO_LANES, watch=watch)
+
+    assert (out / plan.shards[0].name).exists()
+    assert not (out / plan.shards[1].name).exists()
+    taken[0].release()
+    assert go_on(plan, out).resumed == 1
+    assert published(out) == expected
