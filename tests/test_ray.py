@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,6 +155,41 @@ def test_what_a_stopped_merge_has_done_is_proven_by_the_workers_and_not_merged_a
     assert f"2 of {len(plan.shards)} shards were there and are proven" in said
     assert published(out) == expected
     assert [(out / name).stat().st_mtime_ns for name in done[1:]] == times
+
+
+DRIVER_THAT_DIES = """
+import os, signal, sys
+from actors.pool import Pool
+from cluster.driver import ClusterOptions, merge_on_ray
+from merge_core.planner import make_plan
+
+base, adapter, out, address = sys.argv[1:]
+collect, accepted = Pool.collect, []
+
+def dying(self, method, *args):
+    if method == "accept" and len(accepted) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    accepted.extend([method] * (method == "accept"))
+    return collect(self, method, *args)
+
+Pool.collect = dying
+plan = make_plan(base, [adapter], shard_bytes=60_000)
+merge_on_ray(plan, out, ClusterOptions(address=address), watch=lambda _: None, say=print)
+"""
+
+
+def test_a_driver_that_was_killed_loses_nothing_that_was_accepted(
+    plan: MergePlan, expected: dict[str, bytes], address: str, tmp_path: Path
+) -> None:
+    words = [plan.base, plan.adapters[0].path, tmp_path / "out", address]
+    command = [sys.executable, "-c", DRIVER_THAT_DIES, *map(str, words)]
+    died = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+
+    said = run(plan, tmp_path / "out", address)
+
+    assert f"2 of {len(plan.shards)} shards were there and are proven" in said
+    assert published(tmp_path / "out") == expected
 
 
 def test_workers_that_cannot_start_end_the_merge_with_the_reason(
