@@ -1,4 +1,4 @@
-"""The command line: merge, plan, verify, demo."""
+"""The command line."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
                     watch=talk.watch,
                 )
             else:
-                from cluster.driver import ClusterOptions, merge_on_ray
+                from cluster.driver import merge_on_ray
+                from cluster.workers import ClusterOptions
 
                 options = ClusterOptions(
                     address=address,
@@ -164,6 +165,21 @@ def verify(
         console.answer(console.report_lines(report), document, as_json=as_json)
         if not report.ok:
             raise typer.Exit(VerificationError.exit_code)
+
+
+@app.command()
+def status(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The --out of a merge.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a running or stopped merge has done; reads OUT alone."""
+    with answering(as_json=as_json, debug=debug):
+        from cluster import console
+        from cluster.status import read_status, status_document, status_lines
+
+        found = read_status(out.absolute())
+        console.answer(status_lines(found), status_document(found), as_json=as_json)
 
 
 @app.command()

@@ -9,18 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from actors.collector import Collector
 from actors.events import ItemDone, ItemFailed
 from actors.identity import identify
-from actors.merger import Merger
-from actors.pool import Pool, WorkerOptions, node_resources
+from actors.pool import Pool, node_resources
 from cluster.schedule import Abort, Assign, Command, Schedule, Start
 from cluster.session import session
-from merge_core.errors import InputError, RaymeldError, counted, refuse
-from merge_core.merge import MergeResult, Watch, begin, claim, conclude, result_of, unproven
+from cluster.workers import ClusterOptions, amounts, size_pool
+from merge_core.errors import InputError, RaymeldError, counted
+from merge_core.merge import MergeResult, begin, claim, conclude, result_of, unproven
 from merge_core.output import parts_directory
 from merge_core.plan import MergePlan
-from merge_core.progress import Progress, WorkerProgress
+from merge_core.progress import Progress, ProgressFile, Watch, WorkerProgress
 from merge_core.verify import FileCheck, FileResult, VerifyReport, verify
 
 WAIT_SECONDS = 0.25
@@ -28,24 +27,6 @@ WAIT_SECONDS = 0.25
 
 STATUS_SECONDS = 1.0
 """How often workers are asked how far they are; an answer takes some milliseconds."""
-
-CPUS_A_WORKER = 4
-"""What the lanes of a CPU worker keep busy at most, while the others wait for the disk."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterOptions:
-    """Where and with how many workers to merge; changes no byte of the result."""
-
-    address: str
-    """A cluster's address, or ``local``."""
-    device: str = "auto"
-    workers: int | None = None
-    """None: one a GPU, or one for every four CPUs of a node."""
-    gpus_per_worker: float = 1.0
-    merger: type[Merger] = Merger
-    collector: type[Collector] = Collector
-    """The actors' classes; tests inject faults by subclassing them."""
 
 
 def merge_on_ray(
@@ -71,13 +52,16 @@ def merge_on_ray(
     with claim(plan, target, overwrite=overwrite) as run_id:
         if run_id is None:
             return result_of(plan, target, {}, None, clock)
-        with session(options.address, use_gpus=options.device != "cpu"):
+        with (
+            ProgressFile(target, watch, say) as progress,
+            session(options.address, use_gpus=options.device != "cpu"),
+        ):
             workers, most = size_pool(options, node_resources(), len(plan.shards))
-            needs = _amounts(workers.resources)
-            say(f"workers: at most {most} on {workers.device}, each with {needs}")
+            needs = amounts(workers.resources)
+            progress.say(f"workers: at most {most} on {workers.device}, each with {needs}")
             driver = identify()
             pool = Pool(plan, target, run_id, driver, workers, options.merger, options.collector)
-            run = Run(plan, pool, most, watch, say)
+            run = Run(plan, pool, most, progress)
             try:
                 resumed = run.resume()
                 run.merge()
@@ -97,51 +81,6 @@ def _commit(pool: Pool, out: Path, level: str, run: Run) -> VerifyReport:
     return report
 
 
-def size_pool(
-    options: ClusterOptions, nodes: Sequence[Mapping[str, float]], shards: int
-) -> tuple[WorkerOptions, int]:
-    """What each worker asks of Ray, and how many there may be.
-
-    Raises:
-        InputError: no node of the cluster could ever hold such a worker.
-    """
-    gpus = [node.get("GPU", 0) for node in nodes]
-    device = options.device
-    if device == "auto":
-        device = "cuda" if sum(gpus) else "cpu"
-    if device == "cuda":
-        share = options.gpus_per_worker
-        if share > 1 and share != int(share):
-            remedy = "Give a whole number, or a fraction below 1"
-            raise refuse(f"Ray cannot hand out {share:g} GPUs", "--gpus-per-worker", remedy)
-        room = sum(int(found / share + 1e-9) for found in gpus)
-        if not room:
-            what = f"a worker needs {share:g} GPUs, the nodes have {sorted(gpus)}"
-            raise refuse(what, "--gpus-per-worker", "Ask for fewer, or use --device cpu")
-        resources = {"num_gpus": share, "num_cpus": 0}
-    else:
-        cpus = [int(node.get("CPU", 0)) for node in nodes]
-        if not sum(cpus):
-            remedy = "Start the cluster with CPUs, or use --device cuda"
-            raise refuse("no node has a CPU for a worker", f"--address {options.address}", remedy)
-        share = _cpu_share(cpus, options.workers)
-        room = sum(int(found / share + 1e-9) for found in cpus)
-        resources = {"num_cpus": share, "num_gpus": 0}
-    most = min(options.workers or room, shards)
-    return WorkerOptions(device=device, resources=resources), most
-
-
-def _cpu_share(cpus: Sequence[int], workers: int | None) -> float:
-    """CPUs a worker: the most that leaves room for as many as were asked for, since Ray would
-    keep the others waiting for ever.
-    """
-    wanted = workers or 1
-    for share in range(min(CPUS_A_WORKER, max(cpus)), 0, -1):
-        if sum(found // share for found in cpus) >= wanted:
-            return share
-    return 1 / -(-wanted // sum(cpus))  # so many share a CPU: Ray takes fractions below one
-
-
 @dataclass(slots=True)
 class Run:
     """The schedule, the pool, and the loop between them."""
@@ -149,8 +88,7 @@ class Run:
     plan: MergePlan
     pool: Pool
     most: int
-    watch: Watch
-    say: Callable[[str], None]
+    progress: ProgressFile
     _schedule: Schedule = field(init=False)
     _calls: dict[int, tuple[str, tuple[Any, ...]]] = field(default_factory=dict)
     _results: dict[int, Any] = field(default_factory=dict)
@@ -172,10 +110,14 @@ class Run:
             return 0
         failed = unproven(checks, self._check("proving", list(checks.values())))
         for index in failed:
-            self.say(f"{self.plan.shards[index].name} is not as its receipt says; merging it again")
+            self.progress.say(
+                f"{self.plan.shards[index].name} is not as its receipt says; merging it again"
+            )
             self.pool.collect("forget", index)
         proven = len(checks) - len(failed)
-        self.say(f"{proven} of {counted(len(self.plan.shards), 'shard')} were there and are proven")
+        self.progress.say(
+            f"{proven} of {counted(len(self.plan.shards), 'shard')} were there and are proven"
+        )
         return proven
 
     def merge(self) -> None:
@@ -233,7 +175,7 @@ class Run:
 
     def _obey(self, commands: Sequence[Command]) -> None:
         for line in self._schedule.log:
-            self.say(line)
+            self.progress.say(line)
         self._schedule.log.clear()
         for command in commands:
             match command:
@@ -263,7 +205,7 @@ class Run:
     def _report(self) -> None:
         for worker in self.pool.lanes.keys() - self._greeted:
             self._greeted.add(worker)
-            self.say(f"worker-{worker}: {self.pool.lanes[worker]}")
+            self.progress.say(f"worker-{worker}: {self.pool.lanes[worker]}")
         if time.monotonic() - self._asked < STATUS_SECONDS:
             return
         self._asked = time.monotonic()
@@ -274,7 +216,7 @@ class Run:
         finished = sum(self._sizes[n] for n in self._results)
         under_way = sum(worker.done for worker in workers)
         total = sum(self._sizes.values())
-        self.watch(
+        self.progress.watch(
             Progress(
                 phase=self._phase,
                 done=min(finished + under_way, total),
@@ -293,8 +235,3 @@ class _Publisher:
     def publish(self, verified: Mapping[str, Any]) -> None:
         """Have the collector publish."""
         self.pool.collect("publish", verified)
-
-
-def _amounts(resources: Mapping[str, float]) -> str:
-    names = {"num_gpus": "GPU", "num_cpus": "CPU"}
-    return " and ".join(f"{amount:g} {names[n]}" for n, amount in resources.items() if amount)

@@ -18,7 +18,7 @@ from merge_core.lease import Lease
 from merge_core.ledger import Receipt
 from merge_core.output import check_location, check_usable, is_finished, prepare
 from merge_core.plan import MergePlan
-from merge_core.progress import Progress, WorkerProgress
+from merge_core.progress import Progress, ProgressFile, Watch, WorkerProgress
 from merge_core.verify import FileCheck, FileResult, VerifyReport, check_file, verify
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 ATTEMPTS = 3
 """Tries of a shard that runs out of memory, each with a third of the lanes. Other errors would meet
 the same process, device and disk again, so they end the merge at once."""
-
-Watch = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,15 +82,17 @@ def merge(
         if run is None:
             return result_of(plan, target, {}, None, clock)
         assembly = Assembly(plan, target, run)
-        resumed = _resume(assembly, plan, watch)
-        worker = module.ShardWorker(plan, target, module.pick_device(device), choice=choice)
-        with contextlib.closing(worker):
-            for shard in plan.shards:
-                if shard.index not in assembly.receipts:
-                    _merge_shard(worker, assembly, plan, shard.index, watch)
-        assembly.write_record()
-        report = verify(target, level, committed=False, run=_watched(plan, "verifying", watch))
-        conclude(assembly, report)
+        with ProgressFile(target, watch, _unheard) as progress:
+            resumed = _resume(assembly, plan, progress.watch)
+            worker = module.ShardWorker(plan, target, module.pick_device(device), choice=choice)
+            with contextlib.closing(worker):
+                for shard in plan.shards:
+                    if shard.index not in assembly.receipts:
+                        _merge_shard(worker, assembly, plan, shard.index, progress.watch)
+            assembly.write_record()
+            run_checks = _watched(plan, "verifying", progress.watch)
+            report = verify(target, level, committed=False, run=run_checks)
+            conclude(assembly, report)
     return result_of(plan, target, assembly.receipts, report, clock, resumed)
 
 
@@ -185,6 +185,10 @@ def describe_report(report: VerifyReport) -> dict[str, Any]:
 
 def _unwatched(progress: Progress) -> None:
     """What ``watch`` is when nobody watches."""
+
+
+def _unheard(line: str) -> None:
+    """A merge in one process decides nothing on the way that its result does not say."""
 
 
 def _merge_shard(

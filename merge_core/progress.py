@@ -1,8 +1,24 @@
-"""How far a merge is: what inline merges and Ray drivers report, and consoles draw."""
+"""How far a merge is: what inline merges and Ray drivers report, consoles draw, and OUT keeps."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+KEPT_LINES = 50
+"""Decisions that the file remembers: the last ones explain why a merge is slow or stopped."""
+
+WRITE_SECONDS = 1.0
+"""How often the file is written; who looks at it looks no closer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,8 +39,86 @@ class Progress:
     """The state of the whole merge."""
 
     phase: str
-    """``merging`` or ``verifying``."""
+    """``proving`` (what an earlier run did), ``merging`` or ``verifying``."""
     done: int
     """Bytes written (or read back) so far, of all shards."""
     total: int
     workers: tuple[WorkerProgress, ...]
+
+
+Watch = Callable[[Progress], None]
+
+
+class ProgressFile:
+    """Keeps ``OUT/.raymeld/progress.json`` for ``raymeld status``, and passes everything on.
+
+    As a context it also keeps what the merge ended with. Not durable: after a crash of the machine
+    the receipts tell what is done.
+    """
+
+    def __init__(self, out: Path, watch: Watch, say: Callable[[str], None]) -> None:
+        self._path = progress_path(out)
+        self._watch, self._say = watch, say
+        self._lines: deque[tuple[float, str]] = deque(maxlen=KEPT_LINES)
+        self._last = Progress(phase="starting", done=0, total=0, workers=())
+        self._began, self._before, self._written = time.time(), 0, 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._lines.append((time.time(), f"stopped: {str(error) or type(error).__name__}"))
+        self._write(dataclasses.replace(self._last, workers=()))
+
+    def say(self, line: str) -> None:
+        """Keep a decision, and say it."""
+        self._lines.append((time.time(), line))
+        self._say(line)
+
+    def watch(self, progress: Progress) -> None:
+        """Keep the progress, and show it."""
+        now = time.time()
+        if progress.phase != self._last.phase:
+            self._began, self._before = now, progress.done
+        self._last = progress
+        if now - self._written >= WRITE_SECONDS:
+            self._written = now
+            self._write(progress)
+        self._watch(progress)
+
+    def _write(self, progress: Progress) -> None:
+        content = {
+            **dataclasses.asdict(progress),
+            "began": self._began,
+            "before": self._before,
+            "written": time.time(),
+            "lines": list(self._lines),
+        }
+        temporary = self._path.with_suffix(".tmp")
+        with contextlib.suppress(OSError):  # a full disk ends the merge where it matters
+            temporary.write_text(json.dumps(content))
+            os.replace(temporary, self._path)
+
+
+def read_progress(out: Path) -> dict[str, Any] | None:
+    """What the last merge in ``out`` kept, or None.
+
+    Keys: those of ``Progress``; ``began`` and ``written``, seconds since the epoch; ``before``, the
+    bytes that were done when the phase began; ``lines``, pairs of time and decision.
+    """
+    try:
+        content = json.loads(progress_path(out).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def progress_path(out: Path) -> Path:
+    """Where a merge keeps how far it is."""
+    return out / ".raymeld" / "progress.json"

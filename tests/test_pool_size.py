@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from actors.identity import Identity
-from cluster.driver import ClusterOptions, size_pool
+from cluster.workers import ClusterOptions, size_pool
 from merge_core.errors import InputError
 
 ONE_GPU = {"num_gpus": 1, "num_cpus": 0}

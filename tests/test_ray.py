@@ -16,7 +16,8 @@ import ray
 from models import assert_same_tensors, make_adapter, make_base, oracle, read_tensors
 
 from actors.merger import Merger
-from cluster.driver import ClusterOptions, merge_on_ray
+from cluster.driver import merge_on_ray
+from cluster.workers import ClusterOptions
 from merge_core.errors import InputError, RaymeldError
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
@@ -160,7 +161,8 @@ def test_what_a_stopped_merge_has_done_is_proven_by_the_workers_and_not_merged_a
 DRIVER_THAT_DIES = """
 import os, signal, sys
 from actors.pool import Pool
-from cluster.driver import ClusterOptions, merge_on_ray
+from cluster.driver import merge_on_ray
+from cluster.workers import ClusterOptions
 from merge_core.planner import make_plan
 
 base, adapter, out, address = sys.argv[1:]

@@ -1,0 +1,131 @@
+"""``raymeld status``: what a running or stopped merge has done, from what lies in OUT alone."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_core.checkpoint import CONFIG
+from merge_core.errors import counted, refuse
+from merge_core.lease import Holder, live_holder
+from merge_core.output import receipts_directory, state_directory
+from merge_core.progress import read_progress
+
+SHOWN_LINES = 10
+"""Of the decisions on the way; ``--json`` has them all."""
+
+
+QUIET_SECONDS = 30.0
+"""A driver writes every second; a clock may be off by some seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """What is known of a merge."""
+
+    out: Path
+    state: str
+    """``running``, ``finished`` or ``stopped``."""
+    fingerprint: str
+    shards: int
+    done: int
+    """Shards that were accepted; all of them once it is finished."""
+    holder: Holder | None
+    """Who is at work."""
+    progress: dict[str, Any]
+    """See ``read_progress``; empty if none was kept."""
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of the present phase, at the pace of this phase so far; None where that is unknown."""
+        if self.state != "running" or not self.progress:
+            return None
+        new = self.progress["done"] - self.progress["before"]
+        spent = self.progress["written"] - self.progress["began"]
+        if new <= 0 or spent <= 0:
+            return None
+        return float((self.progress["total"] - self.progress["done"]) * spent / new)
+
+
+def read_status(out: Path) -> Status:
+    """Look at ``out``; may be called at any time, from anywhere that sees it.
+
+    Raises:
+        InputError: it holds no merge of raymeld's.
+    """
+    try:
+        plan = json.loads((state_directory(out) / "plan.json").read_bytes())
+        shards, fingerprint = plan["shards"], plan["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise refuse(
+            "there is no merge", str(out), "Name the --out of a merge that was started"
+        ) from None
+    holder, finished = live_holder(out), (out / CONFIG).exists()
+    accepted = len(list(receipts_directory(out).glob("shard-*.json")))
+    return Status(
+        out=out,
+        state="running" if holder else "finished" if finished else "stopped",
+        fingerprint=fingerprint,
+        shards=len(shards),
+        done=len(shards) if finished else accepted,
+        holder=holder,
+        progress=read_progress(out) or {},
+    )
+
+
+def status_lines(status: Status) -> list[str]:
+    """A status as a person reads it."""
+    lines = [
+        f"{status.state:<8} {status.out}, plan {status.fingerprint[:12]}",
+        f"shards   {status.done} of {status.shards} done",
+    ]
+    if status.state == "stopped":
+        lines.append("next     the same merge command again goes on from here")
+    if status.holder is not None:
+        lines.insert(1, f"by       process {status.holder.pid} on {status.holder.host}")
+        lines += _running_lines(status)
+    for when, line in status.progress.get("lines", [])[-SHOWN_LINES:]:
+        lines.append(f"{time.strftime('%H:%M:%S', time.localtime(when))} {line}")
+    return lines
+
+
+def status_document(status: Status) -> dict[str, Any]:
+    """A status as programs read it."""
+    holder = status.holder
+    return {
+        "ok": True,
+        "out": str(status.out),
+        "state": status.state,
+        "fingerprint": status.fingerprint,
+        "shards": status.shards,
+        "done": status.done,
+        "seconds_left": status.seconds_left,
+        "by": {"host": holder.host, "pid": holder.pid} if holder else None,
+        "progress": status.progress,
+    }
+
+
+def _running_lines(status: Status) -> list[str]:
+    progress = status.progress
+    if not progress:
+        return ["phase    starting"]
+    left = status.seconds_left
+    eta = f", about {_duration(left)} left" if left is not None else ""
+    done, total = progress["done"] / 1e9, progress["total"] / 1e9
+    lines = [f"phase    {progress['phase']}, {done:.2f} of {total:.2f} GB{eta}"]
+    for worker in progress["workers"]:
+        share = f" {worker['done'] / worker['size']:.0%}" if worker["size"] else ""
+        lines.append(f"{worker['worker']:<8} {worker['device']}: {worker['doing']}{share}")
+    quiet = time.time() - progress["written"]
+    if quiet > QUIET_SECONDS:
+        lines.append(f"note     nothing was heard for {_duration(quiet)}")
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return counted(round(seconds), "second")
+    return counted(round(seconds / 60), "minute")
