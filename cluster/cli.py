@@ -22,7 +22,6 @@ from cluster.options import (
     ShardSize,
     size_in_bytes,
 )
-from merge_core.adapter import parse_adapter
 from merge_core.errors import VerificationError, refuse
 from merge_core.planner import make_plan
 
@@ -157,9 +156,10 @@ def verify(
     """
     with answering(as_json=as_json, debug=debug):
         from cluster import console
+        from merge_core.verify import parse_weighted
         from merge_core.verify import verify as verify_checkpoint
 
-        given = [parse_adapter(text) for text in adapter] if adapter else None
+        given = [parse_weighted(text) for text in adapter] if adapter else None
         report = verify_checkpoint(out, level, base=base, adapters=given)
         document = {"ok": report.ok, **console.report_document(report)}
         console.answer(console.report_lines(report), document, as_json=as_json)

@@ -173,8 +173,9 @@ def plan_document(plan: MergePlan, pools: Sequence[EligiblePool]) -> dict[str, A
 
 def result_lines(result: MergeResult, plan: MergePlan) -> list[str]:
     """What a merge did, as a person reads it."""
-    if result.verified is None:
-        return [f"{result.out} already holds this merge ({result.fingerprint[:12]}); nothing done"]
+    if not result.receipts:
+        here = f"{result.out} already holds this merge ({result.fingerprint[:12]})"
+        return [f"{here}; nothing done", *_verified_lines(result)]
     size, plan_id = sum(shard.size for shard in plan.shards), result.fingerprint[:12]
     merged = counted(sum(t.action == "merged" for t in _tensors(result)), "tensor")
     return [
@@ -183,9 +184,14 @@ def result_lines(result: MergeResult, plan: MergePlan) -> list[str]:
         *[f"resumed  {counted(result.resumed, 'shard')} were there, and are proven"]
         * (result.resumed > 0),
         *_change_lines(result),
-        f"verified {result.verified.level}: {'; '.join(result.verified.checks)}",
+        *_verified_lines(result),
         f"result   {result.out}",
     ]
+
+
+def _verified_lines(result: MergeResult) -> list[str]:
+    report = result.verified
+    return [f"verified {report.level}: {'; '.join(report.checks)}"] if report else []
 
 
 def _change_lines(result: MergeResult) -> list[str]:
@@ -215,7 +221,7 @@ def result_document(result: MergeResult, plan: MergePlan) -> dict[str, Any]:
         "ok": True,
         "out": str(result.out),
         "fingerprint": result.fingerprint,
-        "already_there": verified is None,
+        "already_there": not result.receipts,
         "resumed": result.resumed,
         "bytes": sum(shard.size for shard in plan.shards),
         "seconds": result.seconds,
@@ -239,7 +245,7 @@ def report_lines(report: VerifyReport) -> list[str]:
 
 def report_document(report: VerifyReport) -> dict[str, Any]:
     """A verification as programs read it."""
-    from merge_core.merge import describe_report
+    from merge_core.verdict import describe_report
 
     return {"out": str(report.out), **describe_report(report)}
 

@@ -16,10 +16,11 @@ from cluster.schedule import Abort, Assign, Command, Schedule, Start
 from cluster.session import session
 from cluster.workers import ClusterOptions, amounts, size_pool
 from merge_core.errors import InputError, RaymeldError, counted
-from merge_core.merge import MergeResult, begin, claim, conclude, result_of, unproven
+from merge_core.merge import MergeResult, begin, claim, result_of
 from merge_core.output import parts_directory
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, ProgressFile, Watch, WorkerProgress
+from merge_core.verdict import conclude, unproven, verify_deeper
 from merge_core.verify import FileCheck, FileResult, VerifyReport, verify
 
 WAIT_SECONDS = 0.25
@@ -48,10 +49,10 @@ def merge_on_ray(
         RaymeldError: and its subclasses, as the merge in one process does.
     """
     clock, target = time.perf_counter(), Path(out).absolute()
-    plan = begin(plan, target)
+    plan = begin(plan, target, level)
     with claim(plan, target, overwrite=overwrite) as run_id:
         if run_id is None:
-            return result_of(plan, target, {}, None, clock)
+            return result_of(plan, target, {}, verify_deeper(target, level), clock)
         with (
             ProgressFile(target, watch, say) as progress,
             session(options.address, use_gpus=options.device != "cpu"),

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_core.adapter_config import MAX_ALPHA, LoraConfig, read_config
+from merge_core.adapter_config import MAX_SCALE, LoraConfig, read_config
 from merge_core.checkpoint import read_header, read_json
-from merge_core.errors import InputError, Problem, counted, gathered, refuse
+from merge_core.errors import InputError, Problem, counted, gathered, refuse, some_of
 from merge_core.layout import TensorSpec
 from merge_core.peft_fields import FEATURE_KEYS
 from merge_core.storage import FileIdentity
@@ -25,7 +25,7 @@ FACTOR_DTYPES = frozenset({"F32", "F16", "BF16"})
 _PREFIX = "base_model.model."
 _COPY = re.compile(r"base_model\.model\.(?P<module>.+)\.base_layer\.weight")
 _FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-_WEIGHT = re.compile(r"^(?P<path>.+)@(?P<weight>[-+]?(\d+\.?\d*|\.\d+))$")
+_WEIGHT = re.compile(r"^(?P<path>.+)@(?P<weight>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)$")
 _REPAIR = "Save the adapter again with PEFT; the file is damaged or incomplete"
 _NOT_YET = "Merge this adapter with PEFT's merge_and_unload for now"
 
@@ -38,7 +38,6 @@ class LowRankPair:
     """[rank, in_features]"""
     b: TensorSpec
     """[out_features, rank]"""
-    rank: int
     scaling: float
     """alpha / r (or alpha / sqrt(r)), without the adapter's weight."""
 
@@ -50,6 +49,7 @@ class Adapter:
     path: Path
     weight: float
     file: FileIdentity
+    config_file: FileIdentity
     config: LoraConfig
     pairs: Mapping[str, LowRankPair]
     """By module path, such as ``model.layers.0.self_attn.q_proj``."""
@@ -78,13 +78,15 @@ def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
     problems: list[Problem] = []
     config: LoraConfig | None = None
     tensors: tuple[TensorSpec, ...] = ()
-    if not 0 < abs(weight) <= MAX_ALPHA:
+    if not 0 < abs(weight) <= MAX_SCALE:
         what = f"weight {weight} merges nothing sensible"
         problems.append(Problem(what, str(path), "Give a weight other than 0, or leave it out"))
+    config_file = FileIdentity.of(path, CONFIG)
     with gathered(problems):
         config = read_config(read_json(path / CONFIG), str(path / CONFIG))
     with gathered(problems):
         name = _weights_file(path)
+        file = FileIdentity.of(path, name)  # before the header: a file put there later differs
         tensors = _list_tensors(path / name)
         _refuse_strange_keys(tensors, path / name)
     pairs = {} if config is None else _pairs(tensors, config, str(path), problems)
@@ -96,7 +98,8 @@ def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
     return Adapter(
         path=path,
         weight=weight,
-        file=FileIdentity.of(path, name),
+        file=file,
+        config_file=config_file,
         config=config,
         pairs=pairs,
         copies=_copies(tensors),
@@ -104,11 +107,11 @@ def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
     )
 
 
-def load_pickle(path: Path, device: str = "cpu") -> dict[str, Any]:
+def load_pickle(path: Path) -> dict[str, Any]:
     """The tensors of an ``adapter_model.bin``, loaded with ``weights_only``.
 
-    The one place where planning needs torch: a pickle has no header that could be read alone.
-    ``device="meta"`` gives names, dtypes and shapes without reading the data.
+    The one place where planning needs torch: a pickle has no header that could be read alone. The
+    data is mapped, and read when it is used; files from before torch 1.6 are read whole.
 
     Raises:
         InputError: it is no such file, or holds anything but tensors.
@@ -116,8 +119,8 @@ def load_pickle(path: Path, device: str = "cpu") -> dict[str, Any]:
     import torch
 
     try:
-        mapped = zipfile.is_zipfile(path) and device == "cpu"
-        state = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
+        mapped = zipfile.is_zipfile(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # noqa: BLE001 - torch.load raises whatever the damaged bytes lead it to
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = f"cannot be loaded with weights_only ({reason})"
@@ -128,7 +131,11 @@ def load_pickle(path: Path, device: str = "cpu") -> dict[str, Any]:
     ):
         remedy = "Save it as adapter_model.safetensors"
         raise refuse("holds something else than named dense tensors", str(path), remedy)
-    return state
+    empty = [key for key, value in state.items() if value.is_meta]
+    if empty:
+        what = f"holds no data for {some_of(empty)}: saved from the meta device"
+        raise refuse(what, str(path), _REPAIR)
+    return {key: value.detach() for key, value in state.items()}
 
 
 def _no_adapter(path: Path) -> InputError:
@@ -164,7 +171,7 @@ def _list_tensors(path: Path) -> tuple[TensorSpec, ...]:
             offset=0,  # a pickle is read by name
             nbytes=tensor.numel() * tensor.element_size(),
         )
-        for name, tensor in load_pickle(path, device="meta").items()
+        for name, tensor in load_pickle(path).items()
     )
 
 
@@ -242,4 +249,4 @@ def _pair(
     if not a.shape[0] == b.shape[1] == rank:
         what = f"lora_A has rank {a.shape[0]}, lora_B {b.shape[1]}, the config says {rank}"
         raise refuse(what, at, "Use the adapter_config.json that was saved with these weights")
-    return LowRankPair(a=a, b=b, rank=rank, scaling=scaling)
+    return LowRankPair(a=a, b=b, scaling=scaling)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from merge_core.errors import InputError, Problem
+from merge_core.errors import InputError, Problem, shortened
 from merge_core.peft_fields import (
     FEATURE_FIELDS,
     INERT_FIELDS,
@@ -20,11 +20,15 @@ from merge_core.peft_fields import (
 
 T = TypeVar("T")
 
-MAX_RANK, MAX_ALPHA = 10**6, 10**9
+MAX_RANK, MAX_SCALE = 10**6, 10**9
 """Beyond anything that was ever trained; keeps hostile numbers out of the arithmetic below."""
 
-_NESTED = re.compile(r"[+*}][^|]*\)[+*{]")
-"""A quantifier inside a quantified group: such a pattern may take for ever to match."""
+_REPEATED_GROUP = re.compile(r"\)[+*{]")
+_UNBOUNDED = re.compile(r"(?<!\\)[+*{]")
+_OPTIONAL = re.compile(r"(?<![\\(+*}])\?")
+MAX_PATTERN, MAX_UNBOUNDED, MAX_OPTIONAL = 1000, 3, 10
+"""A pattern may take for ever to match if it repeats a group, and its time grows with the length
+of a module's path to the power of its unbounded quantifiers. What selects modules needs neither."""
 
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
@@ -48,7 +52,7 @@ class LoraConfig:
     def is_target(self, module: str) -> bool:
         """Whether the config says that ``module`` was trained (PEFT: a regex, or suffixes)."""
         if isinstance(self.targets, str):
-            return self.targets != "" and re.fullmatch(self.targets, module) is not None
+            return self.targets != "" and _whole(self.targets).match(module) is not None
         return any(module == name or module.endswith(f".{name}") for name in self.targets)
 
     def resolve(self, module: str) -> tuple[int, float]:
@@ -125,10 +129,15 @@ def _at_end(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
 
+@functools.cache
+def _whole(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:{pattern})\Z")
+
+
 def _other_tuner(kind: Any, where: str) -> Problem:
     if isinstance(kind, str) and kind in TUNERS:
         return Problem(f"peft_type {kind} is not merged yet, only LORA is", where, _NOT_YET)
-    return Problem(f"peft_type is {kind!r}, which is no PEFT type", where, _REPAIR)
+    return Problem(f"peft_type is {shortened(kind)}, which is no PEFT type", where, _REPAIR)
 
 
 def _unsupported(fields: Mapping[str, Any], where: str) -> list[Problem]:
@@ -138,11 +147,12 @@ def _unsupported(fields: Mapping[str, Any], where: str) -> list[Problem]:
         if fields.get(name)
     ]
     if fields.get("bias", "none") != "none":
-        what = f"trained biases (bias={fields['bias']!r}) are not merged yet"
+        what = f"trained biases (bias={shortened(fields['bias'])}) are not merged yet"
         problems.append(Problem(what, where, _NOT_YET))
     init = fields.get("init_lora_weights", True)
     if str(init).lower() not in PLAIN_INITS:
-        what = f"init_lora_weights={init!r} may change the base weights that the factors refer to"
+        said = f"init_lora_weights={shortened(init)}"
+        what = f"{said} may change the base weights that the factors refer to"
         remedy = (
             "Save the adapter again as plain LoRA: save_pretrained(...,"
             " path_initial_model_for_weight_conversion=...)"
@@ -155,7 +165,8 @@ def _unknown(fields: Mapping[str, Any], where: str) -> list[Problem]:
     known = READ_FIELDS | INERT_FIELDS | FEATURE_FIELDS.keys()
     return [
         Problem(
-            f"field {name!r} = {value!r} is not known and could change the arithmetic",
+            f"field {shortened(name)} = {shortened(value)} is not known and could change the"
+            " arithmetic",
             where,
             "Use a newer raymeld, or remove the field if you know that it is inert",
         )
@@ -177,7 +188,7 @@ def _malformed(fields: Mapping[str, Any], where: str) -> list[Problem]:
         ("alpha_pattern", {}, lambda v: _is_pattern(v, _is_number), "a map of regexes to numbers"),
     )
     return [
-        Problem(f"{name} is {fields[name]!r}, not {expected}", where, _REPAIR)
+        Problem(f"{name} is {shortened(fields[name])}, not {expected}", where, _REPAIR)
         for name, default, is_valid, expected in checks
         if not is_valid(fields.get(name, default))
     ]
@@ -188,7 +199,7 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < abs(value) <= MAX_ALPHA
+    return type(value) in (int, float) and 0 < abs(value) <= MAX_SCALE
 
 
 def _is_flag(value: Any) -> bool:
@@ -202,7 +213,9 @@ def _is_pattern(value: Any, is_valid: Any) -> bool:
 
 
 def _is_regex(text: str) -> bool:
-    if len(text) > 1000 or _NESTED.search(text):
+    if len(text) > MAX_PATTERN or _REPEATED_GROUP.search(text):
+        return False
+    if len(_UNBOUNDED.findall(text)) > MAX_UNBOUNDED or len(_OPTIONAL.findall(text)) > MAX_OPTIONAL:
         return False
     try:
         _at_end(text)

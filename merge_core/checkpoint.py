@@ -10,7 +10,7 @@ from typing import Any
 
 from merge_core.architecture import check_architecture
 from merge_core.digest import bytes_digest
-from merge_core.errors import InputError, Problem, gathered, refuse
+from merge_core.errors import InputError, Problem, gathered, refuse, shortened
 from merge_core.json_text import parse_object
 from merge_core.layout import TensorSpec, header_length, parse_header
 from merge_core.storage import FileIdentity, reported
@@ -102,6 +102,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: there is none, or it is no JSON object.
     """
+    if path.exists() and not path.is_file():
+        raise refuse("is no file", str(path), "Put the file itself there")  # a pipe would wait
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -132,9 +134,10 @@ def _refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
     quantisation = config.get("quantization_config")
     if not quantisation:
         return
-    method = quantisation.get("quant_method", "") if isinstance(quantisation, dict) else ""
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    named = shortened(method) if method else "unknown method"
     raise refuse(
-        f"the base is quantised ({method or 'unknown method'}), which cannot take a LoRA delta yet",
+        f"the base is quantised ({named}), which cannot take a LoRA delta yet",
         str(path / CONFIG),
         "Merge into the 16-bit checkpoint that it was quantised from, then quantise the result",
     )
@@ -162,7 +165,7 @@ def _open_weight_files(path: Path, notes: list[str]) -> tuple[WeightFile, ...]:
     for name in names:
         with gathered(problems):
             if name not in present:
-                raise refuse(f"the index names {name}, which is missing", str(path), _FETCH)
+                raise refuse(f"the index names {name!r}, which is missing", str(path), _FETCH)
             files.append(read_header(path / name))
     if not problems:
         _check_against_index(files, weight_map, path, problems)

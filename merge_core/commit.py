@@ -7,6 +7,7 @@ recognised and thrown away. config.json is written last of all: it is the one co
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,7 +21,12 @@ from merge_core.checkpoint import CONFIG, INDEX
 from merge_core.errors import RaymeldError
 from merge_core.lease import holder_of, taken_over
 from merge_core.ledger import Receipt, TensorRecord, write_ledger
-from merge_core.output import parts_directory, receipts_directory, state_directory
+from merge_core.output import (
+    config_to_publish,
+    parts_directory,
+    receipts_directory,
+    state_directory,
+)
 from merge_core.plan import MergePlan, Shard
 from merge_core.storage import copy_durably, replaced, reported, sync_directory, write_durably
 from merge_core.verify import FileCheck, Row
@@ -108,14 +114,22 @@ class Assembly:
         missing = set(range(len(self._plan.shards))) - self._receipts.keys()
         if missing:
             raise RaymeldError(f"shards {sorted(missing)} are missing", str(self._out))
+        config = config_to_publish(self._plan)
+        files = {CONFIG: hashlib.sha256(config).hexdigest(), **self._copy_side_files()}
         if len(self._plan.shards) > 1:
-            write_durably(self._out / INDEX, index_json(self._plan))
-        self._copy_side_files()
+            index = index_json(self._plan)
+            write_durably(self._out / INDEX, index)
+            files[INDEX] = hashlib.sha256(index).hexdigest()
         write_ledger(
             state_directory(self._out) / "ledger.parquet",
             self._receipts.values(),
             {shard.index: shard.name for shard in self._plan.shards},
-            {"raymeld": __version__, "fingerprint": self._fingerprint, "written": time.time()},
+            {
+                "raymeld": __version__,
+                "fingerprint": self._fingerprint,
+                "written": time.time(),
+                "files": files,
+            },
         )
 
     def publish(self, verified: Mapping[str, Any]) -> None:
@@ -129,6 +143,7 @@ class Assembly:
             file.check(self._plan.base)
         for adapter in self._plan.adapters:
             adapter.file.check(adapter.path)
+            adapter.config_file.check(adapter.path)
         state = state_directory(self._out)
         write_durably(state / "verified.json", json.dumps(verified, indent=1).encode())
         write_durably(self._out / CONFIG, (state / CONFIG).read_bytes())
@@ -184,13 +199,17 @@ class Assembly:
             if size != shard.size or file.read(len(header)) != header:
                 raise RaymeldError(f"its part ({size} bytes) is not as planned", where)
 
-    def _copy_side_files(self) -> None:
+    def _copy_side_files(self) -> dict[str, str]:
+        """sha256 of each, by name."""
+        digests = {}
         for file in self._plan.side_files:
             source, target = self._plan.base / file.name, self._out / file.name
             with reported(target):
                 target.parent.mkdir(exist_ok=True)
-            if copy_durably(source, target) != file.size:
+            size, digests[file.name] = copy_durably(source, target)
+            if size != file.size:
                 raise replaced(source)
+        return digests
 
 
 def _row(file: str, record: TensorRecord) -> Row:
@@ -207,7 +226,7 @@ def _row(file: str, record: TensorRecord) -> Row:
 
 
 def index_json(plan: MergePlan) -> bytes:
-    """model.safetensors.index.json, byte for byte as transformers writes it."""
+    """model.safetensors.index.json, in the form in which transformers writes it."""
     weight_map = {task.target.name: shard.name for shard in plan.shards for task in shard.tasks}
     content = {"metadata": {"total_size": plan.total_size}, "weight_map": weight_map}
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()

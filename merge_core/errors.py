@@ -14,6 +14,7 @@ All of them cross process borders, so each keeps its constructor's positional ar
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -109,6 +110,11 @@ def refuse(what: str, where: str, remedy: str) -> InputError:
 def some_of(names: Sequence[str]) -> str:
     """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" * (len(names) > 3))
+
+
+def shortened(value: object) -> str:
+    """``repr`` of what somebody else wrote, of a length that fits into a message."""
+    return reprlib.repr(value)
 
 
 def counted(number: int, noun: str) -> str:

@@ -163,4 +163,5 @@ def as_float32(raw: memoryview, tensor: TensorSpec) -> np.ndarray[Any, np.dtype[
 def _as_bytes(tensor: torch.Tensor) -> Any:
     import torch
 
-    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
+    # Views that negate or that step over elements are pickled as such; numpy wants plain bytes.
+    return tensor.resolve_neg().reshape(-1).contiguous().view(torch.uint8).numpy()

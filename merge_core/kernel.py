@@ -167,7 +167,8 @@ def _check_finite(target: torch.Tensor, first: int, width: int) -> None:
     bad = torch.nonzero(~torch.isfinite(target)).flatten()
     if bad.numel():
         element = first + int(bad[0])
+        overflow = "; float16 overflows above 65504" * (target.dtype == torch.float16)
         raise NonFiniteError(
             f"row {element // width}, column {element % width} is {float(target[bad[0]])}",
-            remedy="Check base and adapter there; float16 overflows above 65504.",
+            remedy=f"Check base and adapter there{overflow}.",
         )

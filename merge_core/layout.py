@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from merge_core.errors import InputError, Problem, refuse
+from merge_core.errors import InputError, Problem, refuse, shortened
 from merge_core.json_text import parse_object
 
 ALIGNMENT = 4096
@@ -163,7 +163,7 @@ def _tensor(
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         problems.append(
             Problem(
-                f"dtype {dtype!r} is not one that raymeld can read",
+                f"dtype {shortened(dtype)} is not one that raymeld can read",
                 at,
                 "Use a checkpoint in bf16, fp16 or fp32",
             )

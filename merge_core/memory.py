@@ -5,12 +5,11 @@ This is the only thing that a worker decides by itself, and it changes no byte o
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from merge_core.blocks import largest_block
+from merge_core.cgroup import free_in_cgroups
 from merge_core.digest import CELL_BYTES
 from merge_core.errors import DeviceMemoryError, counted
 from merge_core.layout import DTYPE_BYTES, TensorSpec
@@ -122,21 +121,9 @@ def choose_lanes(plan: MergePlan, device: str, found: Memory, most: int = MAX_LA
 
 
 def free_host_memory() -> int:
-    """Bytes that this process may still take: what the machine has free, within the cgroup."""
-    free = _meminfo_available()
-    for limit, usage in _CGROUP_FILES:
-        with contextlib.suppress(OSError, ValueError):  # no such controller, or "max": no limit
-            free = min(free, int(limit.read_text()) - int(usage.read_text()))
-    return max(free, 0)
-
-
-_CGROUP_FILES = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
-)
+    """Bytes that this process may still take: what the machine has free, within its cgroups."""
+    available, allowed = _meminfo_available(), free_in_cgroups()
+    return available if allowed is None else min(available, allowed)
 
 
 def _meminfo_available() -> int:

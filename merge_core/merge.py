@@ -9,17 +9,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from merge_core.commit import Assembly
-from merge_core.errors import DeviceMemoryError, InputError, VerificationError, counted
+from merge_core.errors import DeviceMemoryError, InputError, gathered
 from merge_core.factors import seal
 from merge_core.lease import Lease
 from merge_core.ledger import Receipt
-from merge_core.output import check_location, check_usable, is_finished, prepare
+from merge_core.output import (
+    check_location,
+    check_usable,
+    is_finished,
+    prepare,
+)
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, ProgressFile, Watch, WorkerProgress
-from merge_core.verify import FileCheck, FileResult, VerifyReport, check_file, verify
+from merge_core.verdict import conclude, unproven, verify_deeper
+from merge_core.verify import (
+    FileCheck,
+    FileResult,
+    VerifyReport,
+    check_file,
+    refuse_unchecked,
+    verify,
+)
 
 if TYPE_CHECKING:
     from merge_core.memory import LaneChoice
@@ -76,11 +89,11 @@ def merge(
         importing = pool.submit(importlib.import_module, "merge_core.worker")  # torch takes seconds
         if device == "cuda":  # refused before OUT is touched, if there is none
             importing.result().pick_device(device)
-        plan = begin(plan, target)
+        plan = begin(plan, target, level)
         module = importing.result()
     with claim(plan, target, overwrite=overwrite) as run:
         if run is None:
-            return result_of(plan, target, {}, None, clock)
+            return result_of(plan, target, {}, verify_deeper(target, level), clock)
         assembly = Assembly(plan, target, run)
         with ProgressFile(target, watch, _unheard) as progress:
             resumed = _resume(assembly, plan, progress.watch)
@@ -96,13 +109,19 @@ def merge(
     return result_of(plan, target, assembly.receipts, report, clock, resumed)
 
 
-def begin(plan: MergePlan, out: Path) -> MergePlan:
+def begin(plan: MergePlan, out: Path, level: str) -> MergePlan:
     """Check where ``out`` lies, and read and check the adapters; writes nothing.
 
     Returns:
         The plan, sealed.
+
+    Raises:
+        InputError: ``out`` or the adapters cannot be used, or not be verified at ``level``.
     """
     problems = check_location(out, plan.base, tuple(a.path for a in plan.adapters))
+    with gathered(problems):
+        if level == "numeric":  # what it cannot check is better known before the merge than after
+            refuse_unchecked(plan.base, [(a.path, a.weight) for a in plan.adapters])
     if problems:
         raise InputError(problems)
     return seal(plan)
@@ -135,52 +154,6 @@ def _resume(assembly: Assembly, plan: MergePlan, watch: Watch) -> int:
     for index in unproven(checks, results):
         assembly.forget(index)
     return len(assembly.receipts)
-
-
-def unproven(checks: Mapping[int, FileCheck], results: Iterable[FileResult]) -> list[int]:
-    """The shards whose check found something, or gave no result."""
-    good = {result.path for result in results if not result.findings}
-    return [index for index, check in checks.items() if check.path not in good]
-
-
-class Publisher(Protocol):
-    """What can make the destination a checkpoint: an ``Assembly``, here or in an actor."""
-
-    def publish(self, verified: Mapping[str, Any]) -> None:
-        """See ``Assembly.publish``."""
-
-
-def conclude(publisher: Publisher, report: VerifyReport) -> None:
-    """Publish the result if ``report`` found nothing wrong.
-
-    Raises:
-        VerificationError: it did; nothing is published.
-    """
-    if not report.ok:
-        found = "; ".join(f"{f.where}: {f.what}" for f in report.findings[:5])
-        more = len(report.findings) - 5
-        found += f"; and {more} more" * (more > 0)
-        raise VerificationError(
-            f"{counted(len(report.findings), 'check')} failed: {found}",
-            str(report.out),
-            "Nothing was published. Check disk and memory; the same command again proves what is"
-            " there and merges the rest.",
-        )
-    publisher.publish(describe_report(report))
-
-
-def describe_report(report: VerifyReport) -> dict[str, Any]:
-    """The report as JSON holds it."""
-    return {
-        "level": report.level,
-        "ok": report.ok,
-        "checks": list(report.checks),
-        "findings": [{"check": f.check, "where": f.where, "what": f.what} for f in report.findings],
-        "files": report.files,
-        "tensors": report.tensors,
-        "bytes_read": report.bytes_read,
-        "seconds": report.seconds,
-    }
 
 
 def _unwatched(progress: Progress) -> None:

@@ -27,6 +27,7 @@ from merge_core.errors import InputError, Problem, StorageError, refuse
 from merge_core.json_text import parse_object
 from merge_core.plan import MergePlan
 from merge_core.storage import replaced, reported, sync_directory, write_durably
+from merge_core.verify import LEVELS
 
 
 def state_directory(out: Path) -> Path:
@@ -84,13 +85,28 @@ def is_finished(out: Path, plan: MergePlan) -> bool:
         return False
     if earlier.get("inputs") != _inputs(plan):
         return False
+    try:
+        if (out / CONFIG).read_bytes() != config_to_publish(plan):
+            return False
+    except OSError:
+        return False
     sizes = {shard.name: shard.size for shard in plan.shards}
     sizes |= {file.name: file.size for file in plan.side_files}
-    names = [CONFIG] + [INDEX] * (len(plan.shards) > 1)
-    return all((out / name).is_file() for name in names) and all(
+    if len(plan.shards) > 1 and not (out / INDEX).is_file():
+        return False
+    return all(
         (out / name).is_file() and (out / name).stat().st_size == size
         for name, size in sizes.items()
     )
+
+
+def verified_level(out: Path) -> str:
+    """The level at which the finished merge in ``out`` was verified before it was published."""
+    try:
+        level = json.loads((state_directory(out) / "verified.json").read_bytes())["level"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return LEVELS[0]
+    return level if level in LEVELS else LEVELS[0]
 
 
 def check_usable(out: Path, plan: MergePlan, *, overwrite: bool = False) -> None:
@@ -225,7 +241,7 @@ def _other_merge(out: Path, plan: MergePlan, earlier: Mapping[str, Any]) -> Inpu
     elif earlier.get("inputs") != _inputs(plan):
         what += f" of the same plan {plan.fingerprint[:12]}, from input files of other times"
     elif finished:
-        what += f" of this very plan {plan.fingerprint[:12]}, but files of it are missing"
+        what += f" of this very plan {plan.fingerprint[:12]}, but its files are missing or changed"
     else:
         what += f" by raymeld {earlier.get('raymeld')}; this is {__version__}"
     return refuse(what, str(out), "Choose another --out, or give --overwrite to replace it")

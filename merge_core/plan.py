@@ -82,6 +82,7 @@ class AdapterInput:
     path: Path
     weight: float
     file: FileIdentity
+    config_file: FileIdentity
     factor_digests: Mapping[str, str]
     """By tensor name; empty until ``factors.seal`` has read and checked the whole file."""
     copies: tuple[SavedCopy, ...] = ()

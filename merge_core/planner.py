@@ -26,7 +26,10 @@ DTYPE_NAMES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32
 """Values of --dtype, as config.json spells them."""
 
 
-CONV1D_MODELS = frozenset({"gpt2", "gpt_bigcode", "imagegpt", "openai-gpt"})
+LINEAR_MODELS = frozenset({"qwen2", "qwen2_moe"})
+"""Models that are tested: every layer is nn.Linear, which stores [out, in]."""
+
+CONV1D_MODELS = frozenset({"decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
 """Models whose layers are transformers' Conv1D, which stores [in, out]."""
 
 
@@ -175,22 +178,30 @@ def _is_transposed(
     checkpoint: Checkpoint,
     at: str,
 ) -> bool:
-    """Whether the base stores [in, out]. PEFT decides by the layer's class (nn.Linear or Conv1D)
-    and overrides fan_in_fan_out by it; without classes the shapes say the same, and only a
-    square tensor of an untested architecture needs the flag, which PEFT saved as corrected.
+    """Whether the base stores [in, out]: PEFT decides by the layer's class (nn.Linear or Conv1D).
+
+    Without classes the model type and the shapes say the same. fan_in_fan_out says it only for
+    models of linear layers alone: PEFT corrects it while it wraps layers, so in a model of both
+    kinds the adapter carries what the last of them was.
     """
     if base.dtype not in MERGEABLE:
         remedy = "Use a base in bf16, fp16 or fp32"
         raise refuse(f"the base tensor is {base.dtype}, which takes no delta", at, remedy)
-    delta = (b.shape[0], a.shape[1])
-    linear = checkpoint.config.get("model_type") in ("qwen2", "qwen2_moe")
-    if base.shape == delta and (linear or delta[0] != delta[1]):
+    delta, model = (b.shape[0], a.shape[1]), checkpoint.config.get("model_type")
+    flag = adapter.config.fan_in_fan_out and model not in LINEAR_MODELS
+    square, conv1d = delta[0] == delta[1], model in CONV1D_MODELS
+    if base.shape == delta and not (square and (conv1d or flag)):
         return False
-    if base.shape == delta:
-        return adapter.config.fan_in_fan_out
-    conv1d = adapter.config.fan_in_fan_out or checkpoint.config.get("model_type") in CONV1D_MODELS
-    if base.shape == delta[::-1] and conv1d and not linear:
+    if base.shape == delta[::-1] and conv1d:
         return True
+    if base.shape == delta[::-1] and flag:
+        if not square:
+            return True
+        raise refuse(
+            f"fan_in_fan_out is set, and nothing tells which way a square tensor of {model!r} lies",
+            at,
+            "Merge this adapter with PEFT's merge_and_unload",
+        )
     raise refuse(
         f"the delta is {list(delta)}, the base tensor {list(base.shape)}",
         at,
@@ -227,6 +238,7 @@ def _assemble(
                 path=a.path,
                 weight=a.weight,
                 file=a.file,
+                config_file=a.config_file,
                 factor_digests={},
                 copies=tuple(
                     SavedCopy(copy=copy, source=source, source_file=file)
@@ -273,8 +285,8 @@ def _shard(
 
 
 def _config_changes(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:
-    """Transformers 5 writes ``dtype``, older ones ``torch_dtype``; the file keeps its spelling."""
+    """Transformers 5 writes ``dtype``, older ones ``torch_dtype``: both say the same after it."""
     if dtype is None:
         return {}
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    return {key: dtype} if config.get(key) != dtype else {}
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    return {key: dtype for key in keys if config.get(key) != dtype}

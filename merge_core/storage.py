@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -207,19 +208,20 @@ def write_durably(path: Path, data: bytes) -> None:
         _write_all(descriptor, memoryview(data), 0)
 
 
-def copy_durably(source: Path, target: Path) -> int:
-    """Replace ``target`` with the content of ``source`` and return its size.
+def copy_durably(source: Path, target: Path) -> tuple[int, str]:
+    """Replace ``target`` with the content of ``source``; returns its size and sha256.
 
     Raises:
         StorageError: naming the file that could not be read or written.
     """
-    copied = 0
+    copied, digest = 0, hashlib.sha256()
     with reported(source), source.open("rb") as file, _replacing(target) as descriptor:
         while data := file.read(COPY_BYTES):
             with reported(target):
                 _write_all(descriptor, memoryview(data), copied)
             copied += len(data)
-    return copied
+            digest.update(data)
+    return copied, digest.hexdigest()
 
 
 @contextlib.contextmanager

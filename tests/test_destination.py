@@ -168,7 +168,7 @@ def test_a_finished_merge_of_which_files_are_missing_is_refused(scene: BaseScene
     fingerprint = scene.merge().fingerprint
     next(scene.out.glob("*.safetensors")).unlink()
 
-    said = f"of this very plan {fingerprint[:12]}, but files of it are missing"
+    said = f"of this very plan {fingerprint[:12]}, but its files are missing or changed"
     assert said in scene.refusal()
 
 

@@ -47,7 +47,7 @@ def test_a_weight_is_read_behind_the_last_at_sign(tmp_path: Path) -> None:
         ("a@+2.", "a", 2.0),
         ("me@home/a@0.1", "me@home/a", 0.1),
         ("a@v2", "a@v2", 1.0),
-        ("a@1e3", "a@1e3", 1.0),
+        ("a@-1e-3", "a", -0.001),
         ("a@nan", "a@nan", 1.0),
         ("a@", "a@", 1.0),
     ):

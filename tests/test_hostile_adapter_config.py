@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 import pytest
 from scenes import AdapterScene
 
@@ -84,7 +86,36 @@ def test_malformed_values_are_refused(
 ) -> None:
     for value in values:
         adapter_scene.configure(**{field: value})
-        assert f"{field} is {value!r}, not " in adapter_scene.refusal()
+        assert f"{field} is {reprlib.repr(value)}, not " in adapter_scene.refusal()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(.|.)*!", "((a|b))+x", "(a+)+$", ".*" * 10 + "!", r"\w+.*\d*.*x", ".?" * 30 + "!"],
+)
+def test_a_pattern_that_could_match_for_ever_is_refused(
+    adapter_scene: AdapterScene, pattern: str
+) -> None:
+    adapter_scene.configure(alpha_pattern={pattern: 5})
+    assert "alpha_pattern is " in adapter_scene.refusal()
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.layers\.(0|1[0-9]?|2[0-3]?)\..*_proj",
+        r"model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o)_proj",
+        r"^model\.(?:layers\.)?[+*?]?.*?q_proj",
+    ],
+)
+def test_patterns_that_people_write_are_taken(adapter_scene: AdapterScene, pattern: str) -> None:
+    adapter_scene.configure(alpha_pattern={pattern: 5})
+    adapter_scene.merge()
+
+
+def test_what_somebody_wrote_is_shortened_in_the_message(adapter_scene: AdapterScene) -> None:
+    adapter_scene.configure(unheard_of="x" * 10_000_000, r="y" * 10_000_000)
+    assert len(adapter_scene.refusal()) < 1000
 
 
 @pytest.mark.parametrize("config", [b"{", b"", b"[]", b"null", b"\xff", b"[" * 100_000])

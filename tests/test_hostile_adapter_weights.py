@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from handmade import Geometry, keyed, random_factors, random_tensors, write_adapter, write_base
+from models import edit_json
 from safetensors.torch import load_file, save_file
-from scenes import QA, QB, AdapterScene, Q
+from scenes import DOWN, QA, QB, AdapterScene, Q
 
 from merge_core.peft_fields import FEATURE_KEYS
 
@@ -68,6 +69,18 @@ def test_a_factor_that_is_not_finite_is_refused_with_its_row(
     assert f"tensor {QB!r}: holds NaN or infinity in row 17" in adapter_scene.refusal()
 
 
+def test_a_square_tensor_of_an_unknown_model_with_the_flag_is_refused(
+    adapter_scene: AdapterScene,
+) -> None:
+    edit_json(adapter_scene.base / "config.json", model_type="llama")
+    adapter_scene.configure(fan_in_fan_out=True)
+    adapter_scene.keep(**{f"base_model.model.{DOWN}.lora_{x}.weight": None for x in "AB"})
+
+    text = adapter_scene.refusal()
+    assert "nothing tells which way a square tensor of 'llama' lies" in text
+    assert Q in text
+
+
 def test_an_empty_adapter_is_refused(adapter_scene: AdapterScene) -> None:
     save_file({}, adapter_scene.adapter / "adapter_model.safetensors")
     assert "the adapter is empty: it holds no tensor" in adapter_scene.refusal()
@@ -97,6 +110,16 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(
         file.write_bytes(pickle.dumps(Payload(ran)))
     assert "adapter_model.bin: cannot be loaded with weights_only" in adapter_scene.refusal()
     assert not ran.exists()
+
+
+def test_tensors_without_data_are_refused(adapter_scene: AdapterScene) -> None:
+    """Saved from a model of which device_map had left a part on the meta device."""
+    tensors = load_file(adapter_scene.adapter / "adapter_model.safetensors")
+    (adapter_scene.adapter / "adapter_model.safetensors").unlink()
+    tensors[QA] = tensors[QA].to("meta")
+    torch.save(tensors, adapter_scene.adapter / "adapter_model.bin")
+
+    assert f"holds no data for {QA}: saved from the meta device" in adapter_scene.refusal()
 
 
 def test_a_damaged_pickle_is_refused(adapter_scene: AdapterScene) -> None:

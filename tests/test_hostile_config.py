@@ -12,9 +12,9 @@ from scenes import BaseScene
 @pytest.mark.parametrize(
     ("quantisation", "name"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "awq", "bits": 4}, "awq"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "gptq", "bits": 4}, "'gptq'"),
+        ({"quant_method": "awq", "bits": 4}, "'awq'"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "'bitsandbytes'"),
         ({"load_in_8bit": True}, "unknown method"),
         ("int4", "unknown method"),
     ],

@@ -99,12 +99,17 @@ def test_the_first_pattern_in_the_file_counts_not_the_first_in_the_alphabet(
     assert not torch.equal(merged["sorted"][Q1], merged["own"][Q1])
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
+@pytest.mark.parametrize("flag", [True, False])
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
-def test_transposed_layers_merge_as_peft_does(dtype: str, tmp_path: Path, out: Path) -> None:
+def test_transposed_layers_merge_as_peft_does_whatever_the_flag_says(
+    dtype: str, flag: bool, tmp_path: Path, out: Path
+) -> None:
     base = make_gpt2(tmp_path / "base", DTYPES[dtype])
-    modules = ["c_attn", "c_proj", "c_fc"]  # attn.c_proj is square: only the flag tells
+    modules = ["c_attn", "c_proj", "c_fc"]  # attn.c_proj is square: only the layer's class tells
     fields = {"r": 6, "lora_alpha": 10, "fan_in_fan_out": True, "target_modules": modules}
     adapter = make_adapter(tmp_path / "adapter", base, **fields)
+    edit_json(adapter / "adapter_config.json", fan_in_fan_out=flag)
 
     check_like_peft(base, adapter, out)
 

@@ -35,10 +35,11 @@ from merge_core.digest import bytes_digest
 from merge_core.errors import StorageError
 from merge_core.factors import seal
 from merge_core.memory import LaneChoice
-from merge_core.merge import claim, conclude, merge
+from merge_core.merge import claim, merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.storage import RangeReader
+from merge_core.verdict import conclude
 from merge_core.verify import verify
 from merge_core.worker import ShardWorker
 

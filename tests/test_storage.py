@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -254,7 +255,7 @@ def test_a_copy_takes_every_byte_and_a_source_that_is_gone_is_named(
     source, target = tmp_path / "source", tmp_path / "target"
     source.write_bytes(b"0123456789")
 
-    assert copy_durably(source, target) == 10
+    assert copy_durably(source, target) == (10, hashlib.sha256(b"0123456789").hexdigest())
     assert target.read_bytes() == b"0123456789"
 
     source.unlink()

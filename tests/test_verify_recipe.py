@@ -85,7 +85,8 @@ def test_scales_follow_peft(story: str, tmp_path: Path) -> None:
         ("qwen2", True, UP, (10, 6), False),
         ("qwen2_moe", True, Q, (6, 6), False),
         ("gpt2", True, Q, (6, 6), True),
-        ("gpt2", False, Q, (6, 6), False),
+        ("gpt2", False, Q, (6, 6), True),  # always Conv1D
+        ("llama", False, Q, (6, 6), False),
         ("gpt2", False, UP, (10, 6), False),
         ("gpt2", True, UP, (10, 6), False),  # the shapes leave no choice
         ("gpt2", False, UP, (6, 10), True),

@@ -8,10 +8,11 @@ adapters, and its own arithmetic, so that a mistake in the merge cannot hide beh
         print(*report.findings)
 
 Read in this order: ``verification`` (what is checked), ``structure`` and ``file_check`` (the
-directory, one file), ``digests``, ``against_base`` and ``recipe`` (what a tensor must be equal to),
-``merged`` (the numeric bound and where it comes from), ``untouched``, ``load``.
+directory, one file), ``digests``, ``side_files``, ``against_base`` and ``recipe`` (what a tensor
+must be equal to), ``merged`` (the numeric bound and where it comes from), ``untouched``, ``load``.
 """
 
+from merge_core.verify.against_base import parse_weighted, refuse_unchecked
 from merge_core.verify.file_check import FileCheck, FileResult, check_file
 from merge_core.verify.ledger import Row
 from merge_core.verify.report import LEVELS, Finding, VerifyReport
@@ -25,5 +26,7 @@ __all__ = [
     "Row",
     "VerifyReport",
     "check_file",
+    "parse_weighted",
+    "refuse_unchecked",
     "verify",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,25 @@ class Comparison:
     base: BaseTensor
     deltas: tuple[Delta, ...]
     """What the adapters add; empty for a tensor that must be the base's own."""
+
+
+def parse_weighted(text: str) -> WeightedAdapter:
+    """``path@0.5`` as path and weight; 1 without a number, or where the whole text is a path."""
+    path, _, number = text.rpartition("@")
+    try:
+        weight = float(number) if path and not Path(text).exists() else math.nan
+    except ValueError:
+        weight = math.nan
+    return (Path(path), weight) if math.isfinite(weight) else (Path(text), 1.0)
+
+
+def refuse_unchecked(base: Path, adapters: Sequence[WeightedAdapter]) -> None:
+    """Raise what level numeric would raise over base and adapters, before there is a result.
+
+    Raises:
+        InputError: they cannot be read, or hold features that cannot be checked.
+    """
+    _all_deltas(open_base(base), _model_type(base), adapters)
 
 
 def resolve_sources(
@@ -98,7 +118,7 @@ def pair_with_base(
 
 def _model_type(base: Path) -> object:
     try:
-        return parse_object((base / "config.json").read_bytes()).get("model_type")
+        return parse_object((base / "config.json").read_bytes(), constants=True).get("model_type")
     except (OSError, MalformedError) as error:
         what = f"the base's config cannot be read ({error})"
         raise refuse(what, str(base), "Name the base that was merged with --base") from error

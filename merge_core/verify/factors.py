@@ -86,15 +86,16 @@ def _pickled(path: str) -> Factors:
     tensors: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise MalformedError("it holds something else than a dictionary of tensors")
+    tensors = {name: tensor.detach() for name, tensor in tensors.items()}
     accepted = (torch.bfloat16, torch.float16, torch.float32)
     _refuse_dtypes(path, {name: tensor.dtype for name, tensor in tensors.items()}, accepted)
 
     def read(name: str) -> Matrix:
-        matrix: Matrix = tensors[name].to(torch.float32).numpy()
+        matrix: Matrix = tensors[name].to(torch.float32).resolve_neg().numpy()
         return matrix
 
     def raw(name: str) -> RawTensor:
-        tensor = tensors[name].contiguous()
+        tensor = tensors[name].resolve_neg().contiguous()
         names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
         return tensor.view(torch.uint8).numpy().reshape(-1), names[tensor.dtype]
 

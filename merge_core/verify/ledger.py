@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,16 @@ class Row:
     """32 hex digits, see ``digests``."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """All that the merge recorded."""
+
+    rows: dict[str, Row]
+    """By tensor."""
+    files: dict[str, str]
+    """sha256 of each other file that the merge wrote, by name; empty in ledgers without them."""
+
+
 _COLUMNS = {
     "tensor": str,
     "file": str,
@@ -35,8 +46,8 @@ _COLUMNS = {
 }
 
 
-def read_ledger(path: Path) -> dict[str, Row]:
-    """Rows of the ledger by tensor.
+def read_ledger(path: Path) -> Ledger:
+    """The ledger at ``path``.
 
     Raises:
         MalformedError: it is no parquet, lacks a column, holds a null or has a tensor twice.
@@ -50,6 +61,7 @@ def read_ledger(path: Path) -> dict[str, Row]:
         try:
             table = parquet.ParquetFile(file).read()
             columns = {name: table.column(name).to_pylist() for name in _COLUMNS}
+            about = json.loads((table.schema.metadata or {}).get(b"raymeld", b"{}"))
         except (pa.ArrowException, KeyError, ValueError) as error:
             raise MalformedError(f"it is no ledger ({error})") from error
     rows: dict[str, Row] = {}
@@ -58,7 +70,10 @@ def read_ledger(path: Path) -> dict[str, Row]:
         if row.tensor in rows:
             raise MalformedError(f"tensor {row.tensor!r} has two rows")
         rows[row.tensor] = row
-    return rows
+    files = about.get("files", {}) if isinstance(about, dict) else {}
+    if not all(isinstance(digest, str) for digest in files.values()):
+        raise MalformedError("its list of files holds something else than digests")
+    return Ledger(rows=rows, files=files)
 
 
 def _row(values: dict[str, Any]) -> Row:

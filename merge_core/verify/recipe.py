@@ -35,7 +35,8 @@ _NO_EFFECT |= {"inference_mode", "lora_dropout", "target_modules", "exclude_modu
 _NO_EFFECT |= {"layers_to_transform", "layers_pattern", "loftq_config", "eva_config"}
 _NO_EFFECT |= {"corda_config", "lora_ga_config", "megatron_config", "megatron_core"}
 _NO_EFFECT |= {"qalora_group_size", "runtime_config"}
-"""Fields that only steered the training; which modules and biases were trained, the keys say.
+"""Fields that only steered the training; which modules and biases were trained, the keys
+say, and a key of a bias is refused.
 Every other field must be absent, null, false or empty."""
 
 _PLAIN_INITS = ("gaussian", "eva", "orthogonal")
@@ -43,6 +44,15 @@ _PLAIN_INITS = ("gaussian", "eva", "orthogonal")
 
 _LINEAR_ONLY = ("qwen2", "qwen2_moe")
 """Their layers are nn.Linear, for which PEFT ignores ``fan_in_fan_out``."""
+
+_CONV1D = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")
+"""Their layers are transformers' Conv1D, [in, out], whatever ``fan_in_fan_out`` says."""
+
+_DEFAULT = 8
+"""Of ``r`` and of ``lora_alpha``, where the config leaves them out."""
+
+_EXPENSIVE = re.compile(r"\)[+*{]|(?:(?<!\\)[+*{].*){4}|(?:\?.*){11}", re.DOTALL)
+"""A repeated group, or many quantifiers: matching such a pattern could take for ever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,21 +136,24 @@ def _unsupported_fields(config: Mapping[str, Any]) -> Iterator[str]:
         if field not in _UNDERSTOOD | _NO_EFFECT and value:
             yield f"{field} = {value!r}"
     init = config.get("init_lora_weights", True)
-    if not isinstance(init, bool) and init not in _PLAIN_INITS:
+    if not isinstance(init, bool) and str(init).lower() not in _PLAIN_INITS:
         yield f"init_lora_weights = {init!r}"
     for field, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         found = config.get(patterns) or {}
         if not isinstance(found, dict) or not all(map(_is_regex, found)):
             yield f"{patterns} = {found!r}"
-        elif not all(_is_number(value) for value in (config.get(field), *found.values())):
+        elif not all(map(_is_number, (config.get(field, _DEFAULT), *found.values()))):
             yield f"{field} = {config.get(field)!r}, {patterns} = {found!r}"
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    """A rank below 0 fits no factor, so it is found where the shapes are."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value != 0
 
 
 def _is_regex(pattern: str) -> bool:
+    if len(pattern) > 1000 or _EXPENSIVE.search(pattern):
+        return False
     try:
         re.compile(_at_end(pattern))
     except re.error:
@@ -186,7 +199,7 @@ def _lookup(config: Mapping[str, Any], field: str, patterns: str, module: str) -
     for key, value in (config.get(patterns) or {}).items():
         if re.match(_at_end(key), module):
             return float(value)
-    return float(config[field])
+    return float(config.get(field, _DEFAULT))
 
 
 def _at_end(key: str) -> str:
@@ -196,10 +209,14 @@ def _at_end(key: str) -> str:
 def _is_transposed(
     shape: tuple[int, ...], product: tuple[int, int], config: Mapping[str, Any], model_type: object
 ) -> bool:
-    if model_type in _LINEAR_ONLY or product[0] != product[1]:
-        transposed = model_type not in _LINEAR_ONLY and shape == product[::-1]
+    """PEFT decides by the class of the layer, which the type of the model tells."""
+    flag = bool(config.get("fan_in_fan_out")) and model_type not in _LINEAR_ONLY
+    if product[0] != product[1]:
+        transposed = shape == product[::-1] and model_type not in _LINEAR_ONLY
+    elif flag and model_type not in _CONV1D:
+        raise MalformedError("fan_in_fan_out is set: a square tensor does not tell which way it is")
     else:
-        transposed = bool(config.get("fan_in_fan_out"))
+        transposed = model_type in _CONV1D
     if shape != (product[::-1] if transposed else product):
         raise MalformedError(f"B @ A is {list(product)}, the base tensor is {list(shape)}")
     return transposed

@@ -14,16 +14,20 @@ class MalformedError(ValueError):
     """Bytes that are not what their format demands; the message says how, without a full stop."""
 
 
-def parse_object(blob: bytes) -> dict[str, Any]:
+def parse_object(blob: bytes, *, constants: bool = False) -> dict[str, Any]:
     """Parse ``blob`` as one JSON object in UTF-8.
+
+    Args:
+        constants: whether NaN and Infinity pass, which transformers writes into a config.json.
 
     Raises:
         MalformedError: it is not JSON, not an object, holds NaN or Infinity, repeats a key, or
             escapes half a character.
     """
+    refused = None if constants else _no_constant
     try:
         text = blob.decode()
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=refused)
     except RecursionError as error:
         raise MalformedError("it nests too deep") from error
     except MalformedError:

@@ -7,16 +7,15 @@ is left out of the comparisons here.
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from merge_core.verify.header import TensorEntry, read_header
-from merge_core.verify.ledger import Row, read_ledger
+from merge_core.verify.ledger import Ledger, Row, read_ledger
 from merge_core.verify.report import Finding, at
-from merge_core.verify.strict_json import MalformedError
+from merge_core.verify.strict_json import MalformedError, parse_object
 from merge_core.verify.weights import INDEX, SINGLE, WeightIndex, read_index
 
 RECORD = ".raymeld"
@@ -34,8 +33,12 @@ class Structure:
     """Names of the weight files to check, sorted."""
     headers: Headers
     """File to tensors, of the files whose header can be read."""
-    rows: Mapping[str, Row] | None
-    """Tensor to ledger row; None without a ledger."""
+    ledger: Ledger | None
+
+    @property
+    def rows(self) -> Mapping[str, Row] | None:
+        """Tensor to ledger row; None without a ledger."""
+        return None if self.ledger is None else self.ledger.rows
 
     def rows_of(self, file: str) -> tuple[Row, ...] | None:
         """The ledger's rows for one file; None without a ledger."""
@@ -61,12 +64,12 @@ def inspect(out: Path, *, committed: bool, needs_ledger: bool) -> Structure:
         findings += _check_index(index, headers)
         if len(headers) == len(files) == len(index.files):
             findings += _check_total_size(index, headers)
-    rows = _rows(out, needs_ledger, findings)
-    homes = Counter(row.file for row in (rows or {}).values())
+    ledger = _ledger(out, needs_ledger, findings)
+    homes = Counter(row.file for row in (ledger.rows if ledger else {}).values())
     for file in sorted(homes.keys() - set(files)):
         what = f"the ledger has {homes[file]} tensors in it, the checkpoint has no such file"
         findings.append(Finding(check="ledger", where=file, what=what))
-    return Structure(findings=tuple(findings), files=files, headers=headers, rows=rows)
+    return Structure(findings=tuple(findings), files=files, headers=headers, ledger=ledger)
 
 
 def config_path(out: Path, *, committed: bool) -> Path:
@@ -78,12 +81,11 @@ def _check_config(out: Path, committed: bool) -> Iterator[Finding]:
     path = config_path(out, committed=committed)
     where = str(path.relative_to(out))
     try:
-        if not isinstance(json.loads(path.read_bytes()), dict):
-            yield Finding(check="config", where=where, what="it is not a JSON object")
+        parse_object(path.read_bytes(), constants=True)
     except FileNotFoundError:
         what = "it is missing: this is an unfinished merge"
         yield Finding(check="config", where=where, what=what)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, MalformedError) as error:
         yield Finding(check="config", where=where, what=f"it cannot be read ({error})")
 
 
@@ -116,7 +118,7 @@ def _check_files(
 ) -> tuple[str, ...]:
     """Names of the files to check: those that are expected and there."""
     weights = {path.name for path in out.glob("*.safetensors")}
-    others = {path.name for path in out.glob("pytorch_model*")}
+    others = {path.name for path in (*out.glob("pytorch_model*"), *out.glob("adapter_*"))}
     if expected is None:
         expected = tuple(sorted(weights))
     named_by = "the index names it" if index else "there is no index that names others"
@@ -171,7 +173,7 @@ def _check_total_size(index: WeightIndex, headers: Headers) -> Iterator[Finding]
         yield Finding(check="index", where=INDEX, what=what)
 
 
-def _rows(out: Path, needs_ledger: bool, findings: list[Finding]) -> dict[str, Row] | None:
+def _ledger(out: Path, needs_ledger: bool, findings: list[Finding]) -> Ledger | None:
     try:
         return read_ledger(out / LEDGER)
     except FileNotFoundError:

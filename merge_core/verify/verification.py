@@ -12,6 +12,7 @@ from merge_core.verify.against_base import Comparison, pair_with_base, resolve_s
 from merge_core.verify.file_check import FileCheck, FileResult, check_file
 from merge_core.verify.load import check_load
 from merge_core.verify.report import LEVELS, Finding, VerifyReport
+from merge_core.verify.side_files import check_recorded, compare_with_base
 from merge_core.verify.structure import Structure, config_path, inspect
 
 Run = Callable[[Callable[[FileCheck], FileResult], Sequence[FileCheck]], Iterable[FileResult]]
@@ -20,7 +21,7 @@ Run = Callable[[Callable[[FileCheck], FileResult], Sequence[FileCheck]], Iterabl
 _WORDS = {
     "structure": "config, index, headers, offsets, sizes and the list of files",
     "ledger": "names, dtypes, shapes and sizes against the ledger",
-    "digest": "every byte read back and its digest compared with the ledger",
+    "digest": "every byte of every file read back and its digest compared with the ledger",
     "numeric": "every value compared with base and adapters in float64 precision",
     "load": "names and shapes against the transformers model class",
 }
@@ -59,10 +60,14 @@ def verify(
     structure = inspect(out, committed=committed, needs_ledger=level != "structure")
     findings = list(structure.findings)
     comparisons: dict[str, tuple[Comparison, ...]] = {}
+    recorded = structure.ledger.files if structure.ledger else {}
+    if level != "structure":
+        findings += check_recorded(out, recorded, committed=committed)
     if level == "numeric":
         sources = resolve_sources(out, base, adapters)
         comparisons, unpaired = pair_with_base(structure, *sources)
         findings += unpaired
+        findings += compare_with_base(out, sources[0], recorded, committed=committed)
     checks = _file_checks(out, level, structure, comparisons)
     results = list(run(check_file, checks))
     findings += chain.from_iterable(result.findings for result in _in_order(checks, results))

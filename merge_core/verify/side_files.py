@@ -1,0 +1,74 @@
+"""The files beside the weights: config, index, tokenizer, licence.
+
+Against the ledger every byte must be the one that the merge wrote. Against the base they must be
+the base's own, but for the fields of config.json that a merge may change.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+
+from merge_core.verify.report import Finding
+from merge_core.verify.strict_json import MalformedError, parse_object
+from merge_core.verify.structure import config_path
+from merge_core.verify.weights import INDEX
+
+CONFIG = "config.json"
+
+MAY_CHANGE = ("dtype", "torch_dtype")
+"""Fields of config.json that ``--dtype`` changes."""
+
+
+def check_recorded(out: Path, recorded: Mapping[str, str], *, committed: bool) -> Iterator[Finding]:
+    """Compare the files on disk with the sha256 that the ledger has of each.
+
+    Args:
+        committed: False before the merge's commit, when config.json is still staged.
+    """
+    for name, digest in sorted(recorded.items()):
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            what = "the ledger names it, outside of the checkpoint"
+            yield Finding(check="ledger", where=name, what=what)
+            continue
+        path = config_path(out, committed=committed) if name == CONFIG else out / name
+        try:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            what = f"it cannot be read ({error.strerror}), and the merge wrote it"
+            yield Finding(check="files", where=name, what=what)
+            continue
+        if found != digest:
+            what = "it is not what the merge wrote: its sha256 differs from the ledger's"
+            yield Finding(check="digest", where=name, what=what)
+
+
+def compare_with_base(
+    out: Path, base: Path, recorded: Mapping[str, str], *, committed: bool
+) -> Iterator[Finding]:
+    """Compare them with the base's files of the same names."""
+    for name in sorted(recorded.keys() - {CONFIG, INDEX}):
+        try:
+            if not filecmp.cmp(out / name, base / name, shallow=False):
+                yield Finding(check="base", where=name, what="it differs from the base's")
+        except OSError as error:
+            what = f"it cannot be compared with the base's ({error.strerror})"
+            yield Finding(check="base", where=name, what=what)
+    yield from _compare_configs(config_path(out, committed=committed), base / CONFIG)
+
+
+def _compare_configs(path: Path, base: Path) -> Iterator[Finding]:
+    try:
+        mine = parse_object(path.read_bytes(), constants=True)
+        old = parse_object(base.read_bytes(), constants=True)
+    except (OSError, MalformedError) as error:
+        what = f"it cannot be compared with the base's ({error})"
+        yield Finding(check="base", where=CONFIG, what=what)
+        return
+    for field in sorted((mine.keys() | old.keys()) - set(MAY_CHANGE)):
+        if repr(mine.get(field)) != repr(old.get(field)):  # NaN is not equal to itself
+            what = f"{field} is {mine.get(field)!r}, in the base {old.get(field)!r}"
+            yield Finding(check="base", where=CONFIG, what=what)
