@@ -33,7 +33,7 @@ class WorkerLost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ItemDone:
-    """A worker finished an item, and the result was accepted."""
+    """A worker finished an item; the driver settles whether the result is accepted."""
 
     worker: int
     item: int

@@ -79,6 +79,8 @@ class Pool:
         self._slots: dict[int, _Slot] = {}
         self._refs: dict[Any, int] = {}
         self._due: list[tuple[float, int]] = []
+        self.log: list[str] = []
+        """What the pool had to do by itself."""
 
     @property
     def lanes(self) -> dict[int, str]:
@@ -139,6 +141,7 @@ class Pool:
             except RayError as error:
                 ray.kill(self._collector)
                 self._collector, last = None, error
+                self.log.append(f"starting another collector in {method}: {_first_line(error)}")
         raise RaymeldError(
             f"the collector died {COLLECTOR_STARTS} times in {method}: {_first_line(last)}",
             str(self._out),

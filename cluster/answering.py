@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import os
 import traceback
 from collections.abc import Iterator
 
 import typer
 
-from merge_core.errors import InterruptedMergeError, RaymeldError
+from merge_core.errors import InterruptedMergeError, RaymeldError, refuse
 
 
 @contextlib.contextmanager
 def answering(*, as_json: bool, debug: bool) -> Iterator[None]:
     """Turn what goes wrong inside into one paragraph and an exit code."""
     try:
+        _refuse_deleted_directory()
         yield
     except KeyboardInterrupt:
         error: RaymeldError = InterruptedMergeError(
@@ -38,6 +39,15 @@ def answering(*, as_json: bool, debug: bool) -> Iterator[None]:
         return
     from cluster import console
 
-    console.complain(error, as_json=as_json)
-    sys.stdout.flush()
+    with contextlib.suppress(RaymeldError):  # stdout cannot be written to: stderr has it all
+        console.complain(error, as_json=as_json)
     raise typer.Exit(error.exit_code)
+
+
+def _refuse_deleted_directory() -> None:
+    """Neither Ray nor torch's libraries start there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        remedy = "Change to one that exists"
+        raise refuse("this directory was deleted", "working directory", remedy) from None

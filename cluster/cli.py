@@ -66,8 +66,9 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
     with answering(as_json=as_json, debug=debug):
         from cluster import console
         from cluster.pools import find_pools
+        from cluster.talk import Talk
 
-        talk = console.Talk(quiet=quiet)
+        talk = Talk(quiet=quiet)
         plan = make_plan(base, adapters, dtype=dtype, shard_bytes=size_in_bytes(shard_size))
         for line in console.plan_lines(plan, find_pools(plan)):
             talk.say(line)
@@ -199,6 +200,8 @@ def demo(
 def main() -> None:
     """Entry point of the ``raymeld`` command."""
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, _interrupt)
     try:
         app()
     finally:
@@ -206,7 +209,7 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:
-    """SIGTERM ends a merge the way Ctrl-C does: parts removed, workers stopped."""
+    """SIGTERM and a closed terminal end a merge as Ctrl-C does: parts removed, workers stopped."""
     del number, frame
     raise KeyboardInterrupt
 

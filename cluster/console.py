@@ -1,126 +1,29 @@
-"""What a person sees: progress on stderr, answers on stdout, and errors in one paragraph."""
+"""What a person reads: answers on stdout, and errors in one paragraph."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
+import os
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.progress import (
-    Progress as Bars,
-)
 
 from cluster.pools import EligiblePool
 from merge_core.errors import RaymeldError, counted
 from merge_core.ledger import TensorRecord
 from merge_core.merge import MergeResult
 from merge_core.plan import MergePlan
-from merge_core.progress import Progress
 from merge_core.shards import layer_of
 from merge_core.verify import VerifyReport
-
-LINE_SECONDS = 10.0
-"""How often a line is printed where there is no terminal: a log of an hour stays readable."""
-
-
-class Talk:
-    """Talk on stderr: bars on a terminal, a line now and then elsewhere, nothing if quiet."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._console = Console(stderr=True, highlight=False)
-        self._bars: Bars | None = None
-        self._tasks: dict[str, TaskID] = {}
-        self._phase, self._since, self._printed = "", 0.0, 0.0
-
-    def say(self, line: str) -> None:
-        """Print a line of talk."""
-        if not self._quiet:
-            self._console.print(line, markup=False, soft_wrap=True)
-
-    @contextlib.contextmanager
-    def progress(self) -> Iterator[None]:
-        """Show progress while inside."""
-        if self._quiet or not self._console.is_terminal:
-            yield
-            return
-        with Bars(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-        ) as self._bars:
-            yield
-        self._bars = None
-
-    def watch(self, progress: Progress) -> None:
-        """Show how far the merge is."""
-        if self._quiet:
-            return
-        if self._bars is not None:
-            self._draw(self._bars, progress)
-        else:
-            self._print_line(progress)
-
-    def _draw(self, bars: Bars, progress: Progress) -> None:
-        if progress.phase != self._phase:
-            self._phase = progress.phase
-            for task in self._tasks.values():
-                bars.remove_task(task)
-            self._tasks = {}
-        self._update(bars, progress.phase, progress.phase, progress.done, progress.total)
-        for worker in progress.workers:
-            doing = f"  {worker.worker} {worker.device}: {worker.doing}"
-            self._update(bars, worker.worker, doing, worker.done, worker.size)
-        gone = self._tasks.keys() - {progress.phase, *(w.worker for w in progress.workers)}
-        for name in gone:
-            bars.remove_task(self._tasks.pop(name))
-
-    def _update(self, bars: Bars, name: str, text: str, done: int, total: int) -> None:
-        if name not in self._tasks:
-            self._tasks[name] = bars.add_task(text, total=total)
-        bars.update(self._tasks[name], description=text, completed=done, total=total or None)
-
-    def _print_line(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if progress.phase != self._phase:
-            self._phase, self._since, self._printed = progress.phase, now, now
-        if now - self._printed < LINE_SECONDS:
-            return
-        self._printed = now
-        rate = progress.done / (now - self._since)
-        left = f", {(progress.total - progress.done) / rate:.0f} s left" if rate else ""
-        self.say(
-            f"{progress.phase}: {progress.done / 1e9:.2f} of {progress.total / 1e9:.2f} GB,"
-            f" {rate / 1e9:.2f} GB/s{left}{_workers(len(progress.workers))}"
-        )
-
-
-def _workers(count: int) -> str:
-    return "" if count == 0 else ", 1 worker" if count == 1 else f", {count} workers"
 
 
 def answer(lines: Iterable[str], document: dict[str, Any], *, as_json: bool) -> None:
     """Print the answer on stdout: ``lines`` for people, or ``document`` as JSON."""
-    text = json.dumps(document, indent=2) if as_json else "\n".join(lines)
-    sys.stdout.write(text + "\n")
+    _print(json.dumps(document, indent=2) if as_json else "\n".join(lines))
 
 
 def complain(error: RaymeldError, *, as_json: bool) -> None:
@@ -130,7 +33,28 @@ def complain(error: RaymeldError, *, as_json: bool) -> None:
     )
     if as_json:
         document = {"ok": False, "error": str(error), "exit_code": error.exit_code}
-        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        _print(json.dumps(document, indent=2))
+
+
+def _print(text: str) -> None:
+    """Print on stdout, where there is one that somebody reads.
+
+    Raises:
+        RaymeldError: it cannot be written to.
+    """
+    if sys.stdout is None:  # closed by who started us
+        return
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        with open(os.devnull, "w") as nowhere:  # or Python tries once more at exit
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # that one has read what it wanted
+            raise RaymeldError(
+                f"what was asked for is done, but its answer cannot be written ({error.strerror})",
+                "stdout",
+                "Send it elsewhere.",
+            ) from error
 
 
 def plan_lines(plan: MergePlan, pools: Sequence[EligiblePool]) -> list[str]:

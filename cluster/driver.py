@@ -13,11 +13,11 @@ from actors.events import ItemDone, ItemFailed
 from actors.identity import identify
 from actors.pool import Pool, node_resources
 from cluster.schedule import Abort, Assign, Command, Schedule, Start
-from cluster.session import session
+from cluster.session import LOCAL, session
 from cluster.workers import ClusterOptions, amounts, size_pool
 from merge_core.errors import InputError, RaymeldError, counted
 from merge_core.merge import MergeResult, begin, claim, result_of
-from merge_core.output import parts_directory
+from merge_core.output import check_usable, is_finished, parts_directory
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, ProgressFile, Watch, WorkerProgress
 from merge_core.verdict import conclude, unproven, verify_deeper
@@ -50,14 +50,18 @@ def merge_on_ray(
     """
     clock, target = time.perf_counter(), Path(out).absolute()
     plan = begin(plan, target, level)
-    with claim(plan, target, overwrite=overwrite) as run_id:
-        if run_id is None:
-            return result_of(plan, target, {}, verify_deeper(target, level), clock)
+    if not overwrite and is_finished(target, plan):  # it needs no Ray
+        return result_of(plan, target, {}, verify_deeper(target, level), clock)
+    check_usable(target, plan, overwrite=overwrite)
+    say("starting Ray" if options.address == LOCAL else f"connecting to {options.address}")
+    with session(options.address, use_gpus=options.device != "cpu"):
+        workers, most = size_pool(options, node_resources(), len(plan.shards))
         with (
+            claim(plan, target, overwrite=overwrite) as run_id,
             ProgressFile(target, watch, say) as progress,
-            session(options.address, use_gpus=options.device != "cpu"),
         ):
-            workers, most = size_pool(options, node_resources(), len(plan.shards))
+            if run_id is None:  # somebody else has finished it in between
+                return result_of(plan, target, {}, verify_deeper(target, level), clock)
             needs = amounts(workers.resources)
             progress.say(f"workers: at most {most} on {workers.device}, each with {needs}")
             driver = identify()
@@ -101,7 +105,7 @@ class Run:
     """Of items that are no shards; a shard's item has its index."""
 
     def __post_init__(self) -> None:
-        self._schedule = Schedule({}, self.most)
+        self._schedule = Schedule({}, self.most, self._name)
         self._numbers = itertools.count(len(self.plan.shards))
 
     def resume(self) -> int:
@@ -175,9 +179,10 @@ class Run:
         return event
 
     def _obey(self, commands: Sequence[Command]) -> None:
-        for line in self._schedule.log:
-            self.progress.say(line)
-        self._schedule.log.clear()
+        for log in (self._schedule.log, self.pool.log):
+            for line in log:
+                self.progress.say(line)
+            log.clear()
         for command in commands:
             match command:
                 case Start(worker=worker, delay=delay):
@@ -193,14 +198,14 @@ class Run:
         if isinstance(abort.cause, InputError):
             return abort.cause
         if abort.item is None:
-            return RaymeldError(abort.reason, "workers", "Look at the machine named there.")
+            return RaymeldError(abort.reason, "workers", "Ray's logs of that worker say more.")
         kind = type(abort.cause) if isinstance(abort.cause, RaymeldError) else RaymeldError
         return kind(abort.reason, self._name(abort.item), "Nothing was published.")
 
     def _name(self, item: int) -> str:
         shards = self.plan.shards
         if item < len(shards):
-            return f"shard {shards[item].name}"
+            return shards[item].name
         return f"check of {Path(self._calls[item][1][0].path).name}"
 
     def _report(self) -> None:

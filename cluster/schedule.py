@@ -7,7 +7,7 @@ of items with sizes; the largest waiting item goes to the first worker that is f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from actors.events import (
@@ -79,10 +79,12 @@ class Schedule:
     Args:
         sizes: of each item, by its number.
         most_workers: how many workers to keep alive at most.
+        name_of: what an item is called in the log.
     """
 
     sizes: Mapping[int, int]
     most_workers: int
+    name_of: Callable[[int], str] = "item {}".format
     log: list[str] = field(default_factory=list)
     """Every automatic decision, with its reason."""
     _items: dict[int, _Item] = field(init=False)
@@ -194,7 +196,10 @@ class Schedule:
         self._items[number].avoid = worker
         self._waiting.append(number)
         self._sort()
-        self.log.append(f"retrying item {number}, failure {count} of {budget}: {reason}")
+        self.log.append(
+            f"retrying {self.name_of(number)} after failure {count} of {budget},"
+            f" on worker-{worker}: {reason}"
+        )
         return []
 
     def _next_commands(self) -> list[Command]:

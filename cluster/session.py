@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import re
 import secrets
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,15 @@ from merge_core.errors import RaymeldError
 
 LOCAL = "local"
 """The address that means: a Ray of our own, on this machine only, gone at the end."""
+
+CONNECT_SECONDS = 10.0
+"""For a first answer of a cluster's head; one that is far away takes a tenth of a second."""
+
+_HOST_AND_PORT = re.compile(r"(?P<host>[^/:]+):(?P<port>\d+)")
+"""Unlike ``auto`` and ``ray://``, which Ray resolves."""
+
+_PROBE = "import sys, ray; ray._raylet.GcsClient(address=sys.argv[1])"
+"""In a process of its own: Ray's C++ part prints the refusal, and reads the mode only once."""
 
 OBJECT_STORE_BYTES = 128 << 20
 """Only plans and receipts pass Ray; the default would reserve a third of the machine."""
@@ -40,6 +53,9 @@ def session(address: str, *, use_gpus: bool) -> Iterator[None]:
     if ray.is_initialized():
         remedy = "Call ray.shutdown() first, or merge inline."
         raise RaymeldError("this process is connected to a Ray already", "ray", remedy)
+    # Alive until the end: Linux takes the end of the thread that started them as the death of the
+    # parent, of which Ray's processes die.
+    starter = ThreadPoolExecutor(1)
     scratch = Path(tempfile.mkdtemp(prefix="raymeld-", dir=_short_temporary_directory()))
     try:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -49,16 +65,19 @@ def session(address: str, *, use_gpus: bool) -> Iterator[None]:
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
             os.environ.pop("RAY_ADDRESS", None)
         else:
-            _use_token_if_there_is_one()
+            _refuse_silence(address)
+            _choose_authentication(address)
         _reload_authentication()
-        with contextlib.chdir(_neutral_directory(scratch)), _own_sigterm():
-            _connect(ray, address, scratch, use_gpus=use_gpus)
+        with contextlib.chdir(_neutral_directory(scratch)):
+            _connect(starter, ray, address, scratch, use_gpus=use_gpus)
         yield
     finally:
-        ray.shutdown()
-        shutil.rmtree(scratch, ignore_errors=True)
-        _restore_environment(before)
-        _reload_authentication()
+        with _uninterrupted():
+            ray.shutdown()
+            starter.shutdown()
+            shutil.rmtree(scratch, ignore_errors=True)
+            _restore_environment(before)
+            _reload_authentication()
 
 
 def _restore_environment(before: dict[str, str]) -> None:
@@ -69,43 +88,63 @@ def _restore_environment(before: dict[str, str]) -> None:
             os.environ[name] = value
 
 
-def _connect(ray: Any, address: str, scratch: Path, *, use_gpus: bool) -> None:
+def _connect(starter: Executor, ray: Any, address: str, scratch: Path, *, use_gpus: bool) -> None:
+    """Call ``ray.init`` in the thread of ``starter``, and wait for it whatever happens.
+
+    In the main thread Ray would replace our SIGTERM handler with one that exits at once, and a
+    Ctrl-C would leave half a Ray, which nothing can stop.
+    """
     own = {
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,
         "_temp_dir": str(scratch),
         **({} if use_gpus else {"num_gpus": 0}),
     }
+    options = {
+        "address": address,
+        "namespace": "raymeld",
+        "log_to_driver": False,
+        "logging_level": "error",
+        **(own if address == LOCAL else {}),
+    }
+    started = starter.submit(ray.init, **options)
     try:
-        ray.init(
-            address=address,
-            namespace="raymeld",
-            log_to_driver=False,
-            logging_level="error",
-            **(own if address == LOCAL else {}),
-        )
+        started.result()
+    except KeyboardInterrupt:
+        with _uninterrupted():
+            wait([started])
+        raise
     except Exception as error:
-        raise RaymeldError(
-            f"cannot connect: {str(error).strip().splitlines()[0]}",
-            f"--address {address}",
-            "Is the cluster up, and RAY_AUTH_TOKEN set if it asks for one?"
-            " --address inline merges without Ray.",
-        ) from error
+        raise _unreachable(address, str(error).strip().splitlines()[0]) from error
+
+
+def _unreachable(address: str, reason: str) -> RaymeldError:
+    return RaymeldError(
+        f"cannot connect: {reason}",
+        f"--address {address}",
+        "Is the cluster up, and RAY_AUTH_TOKEN set if it asks for one?"
+        " --address inline merges without Ray.",
+    )
 
 
 @contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep the caller's SIGTERM handler: ray.init puts one in its place that exits at once."""
-    handler = signal.getsignal(signal.SIGTERM)
+def _uninterrupted() -> Iterator[None]:
+    """Let nobody stop the stopping: a second Ctrl-C would leave Ray's processes behind.
+
+    With a handler that does nothing: processes that Ray starts meanwhile would inherit SIG_IGN,
+    and could not be stopped either.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda *_: None)
     try:
         yield
     finally:
-        _put_back(handler)
-
-
-def _put_back(handler: Any) -> None:
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _reload_authentication() -> None:
@@ -119,13 +158,46 @@ def _reload_authentication() -> None:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _use_token_if_there_is_one() -> None:
-    """Ray sends the token to an explicit address only when it is told to."""
+def _refuse_silence(address: str) -> None:
+    """Ray itself tries for a quarter of an hour where nobody listens.
+
+    Raises:
+        RaymeldError: nobody does.
+    """
+    place = _HOST_AND_PORT.fullmatch(address)
+    if place is None:
+        return
+    try:
+        socket.create_connection((place["host"], int(place["port"])), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _unreachable(address, str(error)) from error
+
+
+def _choose_authentication(address: str) -> None:
+    """Send the token only to a cluster that asks for one.
+
+    Ray sends it to an explicit address only when it is told to, and in a cluster that knows no
+    tokens the workers of a driver that sends one die.
+    """
     token = Path("~/.ray/auth_token").expanduser()
-    if "RAY_AUTH_MODE" not in os.environ and (
+    there_is_one = (
         os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or token.exists()
-    ):
-        os.environ["RAY_AUTH_MODE"] = "token"
+    )
+    if "RAY_AUTH_MODE" in os.environ or not there_is_one:
+        return
+    asked = [sys.executable, "-c", _PROBE, address]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    refused = (
+        _HOST_AND_PORT.fullmatch(address) is None
+        or subprocess.run(
+            asked,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        ).returncode
+    )
+    os.environ["RAY_AUTH_MODE"] = "token" if refused else "disabled"
 
 
 def _neutral_directory(scratch: Path) -> Path:

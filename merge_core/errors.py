@@ -50,7 +50,8 @@ class RaymeldError(Exception):
         self.what, self.where, self.remedy = what, where, remedy
 
     def __str__(self) -> str:
-        head = f"{self.where}: {self.what}" if self.where else self.what
+        what = self.what.removesuffix(".")  # some are what another program said
+        head = f"{self.where}: {what}" if self.where else what
         return f"{head}. {self.remedy}" if self.remedy else head
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -174,8 +175,8 @@ def test_an_interrupted_merge_publishes_nothing_and_ends_its_ray(
         text=True,
     )
     assert process.stderr is not None
-    while not process.stderr.readline().startswith("workers: at most 1"):
-        pass  # Ray is up, the workers are not
+    lines = iter(process.stderr.readline, "")
+    assert any(line.startswith("workers: at most 1") for line in lines)  # Ray is up, they are not
     process.send_signal(number)
     _, rest = process.communicate(timeout=60)
 
@@ -183,6 +184,86 @@ def test_an_interrupted_merge_publishes_nothing_and_ends_its_ray(
     assert "error: interrupted" in rest
     assert not (tmp_path / "out" / "config.json").exists()
     assert processes_of(tmp_path) == set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_merge_that_is_interrupted_while_ray_starts_leaves_no_ray(
+    base: Path, adapter: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    command = [str(Path(sys.executable).with_name("raymeld")), "merge", str(base), str(adapter)]
+    process = subprocess.Popen(
+        [*command, "--out", "out"],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    children = psutil.Process(process.pid).children
+    while not any("gcs_server" in child.name() for child in children()):
+        assert process.poll() is None
+    process.send_signal(number)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+
+    assert process.returncode == 130, said
+    assert "error: interrupted" in said
+    assert not (tmp_path / "out").exists()
+    assert processes_of(tmp_path) == set()
+
+
+def test_an_address_where_nobody_listens_is_told_at_once(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    done = raymeld("merge", base, adapter, "--out", "out", "--address", address, cwd=tmp_path)
+
+    assert done.returncode == 1
+    assert f"error: --address {address}: cannot connect" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+FINISHED = 'exec "$0" merge "$1" "$2" --out out --address inline --quiet'
+
+
+@pytest.mark.parametrize(
+    ("where", "code", "said"),
+    [
+        ("| true", 0, ""),
+        (">&-", 0, ""),
+        ("> /dev/full", 1, "what was asked for is done, but its answer cannot be written"),
+    ],
+)
+def test_a_merge_is_done_whether_or_not_its_answer_can_be_written(
+    base: Path, adapter: Path, tmp_path: Path, where: str, code: int, said: str
+) -> None:
+    script = f"set -o pipefail; ({FINISHED}) {where}"
+    raymeld_itself = Path(sys.executable).with_name("raymeld")
+    done = subprocess.run(
+        ["bash", "-c", script, raymeld_itself, base, adapter],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert (tmp_path / "out" / "config.json").exists()
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert bool(said) == bool(done.stderr)
+
+
+def test_a_directory_that_was_deleted_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    script = 'mkdir gone; cd gone; rmdir ../gone; exec "$0" merge "$1" "$2" --out "$3"'
+    words = [Path(sys.executable).with_name("raymeld"), base, adapter, tmp_path / "out"]
+    done = subprocess.run(
+        ["bash", "-c", script, *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 2
+    assert "this directory was deleted" in done.stderr
 
 
 def test_a_session_restores_the_environment() -> None:

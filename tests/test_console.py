@@ -9,7 +9,6 @@ import pty
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,13 +23,11 @@ from handmade import (
 )
 
 from cluster import console
-from cluster.console import LINE_SECONDS, Talk
 from cluster.pools import EligiblePool
 from merge_core.errors import InputError, Problem, StorageError
 from merge_core.merge import MergeResult, merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
-from merge_core.progress import Progress, WorkerProgress
 
 GEOMETRY = Geometry(layers=4)
 
@@ -59,77 +56,6 @@ def a_file_a_layer(inputs: tuple[Path, Path]) -> MergePlan:
 @pytest.fixture(scope="module")
 def merged(a_file_a_layer: MergePlan, tmp_path_factory: pytest.TempPathFactory) -> MergeResult:
     return merge(a_file_a_layer, tmp_path_factory.mktemp("merged") / "out", choice=TWO_LANES)
-
-
-def progress(done: int, phase: str = "merging", workers: int = 2) -> Progress:
-    each = WorkerProgress(worker="worker-0", device="cpu", doing="model", done=1, size=2)
-    return Progress(phase=phase, done=done, total=4_000_000_000, workers=(each,) * workers)
-
-
-def watched(
-    monkeypatch: pytest.MonkeyPatch, events: list[tuple[float, Progress]], *, quiet: bool = False
-) -> None:
-    """Show each progress at its second."""
-    seconds = [0.0]
-    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
-    talk = Talk(quiet=quiet)
-    with talk.progress():
-        for now, state in events:
-            seconds[0] = 1000 + now
-            talk.watch(state)
-    talk.say("[done]")
-
-
-def test_without_a_terminal_a_line_is_printed_only_now_and_then(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    events = [(n / 4, progress(int(n / 4 * 1e8))) for n in range(int(4 * 2.5 * LINE_SECONDS))]
-    watched(monkeypatch, events)
-    out, err = capsys.readouterr()
-
-    assert out == ""
-    assert err.splitlines() == [
-        "merging: 1.00 of 4.00 GB, 0.10 GB/s, 30 s left, 2 workers",
-        "merging: 2.00 of 4.00 GB, 0.10 GB/s, 20 s left, 2 workers",
-        "[done]",
-    ]
-
-
-def test_each_phase_counts_its_own_time(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = [(0.0, progress(0)), (9.0, progress(4_000_000_000))]
-    after = [(9.5, progress(0, "verifying")), (11.0, progress(10**9, "verifying"))]
-    watched(monkeypatch, [*before, *after, (19.5, progress(2 * 10**9, "verifying"))])
-
-    assert capsys.readouterr().err.splitlines() == [
-        "verifying: 2.00 of 4.00 GB, 0.20 GB/s, 10 s left, 2 workers",
-        "[done]",
-    ]
-
-
-def test_nothing_done_yet_promises_no_end(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    watched(monkeypatch, [(0.0, progress(0)), (10.0, progress(0))])
-
-    assert capsys.readouterr().err.startswith("merging: 0.00 of 4.00 GB, 0.00 GB/s, 2 workers\n")
-
-
-def test_a_single_worker_is_no_workers(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    watched(monkeypatch, [(0.0, progress(0)), (10.0, progress(0, workers=1))])
-
-    assert capsys.readouterr().err.splitlines()[0].endswith(", 1 worker")
-
-
-def test_quiet_says_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    watched(monkeypatch, [(0.0, progress(0)), (99.0, progress(10**9))], quiet=True)
-
-    assert capsys.readouterr() == ("", "")
 
 
 def placed(result: MergeResult, *devices: str) -> MergeResult:

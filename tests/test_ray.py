@@ -98,7 +98,10 @@ def test_any_number_of_workers_writes_the_bytes_of_the_inline_merge(
     ("merger", "reason"),
     [
         (faults.KilledInFirstAttempt, "failure 1 of 20"),
-        (faults.FailsTwice, "failure 2 of 3: a bug"),
+        (
+            faults.FailsTwice,
+            "retrying model-00002-of-00005.safetensors after failure 2 of 3",
+        ),
         (faults.LiesAboutItsWork, "was made from plan 000000000000"),
     ],
 )
@@ -120,9 +123,26 @@ def test_a_shard_that_fails_is_merged_again(
 def test_a_collector_that_dies_is_replaced_and_loses_nothing(
     plan: MergePlan, expected: dict[str, bytes], address: str, tmp_path: Path
 ) -> None:
-    run(plan, tmp_path / "out", address, collector=faults.CollectorKilledOnce)
+    said = run(plan, tmp_path / "out", address, collector=faults.CollectorKilledOnce)
 
+    assert any("starting another collector in accept" in line for line in said), said
     assert (tmp_path / "out" / ".raymeld" / "killed").exists()
+    assert published(tmp_path / "out") == expected
+
+
+def test_a_token_that_the_cluster_knows_nothing_of_does_no_harm(
+    plan: MergePlan,
+    expected: dict[str, bytes],
+    address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Any ray.init() of another program leaves a token in the home directory."""
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "a" * 40)
+
+    run(plan, tmp_path / "out", address)
+
     assert published(tmp_path / "out") == expected
 
 

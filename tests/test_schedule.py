@@ -115,7 +115,7 @@ def test_a_failed_item_goes_to_another_worker_and_the_log_says_why() -> None:
     fail(pool, 0)
 
     assert pool.running == {0: 0, 1: 2}  # the smaller item, for want of the one that failed here
-    assert pool.schedule.log == ["retrying item 1, failure 1 of 3: bad"]
+    assert pool.schedule.log == ["retrying item 1 after failure 1 of 3, on worker-0: bad"]
     pool.tell(ItemDone(worker=1, item=2))
     assert pool.running == {0: 0, 1: 1}
 
