@@ -197,6 +197,28 @@ def demo(
         run_demo(directory)
 
 
+@app.command()
+def spot_notice(
+    address: Annotated[
+        str, typer.Option(envvar="RAY_ADDRESS", help="Ray's head, such as head:6379.")
+    ],
+    metadata_url: Annotated[
+        str | None, typer.Option(envvar="RAYMELD_METADATA_URL", hidden=True)
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Wait until AWS or GCP takes this spot machine back, then drain the Ray nodes on it.
+
+    Runs beside Ray on every spot machine. Example: raymeld spot-notice --address head:6379
+    """
+    with answering(as_json=False, debug=debug):
+        from cluster.metadata import METADATA_URL
+        from cluster.spot_notice import watch
+        from cluster.talk import Talk
+
+        watch(address, Talk(quiet=False).say, metadata_url=metadata_url or METADATA_URL)
+
+
 def main() -> None:
     """Entry point of the ``raymeld`` command."""
     signal.signal(signal.SIGTERM, _interrupt)

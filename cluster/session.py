@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
-import re
 import secrets
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -19,6 +17,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
+from cluster.authentication import HOST_AND_PORT, choose_authentication, reload_authentication
 from merge_core.errors import RaymeldError
 
 LOCAL = "local"
@@ -26,12 +25,6 @@ LOCAL = "local"
 
 CONNECT_SECONDS = 10.0
 """For a first answer of a cluster's head; one that is far away takes a tenth of a second."""
-
-_HOST_AND_PORT = re.compile(r"(?P<host>[^/:]+):(?P<port>\d+)")
-"""Unlike ``auto`` and ``ray://``, which Ray resolves."""
-
-_PROBE = "import sys, ray; ray._raylet.GcsClient(address=sys.argv[1])"
-"""In a process of its own: Ray's C++ part prints the refusal, and reads the mode only once."""
 
 OBJECT_STORE_BYTES = 128 << 20
 """Only plans and receipts pass Ray; the default would reserve a third of the machine."""
@@ -66,8 +59,8 @@ def session(address: str, *, use_gpus: bool) -> Iterator[None]:
             os.environ.pop("RAY_ADDRESS", None)
         else:
             _refuse_silence(address)
-            _choose_authentication(address)
-        _reload_authentication()
+            choose_authentication(address)
+        reload_authentication()
         with contextlib.chdir(_neutral_directory(scratch)):
             _connect(starter, ray, address, scratch, use_gpus=use_gpus)
         yield
@@ -77,7 +70,7 @@ def session(address: str, *, use_gpus: bool) -> Iterator[None]:
             starter.shutdown()
             shutil.rmtree(scratch, ignore_errors=True)
             _restore_environment(before)
-            _reload_authentication()
+            reload_authentication()
 
 
 def _restore_environment(before: dict[str, str]) -> None:
@@ -147,57 +140,19 @@ def _uninterrupted() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _reload_authentication() -> None:
-    """Have Ray read RAY_AUTH_MODE and the token again: it does so only once, when it is imported.
-
-    Ray's own command line calls the same two functions; there is no public one.
-    """
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
-
-
 def _refuse_silence(address: str) -> None:
     """Ray itself tries for a quarter of an hour where nobody listens.
 
     Raises:
         RaymeldError: nobody does.
     """
-    place = _HOST_AND_PORT.fullmatch(address)
+    place = HOST_AND_PORT.fullmatch(address)
     if place is None:
         return
     try:
         socket.create_connection((place["host"], int(place["port"])), CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise _unreachable(address, str(error)) from error
-
-
-def _choose_authentication(address: str) -> None:
-    """Send the token only to a cluster that asks for one.
-
-    Ray sends it to an explicit address only when it is told to, and in a cluster that knows no
-    tokens the workers of a driver that sends one die.
-    """
-    token = Path("~/.ray/auth_token").expanduser()
-    there_is_one = (
-        os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH") or token.exists()
-    )
-    if "RAY_AUTH_MODE" in os.environ or not there_is_one:
-        return
-    asked = [sys.executable, "-c", _PROBE, address]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    refused = (
-        _HOST_AND_PORT.fullmatch(address) is None
-        or subprocess.run(
-            asked,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            check=False,
-        ).returncode
-    )
-    os.environ["RAY_AUTH_MODE"] = "token" if refused else "disabled"
 
 
 def _neutral_directory(scratch: Path) -> Path:
