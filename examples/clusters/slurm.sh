@@ -31,7 +31,8 @@ export RAY_AUTH_TOKEN RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
 
 # Outside the ranges of Ray's workers and of the kernel's ephemeral ports.
 port=$((20000 + SLURM_JOB_ID % 10000))
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${hosts%%$'\n'*}
 scratch=${RAYMELD_SCRATCH:-/tmp}/ray-$SLURM_JOB_ID
 export head port scratch
 
