@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 MIN_BLOCK_ROWS = 64
 """Products of at least this many rows are bit-identical to the product of the whole matrix
-(measured with MKL, ranks 4 to 128); a short tail is joined to the block before it."""
+(measured with MKL, ranks 4 to 128, sides of 16 and more; on smaller ones MKL's own last bit depends
+on its number of threads); a short tail is joined to the block before it."""
 
 BLOCK_ELEMENTS = {"cpu": 384 << 10, "cuda": 1 << 20}
 """Aim for the size of a block. CPU: two float32 blocks (3 MB) stay near the caches of a core,

@@ -73,7 +73,9 @@ class ProgressFile:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:
-            self._lines.append((time.time(), f"stopped: {str(error) or type(error).__name__}"))
+            interrupted = isinstance(error, KeyboardInterrupt)
+            why = "interrupted" if interrupted else str(error) or type(error).__name__
+            self._lines.append((time.time(), f"stopped: {why}"))
         self._write(dataclasses.replace(self._last, workers=()))
 
     def say(self, line: str) -> None:
