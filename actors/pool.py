@@ -29,7 +29,7 @@ from actors.events import (
 )
 from actors.identity import Identity
 from actors.merger import Merger, remote_merger
-from merge_core.errors import InputError, NonFiniteError, RaymeldError, refuse
+from merge_core.errors import InputError, NonFiniteError, RaymeldError, counted, refuse
 from merge_core.plan import MergePlan
 
 COLLECTOR_STARTS = 3
@@ -86,6 +86,11 @@ class Pool:
     def lanes(self) -> dict[int, str]:
         """What each live worker chose, and why."""
         return {worker: slot.lanes for worker, slot in self._slots.items() if slot.lanes}
+
+    @property
+    def pending(self) -> int:
+        """Workers that were asked for and have not come up."""
+        return len(self._due) + sum(not slot.lanes for slot in self._slots.values())
 
     def start(self, worker: int, delay: float) -> None:
         """Start a worker after ``delay`` seconds; WorkerReady or WorkerStartFailed follows."""
@@ -218,6 +223,22 @@ class Pool:
 def node_resources() -> list[dict[str, float]]:
     """CPUs and GPUs of each live node of the connected cluster."""
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def launching() -> str:
+    """What the autoscaler is doing about pending workers, in words; empty where there is none."""
+    from ray.autoscaler.v2.sdk import get_cluster_status
+
+    try:
+        status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=5)
+    except Exception:  # noqa: BLE001 - only talk depends on it, and it asks what may be restarting
+        return ""
+    pending, failed = len(status.pending_launches), len(status.failed_launches)
+    said = [f"{counted(pending, 'launch')} under way"] * bool(pending)
+    if failed:
+        why = status.failed_launches[-1].details
+        said.append(f"{counted(failed, 'launch')} failed, the last: {why}")
+    return "; ".join(said)
 
 
 def _cause(error: RayTaskError) -> Exception:

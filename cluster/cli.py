@@ -48,6 +48,9 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
     ] = "local",
     workers: Annotated[int | None, typer.Option(min=1, help="Most workers at a time.")] = None,
     gpus_per_worker: Annotated[float, typer.Option(min=0.01, help="GPUs a worker.")] = 1.0,
+    start_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for the first worker.")
+    ] = 1800.0,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.AUTO,
     dtype: DtypeOption = None,
     shard_size: ShardSize = "2GB",
@@ -96,6 +99,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
                     device=device,
                     workers=workers,
                     gpus_per_worker=gpus_per_worker,
+                    start_timeout=start_timeout,
                 )
                 result = merge_on_ray(
                     plan,

@@ -12,6 +12,7 @@ from typing import Any
 from actors.events import ItemDone, ItemFailed
 from actors.identity import identify
 from actors.pool import Pool, node_resources
+from cluster.patience import Patience
 from cluster.schedule import Abort, Assign, Command, Schedule, Start
 from cluster.session import LOCAL, session
 from cluster.workers import ClusterOptions, amounts, size_pool
@@ -66,7 +67,8 @@ def merge_on_ray(
             progress.say(f"workers: at most {most} on {workers.device}, each with {needs}")
             driver = identify()
             pool = Pool(plan, target, run_id, driver, workers, options.merger, options.collector)
-            run = Run(plan, pool, most, progress)
+            patience = Patience(options.start_timeout, needs, progress.say)
+            run = Run(plan, pool, most, progress, patience)
             try:
                 resumed = run.resume()
                 run.merge()
@@ -94,6 +96,7 @@ class Run:
     pool: Pool
     most: int
     progress: ProgressFile
+    patience: Patience
     _schedule: Schedule = field(init=False)
     _calls: dict[int, tuple[str, tuple[Any, ...]]] = field(default_factory=dict)
     _results: dict[int, Any] = field(default_factory=dict)
@@ -163,6 +166,7 @@ class Run:
             for event in self.pool.next_events(WAIT_SECONDS):
                 settled = self._settle(event) if isinstance(event, ItemDone) else event
                 self._obey(self._schedule.handle(settled))
+            self.patience.look(time.monotonic(), len(self.pool.lanes), self.pool.pending)
             self._report()
         return self._results
 

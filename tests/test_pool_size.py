@@ -46,11 +46,16 @@ def test_workers_that_fit_by_number_but_not_by_node_get_a_share_that_lets_all_st
 @pytest.mark.parametrize(
     ("options", "nodes", "said"),
     [
-        ({"device": "cuda"}, [{"CPU": 8}], r"needs 1 GPUs, the nodes have \[0\]"),
-        ({"gpus_per_worker": 4}, [{"GPU": 2}] * 2, r"needs 4 GPUs, the nodes have \[2, 2\]"),
+        ({"device": "cuda"}, [{"CPU": 8}], "no node that is up can hold a worker with 1 GPU"),
+        (
+            {"gpus_per_worker": 4},
+            [{"GPU": 2}] * 2,
+            "no node that is up can hold a worker with 4 GPU",
+        ),
         ({"gpus_per_worker": 1.5}, [{"GPU": 8}], "--gpus-per-worker"),  # Ray has no such thing
-        ({"device": "cpu"}, [{"GPU": 2}], "no node has a CPU"),
-        ({}, [{}], "no node has a CPU"),
+        ({"device": "cpu"}, [{"GPU": 2}], "no node that is up can hold a worker with 2 CPU"),
+        ({"device": "cuda", "workers": 2}, [{"CPU": 8}], "with 1 GPU"),  # this machine cannot grow
+        ({}, [{}], "no node that is up can hold a worker with 2 CPU"),
     ],
 )
 def test_workers_that_no_node_could_hold_are_refused(options: Any, nodes: Any, said: str) -> None:
@@ -86,3 +91,20 @@ def test_a_worker_that_runs_other_code_says_what_differs(changes: Any, said: str
     worker = dataclasses.replace(DRIVER, **changes)
 
     assert worker.difference(DRIVER) == (said and f"the worker on {worker.host} {said}")
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "resources"),
+    [
+        ({}, "cuda", {"num_gpus": 1, "num_cpus": 0}),
+        ({"device": "cuda"}, "cuda", {"num_gpus": 1, "num_cpus": 0}),
+        ({"device": "cpu"}, "cpu", {"num_gpus": 0, "num_cpus": 2}),
+    ],
+)
+def test_workers_that_were_asked_for_are_waited_for_where_no_node_is_up(
+    options: Any, device: str, resources: dict[str, float]
+) -> None:
+    asked = ClusterOptions(address="head:6379", workers=3, **options)
+    worker, most = size_pool(asked, [{"CPU": 0}], 10)
+
+    assert (worker.device, worker.resources, most) == (device, resources, 3)
