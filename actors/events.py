@@ -51,4 +51,13 @@ class ItemFailed:
     """The same would happen again, such as an infinity in a tensor: do not retry."""
 
 
-Event = WorkerReady | WorkerStartFailed | WorkerLost | ItemDone | ItemFailed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerDraining:
+    """The node of a worker is about to go; told again and again until it has gone."""
+
+    worker: int
+    seconds_left: float
+    """Infinite where nothing was said."""
+
+
+Event = WorkerReady | WorkerStartFailed | WorkerLost | WorkerDraining | ItemDone | ItemFailed

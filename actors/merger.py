@@ -25,8 +25,8 @@ class Merger:
         self._worker: ShardWorker | None = None
         self._doing, self._done, self._size = "starting", 0, 0
 
-    def hello(self) -> tuple[Identity, str]:
-        """Who this is, and what lanes it chose and why. Imports torch; takes seconds.
+    def hello(self) -> tuple[Identity, str, str]:
+        """Who this is, what lanes it chose and why, and its node. Imports torch; takes seconds.
 
         The import waits until here because Ray has set CUDA_VISIBLE_DEVICES by now, and torch
         remembers what it saw first.
@@ -36,7 +36,7 @@ class Merger:
 
         self._worker = ShardWorker(self._plan, self._out, self._device, self._name)
         self._doing = "idle"
-        return identity, self._worker.choice.reason
+        return identity, self._worker.choice.reason, ray.get_runtime_context().get_node_id()
 
     def merge(self, shard: int, attempt: int) -> Receipt:
         """Merge a shard into a part; see ``ShardWorker.merge``."""

@@ -7,6 +7,7 @@ retry is the schedule's business.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from actors.events import (
     Event,
     ItemDone,
     ItemFailed,
+    WorkerDraining,
     WorkerLost,
     WorkerReady,
     WorkerStartFailed,
@@ -56,6 +58,7 @@ class _Slot:
     actor: Any
     item: int | None = None
     lanes: str = ""
+    node: str = ""
 
 
 class Pool:
@@ -116,6 +119,26 @@ class Pool:
         if ready:  # and everything else that is there already
             ready, _ = ray.wait(list(self._refs), num_returns=len(self._refs), timeout=0)
         return [self._event(ref) for ref in ready]
+
+    def release(self, worker: int) -> None:
+        """End a worker and forget what it was asked."""
+        self._due = [(due, other) for due, other in self._due if other != worker]
+        if worker in self._slots:
+            self._refs = {ref: other for ref, other in self._refs.items() if other != worker}
+            self._fence(worker)
+
+    def draining(self) -> list[WorkerDraining]:
+        """The workers on nodes that are about to go: drained by hand, by a spot notice, by SIGTERM
+        or by an autoscaler.
+        """
+        from ray._private.state import state  # what Ray Train asks; there is no public way
+
+        deadlines = state.get_draining_nodes()
+        return [
+            WorkerDraining(worker=number, seconds_left=_seconds_until(deadlines[slot.node]))
+            for number, slot in self._slots.items()
+            if slot.node in deadlines
+        ]
 
     def status(self) -> dict[int, tuple[str, str, int, int]]:
         """What each worker does; those that do not answer at once are left out."""
@@ -201,8 +224,8 @@ class Pool:
             return self._greet(worker, slot, result)
         return ItemDone(worker=worker, item=item, result=result)
 
-    def _greet(self, worker: int, slot: _Slot, hello: tuple[Identity, str]) -> Event:
-        identity, slot.lanes = hello
+    def _greet(self, worker: int, slot: _Slot, hello: tuple[Identity, str, str]) -> Event:
+        identity, slot.lanes, slot.node = hello
         difference = identity.difference(self._driver)
         if difference:
             raise refuse(
@@ -218,6 +241,11 @@ class Pool:
         slot = self._slots.pop(worker)
         with contextlib.suppress(Exception):
             ray.kill(slot.actor)
+
+
+def _seconds_until(deadline: int) -> float:
+    """From Ray's milliseconds since the epoch, of which 0 means never."""
+    return deadline / 1000 - time.time() if deadline else math.inf
 
 
 def node_resources() -> list[dict[str, float]]:

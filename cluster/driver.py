@@ -13,7 +13,7 @@ from actors.events import ItemDone, ItemFailed
 from actors.identity import identify
 from actors.pool import Pool, node_resources
 from cluster.patience import Patience
-from cluster.schedule import Abort, Assign, Command, Schedule, Start
+from cluster.schedule import Abort, Assign, Command, Release, Schedule, Start
 from cluster.session import LOCAL, session
 from cluster.workers import ClusterOptions, amounts, size_pool
 from merge_core.errors import InputError, RaymeldError, counted
@@ -195,6 +195,8 @@ class Run:
                     method, arguments = self._calls[item]
                     extra = (attempt,) if method == "merge" else ()
                     self.pool.assign(worker, item, method, *arguments, *extra)
+                case Release(worker=worker):
+                    self.pool.release(worker)
                 case Abort():
                     raise self._failure(command)
 
@@ -219,6 +221,8 @@ class Run:
         if time.monotonic() - self._asked < STATUS_SECONDS:
             return
         self._asked = time.monotonic()
+        for event in self.pool.draining():
+            self._obey(self._schedule.handle(event))
         workers = tuple(
             WorkerProgress(worker=f"worker-{n}", device=device, doing=doing, done=done, size=size)
             for n, (device, doing, done, size) in sorted(self.pool.status().items())

@@ -14,6 +14,7 @@ from actors.events import (
     Event,
     ItemDone,
     ItemFailed,
+    WorkerDraining,
     WorkerLost,
     WorkerReady,
     WorkerStartFailed,
@@ -29,6 +30,11 @@ every machine it meets must end."""
 
 MAX_START_FAILURES = 3
 """Workers in a row that may fail to start before the pool counts as broken."""
+
+
+HAND_BACK_SECONDS = 5.0
+"""Before its node goes a worker gives back what it has not finished: the end is then known at once,
+where a node that vanishes is missed only a quarter of a minute later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +57,13 @@ class Assign:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """End a worker, whatever it does; nothing more is heard of it."""
+
+    worker: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Abort:
     """Give up: which item or pool, and why."""
 
@@ -59,7 +72,7 @@ class Abort:
     cause: Exception | None
 
 
-Command = Start | Assign | Abort
+Command = Start | Assign | Release | Abort
 
 
 @dataclass(slots=True)
@@ -92,6 +105,8 @@ class Schedule:
     _starting: set[int] = field(default_factory=set)
     _idle: set[int] = field(default_factory=set)
     _running: dict[int, int] = field(default_factory=dict)
+    _draining: set[int] = field(default_factory=set)
+    """Of those that run: they get nothing more."""
     _failed_starts: int = 0
     _aborted: bool = False
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
@@ -131,10 +146,12 @@ class Schedule:
                 commands += self._start_failed(reason)
             case WorkerLost():
                 commands += self._lost(event)
+            case WorkerDraining():
+                commands += self._drains(event)
             case ItemDone(worker=worker, item=item) if self._running.get(worker) == item:
-                self._free(worker)
+                commands += self._free(worker)
             case ItemFailed(worker=worker, item=item) if self._running.get(worker) == item:
-                self._free(worker)
+                commands += self._free(worker)
                 commands += self._failed(event)
             case _:
                 pass  # about a worker or an attempt that was given up: it came too late
@@ -143,9 +160,38 @@ class Schedule:
             return commands
         return commands + self._next_commands()
 
-    def _free(self, worker: int) -> None:
+    def _free(self, worker: int) -> list[Command]:
         del self._running[worker]
+        if worker in self._draining:  # its node waits for nothing else
+            self._draining.discard(worker)
+            return [Release(worker=worker)]
         self._idle.add(worker)
+        return []
+
+    def _drains(self, event: WorkerDraining) -> list[Command]:
+        """Let it finish what it can in the time that is left, and nothing more."""
+        worker = event.worker
+        if worker in self._starting | self._idle:
+            self._starting.discard(worker)
+            self._idle.discard(worker)
+            self.log.append(f"worker-{worker} is let go: its node is going")
+            return [Release(worker=worker)]
+        if worker not in self._running:
+            return []
+        name = self.name_of(self._running[worker])
+        if event.seconds_left <= HAND_BACK_SECONDS:
+            self._draining.discard(worker)
+            self._wait_again(self._running.pop(worker))
+            self.log.append(f"worker-{worker} gives back {name}: its node is going")
+            return [Release(worker=worker)]
+        if worker not in self._draining:
+            self._draining.add(worker)
+            self.log.append(f"worker-{worker} gets nothing after {name}: its node is going")
+        return []
+
+    def _wait_again(self, number: int) -> None:
+        self._waiting.append(number)
+        self._sort()
 
     def _start_failed(self, reason: str) -> list[Command]:
         self._failed_starts += 1
@@ -167,6 +213,11 @@ class Schedule:
         if number is None:
             return []
         item = self._items[number]
+        if event.worker in self._draining:  # foretold, and so no sign that the item is to blame
+            self._draining.discard(event.worker)
+            self._wait_again(number)
+            self.log.append(f"worker-{event.worker} is gone with {self.name_of(number)}")
+            return []
         if event.out_of_memory:
             item.errors += 1
             return self._retry(number, event.worker, item.errors, MAX_ERRORS, event.reason, None)
@@ -194,8 +245,7 @@ class Schedule:
             what = f"failed {count} times, the last time: {reason}"
             return [Abort(item=number, reason=what, cause=cause)]
         self._items[number].avoid = worker
-        self._waiting.append(number)
-        self._sort()
+        self._wait_again(number)
         self.log.append(
             f"retrying {self.name_of(number)} after failure {count} of {budget},"
             f" on worker-{worker}: {reason}"
@@ -225,7 +275,8 @@ class Schedule:
         return next((n for n in self._waiting if alone or self._items[n].avoid != worker), None)
 
     def _starts(self) -> list[Command]:
-        alive = len(self._starting) + len(self._idle) + len(self._running)
+        staying = len(self._running) - len(self._draining)
+        alive = len(self._starting) + len(self._idle) + staying
         spare = len(self._starting) + len(self._idle)
         wanted = min(self.most_workers - alive, len(self._waiting) - spare)
         delay = 2.0**self._failed_starts - 1

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from actors.collector import Collector
 from actors.identity import Identity
@@ -52,8 +56,65 @@ class Poisoned(Merger):
 class CannotStart(Merger):
     """Never comes up."""
 
-    def hello(self) -> tuple[Identity, str]:
+    def hello(self) -> tuple[Identity, str, str]:
         raise RuntimeError("no driver for this device")
+
+
+class OnANodeThatGoes(Merger):
+    """On the spot node: has Ray drain it in the middle of a shard; elsewhere it waits for that."""
+
+    seconds: float
+
+    def merge(self, shard: int, attempt: int) -> Receipt:
+        import ray
+
+        here = ray.get_runtime_context()
+        drained = Path(self._out) / ".raymeld" / "drained"
+        if here.get_node_labels().get("spot") == "yes":
+            _drain(here, self.seconds)
+            drained.touch()
+            self._when_drained()
+        else:
+            _until(drained.exists)
+        return super().merge(shard, attempt)
+
+    def _when_drained(self) -> None:
+        """What it does after the notice."""
+
+
+class FinishesInTime(OnANodeThatGoes):
+    """Its node goes much later; it waits until the driver knows."""
+
+    seconds = 1000.0
+
+    def _when_drained(self) -> None:
+        path = Path(self._out) / ".raymeld" / "progress.json"
+        _until(lambda: path.exists() and "its node is going" in path.read_text())
+
+
+class CannotFinish(OnANodeThatGoes):
+    """Its node goes in a moment, and its shard would take for ever."""
+
+    seconds = 4.0
+
+    def _when_drained(self) -> None:
+        threading.Event().wait()
+
+
+def _drain(here: Any, seconds: float) -> None:
+    """A spot notice, as ``raymeld spot-notice`` passes it on."""
+    import ray
+    from ray.core.generated import autoscaler_pb2
+
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline = int((time.time() + seconds) * 1000)
+    gcs = ray._raylet.GcsClient(address=here.gcs_address)
+    gcs.drain_node(here.get_node_id(), reason, "spot", deadline)
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        threading.Event().wait(0.01)
 
 
 class LiesAboutItsWork(Merger):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -9,11 +10,12 @@ from actors.events import (
     Event,
     ItemDone,
     ItemFailed,
+    WorkerDraining,
     WorkerLost,
     WorkerReady,
     WorkerStartFailed,
 )
-from cluster.schedule import Abort, Assign, Command, Schedule, Start
+from cluster.schedule import HAND_BACK_SECONDS, Abort, Assign, Command, Release, Schedule, Start
 
 
 @dataclass
@@ -26,6 +28,7 @@ class Rehearsal:
     starting: set[int] = field(default_factory=set)
     idle: set[int] = field(default_factory=set)
     running: dict[int, int] = field(default_factory=dict)
+    draining: set[int] = field(default_factory=set)
     gone: set[int] = field(default_factory=set)
     done: list[int] = field(default_factory=list)
     failed_on: dict[int, int] = field(default_factory=dict)
@@ -72,12 +75,16 @@ class Rehearsal:
                     self._start(command)
                 case Assign():
                     self._assign(command)
+                case Release(worker=worker):
+                    assert worker in self.draining, "released for no reason"
+                    self._leave(worker)
                 case Abort():
                     assert command is commands[-1]
                     self.abort = command
         if not self.over:
             assert self.starting | self.running.keys(), "nobody works, and nobody will"
-        assert len(self.starting) + len(self.idle) + len(self.running) <= self.most
+        staying = self.starting | self.idle | self.running.keys() - self.draining
+        assert len(staying) <= self.most
 
     def _note(self, event: Event) -> None:
         match event:
@@ -89,11 +96,13 @@ class Rehearsal:
                 self._lose(worker)
             case WorkerLost(worker=worker, out_of_memory=memory):
                 item = self.running.get(worker)
-                if item is not None:
+                if item is not None and worker not in self.draining:
                     counts = self.errors if memory else self.losses
                     counts[item] = counts.get(item, 0) + 1
                     self.failed_on[item] = worker
                 self._lose(worker)
+            case WorkerDraining(worker=worker):
+                self.draining.add(worker)
             case ItemDone(worker=worker, item=item):
                 del self.running[worker]
                 self.idle.add(worker)
@@ -106,6 +115,9 @@ class Rehearsal:
 
     def _lose(self, worker: int) -> None:
         self.failed_starts += worker in self.starting
+        self._leave(worker)
+
+    def _leave(self, worker: int) -> None:
         self.starting.discard(worker)
         self.idle.discard(worker)
         self.running.pop(worker, None)
@@ -119,6 +131,7 @@ class Rehearsal:
 
     def _assign(self, command: Assign) -> None:
         worker, item = command.worker, command.item
+        assert worker not in self.draining, "assigned to a worker whose node is going"
         assert worker in self.idle, "assigned to a worker that is not free"
         assert item in self.waiting, "assigned an item that is done or under way"
         alive = len(self.idle) + len(self.running)
@@ -141,6 +154,8 @@ def possible(pool: Rehearsal, bad: bool) -> list[Event]:
     for worker in sorted(pool.starting | pool.idle | pool.running.keys()):
         events.append(WorkerLost(worker=worker, reason="gone"))
         events.append(WorkerLost(worker=worker, reason="killed", out_of_memory=True))
+        events.append(WorkerDraining(worker=worker, seconds_left=math.inf))
+        events.append(WorkerDraining(worker=worker, seconds_left=HAND_BACK_SECONDS))
     for worker, item in sorted(pool.running.items()):
         error = RuntimeError(f"item {item} broke")
         events.append(ItemFailed(worker=worker, item=item, error=error))

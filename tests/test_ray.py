@@ -26,8 +26,8 @@ from merge_core.progress import Progress
 
 
 @contextlib.contextmanager
-def running_cluster(**environment: str) -> Iterator[str]:
-    """A head node of four CPUs in processes of its own; yields its address."""
+def running_cluster(cpus: int = 4, *, spot: bool = False, **environment: str) -> Iterator[str]:
+    """A head node in processes of its own, and perhaps a spot node; yields its address."""
     from ray._common.utils import get_default_ray_temp_dir
     from ray.cluster_utils import Cluster
 
@@ -35,8 +35,10 @@ def running_cluster(**environment: str) -> Iterator[str]:
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **environment}
     Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)  # Cluster writes there
     cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False}
+        initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False}
     )
+    if spot:
+        cluster.add_node(num_cpus=cpus, labels={"spot": "yes"})
     try:
         yield cluster.address
     finally:
@@ -221,6 +223,26 @@ def test_workers_that_cannot_start_end_the_merge_with_the_reason(
         run(plan, tmp_path / "out", address, workers=1, merger=faults.CannotStart)
 
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("merger", "decision"),
+    [(faults.FinishesInTime, "gets nothing after"), (faults.CannotFinish, "gives back")],
+)
+def test_a_node_that_is_drained_costs_nothing(
+    plan: MergePlan,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    merger: type[Merger],
+    decision: str,
+) -> None:
+    faults.by_value()
+    with running_cluster(cpus=2, spot=True) as at:
+        said = run(plan, tmp_path / "out", at, merger=merger)
+
+    assert published(tmp_path / "out") == expected
+    assert any(decision in line and "its node is going" in line for line in said), said
+    assert not any("failure" in line for line in said), said
 
 
 def test_a_cluster_that_imports_a_users_own_package_called_cluster_is_refused(

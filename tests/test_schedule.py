@@ -13,11 +13,13 @@ from rehearsal import Rehearsal, possible
 from actors.events import (
     ItemDone,
     ItemFailed,
+    WorkerDraining,
     WorkerLost,
     WorkerReady,
     WorkerStartFailed,
 )
 from cluster.schedule import (
+    HAND_BACK_SECONDS,
     MAX_ERRORS,
     MAX_LOSSES,
     MAX_START_FAILURES,
@@ -166,6 +168,43 @@ def test_lost_workers_are_replaced_until_their_item_has_cost_too_many(
     assert pool.abort is not None
     assert (pool.abort.item, pool.abort.cause) == (1, None)
     assert pool.abort.reason == f"failed {budget} times, the last time: node gone"
+
+
+def test_a_worker_whose_node_is_going_finishes_and_gets_nothing_more() -> None:
+    pool = ready(2)
+    pool.tell(WorkerDraining(worker=0, seconds_left=100))
+    assert (pool.running, pool.starting) == ({0: 1, 1: 2}, {2})  # another one comes at once
+
+    pool.tell(ItemDone(worker=0, item=1))
+
+    assert 0 in pool.gone
+    assert pool.done == [1]
+    assert pool.schedule.log == ["worker-0 gets nothing after item 1: its node is going"]
+
+
+def test_what_cannot_be_finished_in_time_is_given_back_for_free() -> None:
+    pool = ready(2)
+    for left in (100, 50, HAND_BACK_SECONDS):
+        pool.tell(WorkerDraining(worker=0, seconds_left=left))
+    assert (pool.running, pool.gone) == ({1: 2}, {0})
+
+    pool.tell(WorkerReady(worker=2))
+
+    assert pool.running == {1: 2, 2: 1}
+    assert (pool.errors, pool.losses) == ({}, {})
+    assert pool.schedule.log[-1] == "worker-0 gives back item 1: its node is going"
+
+
+def test_workers_lost_with_a_node_that_was_going_cost_nothing() -> None:
+    pool = ready(1)
+    for number in range(3 * MAX_LOSSES):
+        pool.tell(WorkerDraining(worker=number, seconds_left=100))
+        pool.tell(WorkerReady(worker=number + 1)) if number + 1 in pool.starting else None
+        pool.tell(WorkerLost(worker=number, reason="node gone"))
+        if number + 1 in pool.starting:
+            pool.tell(WorkerReady(worker=number + 1))
+
+    assert pool.abort is None
 
 
 def test_workers_that_do_not_start_are_tried_again_later_and_later_and_at_last_no_more() -> None:
