@@ -9,6 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from cluster import jobs_commands
 from cluster.answering import answering
 from cluster.options import (
     Adapters,
@@ -221,6 +222,9 @@ def spot_notice(
         from cluster.talk import Talk
 
         watch(address, Talk(quiet=False).say, metadata_url=metadata_url or METADATA_URL)
+
+
+jobs_commands.register(app)
 
 
 def main() -> None:

@@ -17,7 +17,12 @@ from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from cluster.authentication import HOST_AND_PORT, choose_authentication, reload_authentication
+from cluster.authentication import (
+    HOST_AND_PORT,
+    borrowed_environment,
+    choose_authentication,
+    reload_authentication,
+)
 from merge_core.errors import RaymeldError
 
 LOCAL = "local"
@@ -40,45 +45,35 @@ def session(address: str, *, use_gpus: bool) -> Iterator[None]:
     Raises:
         RaymeldError: the cluster cannot be reached, or Ray does not start.
     """
-    before = dict(os.environ)  # importing Ray changes it already
-    import ray
+    with borrowed_environment():
+        import ray
 
-    if ray.is_initialized():
-        remedy = "Call ray.shutdown() first, or merge inline."
-        raise RaymeldError("this process is connected to a Ray already", "ray", remedy)
-    # Alive until the end: Linux takes the end of the thread that started them as the death of the
-    # parent, of which Ray's processes die.
-    starter = ThreadPoolExecutor(1)
-    scratch = Path(tempfile.mkdtemp(prefix="raymeld-", dir=_short_temporary_directory()))
-    try:
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        if address == LOCAL:
-            # An explicit token keeps Ray from writing one to ~/.ray; without any token its ports
-            # would be open to everybody on this network.
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-            os.environ.pop("RAY_ADDRESS", None)
-        else:
-            _refuse_silence(address)
-            choose_authentication(address)
-        reload_authentication()
-        with contextlib.chdir(_neutral_directory(scratch)):
-            _connect(starter, ray, address, scratch, use_gpus=use_gpus)
-        yield
-    finally:
-        with _uninterrupted():
-            ray.shutdown()
-            starter.shutdown()
-            shutil.rmtree(scratch, ignore_errors=True)
-            _restore_environment(before)
+        if ray.is_initialized():
+            remedy = "Call ray.shutdown() first, or merge inline."
+            raise RaymeldError("this process is connected to a Ray already", "ray", remedy)
+        # Alive until the end: Linux takes the end of the thread that started them as the death of
+        # the parent, of which Ray's processes die.
+        starter = ThreadPoolExecutor(1)
+        scratch = Path(tempfile.mkdtemp(prefix="raymeld-", dir=_short_temporary_directory()))
+        try:
+            os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+            if address == LOCAL:
+                # An explicit token keeps Ray from writing one to ~/.ray; without any token its
+                # ports would be open to everybody on this network.
+                os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+                os.environ.pop("RAY_ADDRESS", None)
+            else:
+                _refuse_silence(address)
+                choose_authentication(address)
             reload_authentication()
-
-
-def _restore_environment(before: dict[str, str]) -> None:
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-    for name, value in before.items():
-        if os.environ.get(name) != value:
-            os.environ[name] = value
+            with contextlib.chdir(_neutral_directory(scratch)):
+                _connect(starter, ray, address, scratch, use_gpus=use_gpus)
+            yield
+        finally:
+            with _uninterrupted():
+                ray.shutdown()
+                starter.shutdown()
+                shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _connect(starter: Executor, ray: Any, address: str, scratch: Path, *, use_gpus: bool) -> None:

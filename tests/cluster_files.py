@@ -180,9 +180,7 @@ def _words(call: str) -> list[str]:
 def _parse(program: str, words: list[str]) -> None:
     name, *rest = words
     if program == "raymeld" and name == "submit":
-        # What stands before the dashes is Ray Jobs' business, what follows is a call of ours.
-        _parse("raymeld", rest[rest.index("--") + 1 :])
-        return
+        _parse("raymeld", rest[rest.index("--") + 1 :])  # the merge that is submitted
     command = _commands(program)[name]
     command.make_context(name, rest)
 

@@ -1,0 +1,262 @@
+"""The commands for merges that run as Ray Jobs: submit, and jobs list, logs, status and stop."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.answering import answering
+from cluster.interrupts import noted_interrupts
+from cluster.job_watch import Watch
+from cluster.jobs import STOP_SECONDS, Job, Jobs, connected, next_name
+from cluster.merge_words import MergeWords, parse_merge, read_merge
+from cluster.options import Debug, Json
+from merge_core.errors import InputError, InterruptedMergeError, RaymeldError
+
+DASHBOARD = "http://127.0.0.1:8265"
+"""Where it is on the head itself, and at this end of ``ssh -L 8265:localhost:8265 head``."""
+
+Address = Annotated[
+    str,
+    typer.Option(
+        envvar=["RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS"],
+        help="The dashboard of the cluster's head.",
+    ),
+]
+Words = Annotated[
+    list[str], typer.Argument(metavar="MERGE", help="merge BASE ADAPTER ... --out OUT")
+]
+Name = Annotated[str, typer.Argument(metavar="JOB", help="As raymeld jobs list shows it.")]
+
+_INTERRUPTED = InterruptedMergeError.exit_code
+
+jobs_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to ``app``, which has the command ``merge``."""
+    # What follows "merge" belongs to merge, with or without "--" before it.
+    app.command(context_settings={"allow_interspersed_args": False})(submit)
+    app.add_typer(jobs_app, name="jobs", help="List, read and stop merges that were submitted.")
+
+
+def submit(
+    context: typer.Context,
+    words: Words,
+    address: Address = DASHBOARD,
+    wait: Annotated[bool, typer.Option(help="Print the log until the job has ended.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Run a merge on a Ray cluster, as a Ray Job, with the raymeld that is running here.
+
+    Prints the job's log and ends with the exit code of its merge; with --no-wait, prints the job's
+    name and leaves. Ctrl-C stops the job (130), a second one leaves without waiting for that. The
+    same merge is refused while it is under way (2).
+
+    Example: raymeld submit --address http://head:8265 -- merge /models/base /models/my-lora
+    --out /models/merged
+    """
+    parsed = parse_merge(words, context)
+    with answering(as_json=False, debug=debug):
+        merge = read_merge(words, parsed)
+        with connected(address) as jobs:
+            _warn_without_token(jobs)
+            code = _run(jobs, merge, wait=wait)
+    raise typer.Exit(code)
+
+
+@jobs_app.command("list")
+def list_jobs(address: Address = DASHBOARD, as_json: Json = False, debug: Debug = False) -> None:
+    """List the merges that were submitted to a cluster, the oldest first."""
+    with answering(as_json=as_json, debug=debug):
+        from cluster import console
+
+        with connected(address) as jobs:
+            found = jobs.all()
+        lines = [f"{job.name}  {job.status:9}  {_times(job)}  {job.words}" for job in found]
+        document = {"ok": True, "jobs": [_document(job) for job in found]}
+        console.answer(lines or [f"no merge was submitted to {address}"], document, as_json=as_json)
+
+
+@jobs_app.command()
+def logs(
+    name: Name,
+    address: Address = DASHBOARD,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Print what a job has said so far; with --follow, until it ends, with its exit code.
+
+    Ctrl-C leaves; the job goes on.
+    """
+    with answering(as_json=False, debug=debug), connected(address) as jobs:
+        jobs.find(name)
+        if follow:
+            code = _follow(jobs, name)
+        else:
+            _print_log(jobs.log(name))
+            code = 0
+    raise typer.Exit(code)
+
+
+@jobs_app.command()
+def status(
+    name: Name, address: Address = DASHBOARD, as_json: Json = False, debug: Debug = False
+) -> None:
+    """Tell how a job is doing.
+
+    Exit code: that of its merge if it has ended (0 merged, 1 failed, 2 wrong input, 3 verification
+    failed, 130 stopped); 0 too while it is alive.
+    """
+    with answering(as_json=as_json, debug=debug):
+        from cluster import console
+
+        with connected(address) as jobs:
+            job = jobs.find(name)
+        lines = [
+            f"job      {job.name}",
+            f"status   {job.status}" + f", exit code {job.exit_code}" * (not job.alive),
+            f"started  {_times(job)}",
+            f"runs     {job.words}",
+            *[f"message  {job.message.strip()}"] * bool(job.message),
+        ]
+        console.answer(lines, _document(job), as_json=as_json)
+    raise typer.Exit(job.exit_code or 0)
+
+
+@jobs_app.command()
+def stop(
+    name: Name,
+    address: Address = DASHBOARD,
+    wait: Annotated[bool, typer.Option(help="Wait until it has stopped.")] = True,
+    debug: Debug = False,
+) -> None:
+    """Stop a job; what it has not published yet, it does not publish.
+
+    Exit code 0 once it has stopped (with --no-wait: once it was asked to), or had ended before.
+    """
+    with answering(as_json=False, debug=debug), connected(address) as jobs:
+        if not jobs.find(name).alive:
+            _say(f"job {name} had ended already")
+            return
+        with noted_interrupts() as interrupts:
+            watch = Watch(jobs, name, _say, interrupts.heed)
+            watch.stop()
+            _say(_stopping(name))
+            if wait:
+                _say(_ended(watch.wait()))
+
+
+def _run(jobs: Jobs, merge: MergeWords, *, wait: bool) -> int:
+    """Submit ``merge`` and see it through; returns the exit code."""
+    from cluster.wheel import assemble_wheel
+
+    name = next_name(merge.recipe, jobs.all())
+    submission = secrets.token_hex(8)
+    with noted_interrupts() as interrupts:
+        watch = Watch(jobs, name, _say, interrupts.heed)
+        try:
+            with tempfile.TemporaryDirectory(prefix="raymeld-") as directory:
+                wheel = assemble_wheel(Path(directory))
+                interrupts.heed()
+                jobs.submit(name, merge, wheel, submission)
+            if not wait:
+                print(name)
+                _say(f"submitted; follow it with: raymeld jobs logs --follow {name}")
+                return 0
+            _say(f"job {name} submitted to {jobs.address}, with {wheel.name}")
+            return _ending(watch.follow(_print_log))
+        except KeyboardInterrupt:
+            return _stop_own(jobs, watch, name, submission)
+
+
+def _follow(jobs: Jobs, name: str) -> int:
+    """Print the log of a job, its own or somebody else's; returns its exit code."""
+    with noted_interrupts() as interrupts:
+        try:
+            return _ending(Watch(jobs, name, _say, interrupts.heed).follow(_print_log))
+        except KeyboardInterrupt:
+            _say(f"left; the job goes on, and stops with: raymeld jobs stop {name}")
+            return _INTERRUPTED
+
+
+def _stop_own(jobs: Jobs, watch: Watch, name: str, submission: str) -> int:
+    """Ctrl-C: stop the job and see it end, unless it was never submitted."""
+    try:
+        if jobs.find(name).submission != submission:  # Ctrl-C came first, and then another
+            return _INTERRUPTED
+        _say(f"{_stopping(name)}; Ctrl-C again leaves without waiting for that")
+        watch.stop()
+        return _ending(watch.follow(_print_log))
+    except InputError:
+        _say("interrupted; nothing was submitted")
+    except KeyboardInterrupt:
+        _say(f"left; see whether it has stopped with: raymeld jobs status {name}")
+    return _INTERRUPTED
+
+
+def _ending(job: Job) -> int:
+    """Say how a job ended; returns its exit code.
+
+    Raises:
+        RaymeldError: the driver did not end by itself, or never began.
+    """
+    if job.status == "FAILED" and job.driver_exit_code is None:
+        what = " ".join(job.message.split()) or "Ray gives no reason"
+        remedy = f"`raymeld jobs status {job.name}` shows it in lines."
+        raise RaymeldError(f"Ray gave it up: {what[:500]}", f"job {job.name}", remedy)
+    _say(_ended(job))
+    return job.exit_code or 0
+
+
+def _stopping(name: str) -> str:
+    return f"stopping {name}, which has {STOP_SECONDS} s to clean up"
+
+
+def _ended(job: Job) -> str:
+    seconds = (job.ended or job.started) - job.started
+    return f"job {job.name} {job.status} after {seconds:.0f} s, exit code {job.exit_code}"
+
+
+def _times(job: Job) -> str:
+    started = datetime.fromtimestamp(job.started, UTC).isoformat(timespec="seconds")
+    return started if job.ended is None else f"{started}, {job.ended - job.started:.0f} s"
+
+
+def _document(job: Job) -> dict[str, Any]:
+    return {
+        "ok": not job.exit_code,
+        "job": job.name,
+        "status": job.status,
+        "exit_code": job.exit_code,
+        "started": job.started,
+        "ended": job.ended,
+        "words": job.words,
+        "message": job.message,
+    }
+
+
+def _warn_without_token(jobs: Jobs) -> None:
+    if not jobs.token_known:
+        _say(
+            "warning: no token was found, so whoever reaches the cluster's dashboard can run"
+            " programs there, as you do now. Start the cluster with RAY_AUTH_MODE=token, and put"
+            " its token (`ray get-auth-token --generate`) into ~/.ray/auth_token there and here."
+        )
+
+
+def _print_log(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,105 @@
+"""The words of a merge that is to run elsewhere: checked by the command's own parser, and named.
+
+Nothing is read: the paths in the words are those of the cluster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from cluster.options import size_in_bytes
+from merge_core.errors import InputError, Problem, gathered
+
+SPEED = frozenset(
+    {
+        "address", "workers", "gpus_per_worker", "device", "verify", "overwrite", "as_json",
+        "quiet", "debug",
+    }
+)  # fmt: skip
+"""Options of a merge that change no byte of its result. All others belong to the recipe: an option
+that is missing here makes a merge look new, which is better than to take it for another."""
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+]*:/")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeWords:
+    """A merge as it was written, and the part of a job's name that tells it from other merges."""
+
+    words: tuple[str, ...]
+    """From ``merge`` on."""
+    recipe: str
+    """12 hexadecimal digits of a digest over what is merged where."""
+
+
+def parse_merge(words: Sequence[str], context: typer.Context) -> typer.Context:
+    """Have the merge command itself take the words apart.
+
+    Args:
+        words: from ``merge`` on.
+        context: of the command that they were given to.
+
+    Raises:
+        typer's UsageError: they are no merge, or not one that could run on a cluster. It ends a
+            command with exit code 2 and the usage.
+    """
+    if words[0] != "merge":
+        raise typer.BadParameter(f"{words[0]!r} cannot run as a job; merge can")
+    commands: Any = context.find_root().command
+    merge: Any = commands.get_command(context, "merge")
+    parsed: typer.Context = merge.make_context("raymeld submit -- merge", list(words[1:]))
+    source = parsed.get_parameter_source("address")
+    if source is not None and source.name == "COMMANDLINE":
+        told = "the driver runs on the cluster that submit's own --address names, and uses that"
+        raise typer.BadParameter(f"--address cannot stand behind merge: {told}")
+    return parsed
+
+
+def read_merge(words: Sequence[str], parsed: typer.Context) -> MergeWords:
+    """Check the values, as far as that goes without the files.
+
+    Raises:
+        InputError: with all that is wrong.
+    """
+    problems: list[Problem] = []
+    with gathered(problems):
+        size_in_bytes(parsed.params["shard_size"])
+    problems += [_relative(n, path) for n, path in _paths(parsed.params) if _is_relative(path)]
+    if problems:
+        raise InputError(problems)
+    return MergeWords(words=tuple(words), recipe=recipe_digest(parsed.params))
+
+
+def recipe_digest(parameters: Mapping[str, Any]) -> str:
+    """The same for the same base, adapters, OUT and byte-changing options, however fast they run.
+
+    Everything counts as it was written: no path is resolved, and 1000MB is not 1GB.
+    """
+    said = {
+        name: [str(part) for part in value] if isinstance(value, list | tuple) else str(value)
+        for name, value in parameters.items()
+        if name not in SPEED
+    }
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _paths(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
+    named = [(n, str(value)) for n, value in parameters.items() if isinstance(value, Path)]
+    return [*named, *(("adapters", adapter) for adapter in parameters["adapters"])]
+
+
+def _is_relative(path: str) -> bool:
+    return not path.startswith("/") and _SCHEME.match(path) is None
+
+
+def _relative(name: str, path: str) -> Problem:
+    what = f"{path!r} is relative: on the cluster, to whatever directory Ray was started in"
+    return Problem(what, name.upper(), "Give the path from / on, as the cluster's nodes have it")
