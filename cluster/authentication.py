@@ -1,4 +1,4 @@
-"""Ray's tokens: which mode to connect in, and having Ray look again."""
+"""Ray's tokens: which mode to connect in, having Ray look again, and leaving all as it was."""
 
 from __future__ import annotations
 

@@ -39,9 +39,14 @@ class Interrupts:
 
 @contextlib.contextmanager
 def noted_interrupts() -> Iterator[Interrupts]:
-    """Note SIGINT and SIGTERM while inside. For the main thread alone, as all handlers are."""
+    """Note SIGINT and SIGTERM while inside. For the main thread alone, as all handlers are.
+
+    A terminal that is closed (SIGHUP) ends this command and nothing else, least of all a job.
+    """
     interrupts = Interrupts()
     before = {n: signal.signal(n, interrupts.note) for n in (signal.SIGINT, signal.SIGTERM)}
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         yield interrupts
     finally:

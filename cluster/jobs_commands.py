@@ -56,8 +56,8 @@ def submit(
     """Run a merge on a Ray cluster, as a Ray Job, with the raymeld that is running here.
 
     Prints the job's log and ends with the exit code of its merge; with --no-wait, prints the job's
-    name and leaves. Ctrl-C stops the job (130), a second one leaves without waiting for that. The
-    same merge is refused while it is under way (2).
+    name and leaves. Ctrl-C stops the job (130), a second one leaves without waiting for that; a
+    closed terminal leaves it alone. The same merge is refused while it is under way (2).
 
     Example: raymeld submit --address http://head:8265 -- merge /models/base /models/my-lora
     --out /models/merged

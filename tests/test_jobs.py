@@ -238,10 +238,14 @@ def test_a_connection_that_went_dead_without_telling_is_replaced(
     assert "".join(written) == client.log(name)
 
 
-def test_jobs_logs_prints_what_there_is_or_follows_to_the_end(
+def test_a_job_outlives_its_terminal_and_jobs_logs_prints_it_or_follows_it_to_the_end(
     head: Head, client: Jobs, waiting: Words
 ) -> None:
-    name = head.raymeld("submit", "--no-wait", *waiting).stdout.strip()
+    with head.started("submit", *waiting) as command:
+        command.until_stdout(WAITING)
+        command.process.send_signal(signal.SIGHUP)
+        assert command.process.wait(60) == -signal.SIGHUP
+    name = name_in(command.stdout)
     with head.started("jobs", "logs", "--follow", name) as command:
         command.until_stdout(WAITING)
         so_far = head.raymeld("jobs", "logs", name)

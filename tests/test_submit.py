@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from cluster.authentication import borrowed_environment, use_token_if_there_is_one
-from cluster.cli import app
+from cluster.cli import app, merge
 from cluster.interrupts import noted_interrupts
 from cluster.job_watch import Watch
 from cluster.jobs import Job, Jobs, connected, next_name
@@ -71,12 +72,8 @@ def test_the_digest_of_a_recipe_stays_what_it_is() -> None:
     assert recipe_digest(dict(reversed(RECIPE.items()))) == "4cb454adebec"
 
 
-def test_options_of_speed_are_options_of_merge() -> None:
-    import inspect
-
-    from cluster.cli import merge
-
-    assert inspect.signature(merge).parameters.keys() >= SPEED
+def test_every_option_of_merge_is_either_of_speed_or_of_the_recipe() -> None:
+    assert set(inspect.signature(merge).parameters) == {*RECIPE, *SPEED}
 
 
 def test_names_count_up_and_other_merges_do_not_matter() -> None:
