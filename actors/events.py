@@ -22,6 +22,14 @@ class WorkerStartFailed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerUnfit:
+    """A worker is up but can do nothing where it is, such as on a GPU that is full."""
+
+    worker: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLost:
     """A worker died, with whatever it was doing."""
 
@@ -60,4 +68,22 @@ class WorkerDraining:
     """Infinite where nothing was said."""
 
 
-Event = WorkerReady | WorkerStartFailed | WorkerLost | WorkerDraining | ItemDone | ItemFailed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KindUnavailable:
+    """None of the workers of a kind came up for so long that nobody waits for them any more."""
+
+    kind: str
+    reason: str
+    error: Exception
+
+
+Event = (
+    WorkerReady
+    | WorkerStartFailed
+    | WorkerUnfit
+    | WorkerLost
+    | WorkerDraining
+    | ItemDone
+    | ItemFailed
+    | KindUnavailable
+)

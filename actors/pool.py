@@ -1,25 +1,22 @@
-"""The pool: starts actors, gives them work, and turns what Ray raises into events.
+"""The pool: starts workers, gives them work, and turns what Ray raises into events.
 
-This is the only place that knows Ray's exceptions. It decides nothing: what to start and what to
-retry is the schedule's business.
+This is the only place where Ray's exceptions about workers are known. It decides nothing: what to
+start and what to retry is the schedule's business.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.collector import Collector
+from actors.checker import Checker
 from actors.events import (
     Event,
     ItemDone,
@@ -28,27 +25,27 @@ from actors.events import (
     WorkerLost,
     WorkerReady,
     WorkerStartFailed,
+    WorkerUnfit,
 )
 from actors.identity import Identity
-from actors.merger import Merger, remote_merger
-from merge_core.errors import InputError, NonFiniteError, RaymeldError, counted, refuse
-from merge_core.plan import MergePlan
-
-COLLECTOR_STARTS = 3
-"""Collectors that may die in a row over one call: more means that the call kills them."""
-
-_COLOUR = re.compile("\x1b\\[[0-9;]*m")
-"""Ray colours its messages, whoever reads them."""
+from actors.ray_errors import cause_of, first_line
+from merge_core.errors import (
+    DeviceMemoryError,
+    InputError,
+    NonFiniteError,
+    counted,
+    refuse,
+)
 
 _HOPELESS = (NonFiniteError, InputError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerOptions:
-    """What every worker of a pool is started with."""
+    """What every worker of one kind is started with."""
 
     device: str
-    """``cuda`` or ``cpu``."""
+    """``cuda`` or ``cpu``; also the name of the kind."""
     resources: Mapping[str, float]
     """Ray's ``num_cpus`` and ``num_gpus``."""
 
@@ -56,34 +53,36 @@ class WorkerOptions:
 @dataclass(slots=True, eq=False)
 class _Slot:
     actor: Any
+    kind: str
     item: int | None = None
     lanes: str = ""
     node: str = ""
+    answered: bool = False
 
 
 class Pool:
-    """Workers of one kind, and the collector beside the driver."""
+    """Workers of every kind.
+
+    Args:
+        driver: whose code the workers must have.
+        kinds: of worker, by device.
+        worker: the class of their actors; called with device, name and ``arguments``.
+        arguments: sent once to each node, however many workers it has.
+    """
 
     def __init__(
         self,
-        plan: MergePlan,
-        out: Path,
-        run: str,
         driver: Identity,
-        options: WorkerOptions,
-        merger: type[Merger] = Merger,
-        collector: type[Collector] = Collector,
+        kinds: Sequence[WorkerOptions],
+        worker: type[Checker],
+        arguments: Sequence[Any] = (),
     ) -> None:
-        self._out, self._run, self._driver, self._options = out, run, driver, options
-        self._plan = ray.put(plan)  # once; workers fetch it, calls name shards by number
-        self._merger = remote_merger(merger, **options.resources)
-        self._collector_class = collector
-        self._collector: Any = None
+        self._driver = driver
+        self._arguments = [ray.put(argument) for argument in arguments]
+        self._classes = {kind.device: remote_worker(worker, kind.resources) for kind in kinds}
         self._slots: dict[int, _Slot] = {}
         self._refs: dict[Any, int] = {}
-        self._due: list[tuple[float, int]] = []
-        self.log: list[str] = []
-        """What the pool had to do by itself."""
+        self._due: list[tuple[float, int, str]] = []
 
     @property
     def lanes(self) -> dict[int, str]:
@@ -91,13 +90,20 @@ class Pool:
         return {worker: slot.lanes for worker, slot in self._slots.items() if slot.lanes}
 
     @property
-    def pending(self) -> int:
-        """Workers that were asked for and have not come up."""
-        return len(self._due) + sum(not slot.lanes for slot in self._slots.values())
+    def assigned(self) -> dict[int, int]:
+        """The item that each worker is at."""
+        return {n: slot.item for n, slot in self._slots.items() if slot.item is not None}
 
-    def start(self, worker: int, delay: float) -> None:
-        """Start a worker after ``delay`` seconds; WorkerReady or WorkerStartFailed follows."""
-        self._due.append((time.monotonic() + delay, worker))
+    def count(self, kind: str) -> tuple[int, int]:
+        """Workers of a kind that have come up, and those that were asked for and have not."""
+        slots = [slot for slot in self._slots.values() if slot.kind == kind]
+        due = sum(kind == other for _, _, other in self._due)
+        up = sum(slot.answered for slot in slots)
+        return up, due + len(slots) - up
+
+    def start(self, worker: int, kind: str, delay: float) -> None:
+        """Start a worker after ``delay`` seconds; an event says how that went."""
+        self._due.append((time.monotonic() + delay, worker, kind))
 
     def assign(self, worker: int, item: int, method: str, *args: Any) -> None:
         """Call ``method`` of a worker; ItemDone, ItemFailed or WorkerLost follows."""
@@ -122,7 +128,7 @@ class Pool:
 
     def release(self, worker: int) -> None:
         """End a worker and forget what it was asked."""
-        self._due = [(due, other) for due, other in self._due if other != worker]
+        self._due = [due for due in self._due if due[1] != worker]
         if worker in self._slots:
             self._refs = {ref: other for ref, other in self._refs.items() if other != worker}
             self._fence(worker)
@@ -152,80 +158,52 @@ class Pool:
                 answers[asked[ref]] = ray.get(ref)
         return answers
 
-    def collect(self, method: str, *args: Any) -> Any:
-        """Call the collector; if it dies, start another, which rebuilds itself, and call again.
-
-        Raises:
-            RaymeldError: what the collector raised, or that it died COLLECTOR_STARTS times.
-        """
-        last: Exception | None = None
-        for _ in range(COLLECTOR_STARTS):
-            if self._collector is None:
-                self._collector = self._start_collector()
-            try:
-                return ray.get(getattr(self._collector, method).remote(*args))
-            except RayTaskError as error:
-                raise _cause(error) from None
-            except RayError as error:
-                ray.kill(self._collector)
-                self._collector, last = None, error
-                self.log.append(f"starting another collector in {method}: {_first_line(error)}")
-        raise RaymeldError(
-            f"the collector died {COLLECTOR_STARTS} times in {method}: {_first_line(last)}",
-            str(self._out),
-            "Look at the memory of the driver's machine.",
-        )
-
     def close(self) -> None:
-        """Kill every actor."""
-        for actor in (*(slot.actor for slot in self._slots.values()), self._collector):
-            if actor is not None:
-                with contextlib.suppress(Exception):  # Ray may be gone already
-                    ray.kill(actor)
-        self._slots.clear()
+        """Kill every worker."""
+        for worker in list(self._slots):
+            self._fence(worker)
         self._refs.clear()
 
     def _start_due(self) -> None:
         now = time.monotonic()
-        for worker in [worker for due, worker in self._due if due <= now]:
-            actor = self._merger.remote(
-                self._plan, self._out, self._options.device, f"worker-{worker}"
-            )
-            self._slots[worker] = _Slot(actor)
+        for _, worker, kind in [due for due in self._due if due[0] <= now]:
+            actor = self._classes[kind].remote(kind, f"worker-{worker}", *self._arguments)
+            self._slots[worker] = _Slot(actor, kind)
             self._refs[actor.hello.remote()] = worker
-        self._due = [(due, worker) for due, worker in self._due if due > now]
-
-    def _start_collector(self) -> Any:
-        """Beside the driver, without a CPU of its own: clusters may have none on the head."""
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        actor = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(self._collector_class)
-        return actor.options(scheduling_strategy=here).remote(self._plan, self._out, self._run)
+        self._due = [due for due in self._due if due[0] > now]
 
     def _event(self, ref: Any) -> Event:
         worker = self._refs.pop(ref)
         slot = self._slots[worker]
-        item, slot.item = slot.item, None
+        item, slot.item, first = slot.item, None, not slot.answered
         try:
             result = ray.get(ref)
         except RayTaskError as error:
-            cause = _cause(error)
+            cause = cause_of(error)
             if item is None:
-                self._fence(worker)
-                return WorkerStartFailed(worker=worker, reason=str(cause))
+                return self._cannot_begin(worker, cause)
             hopeless = isinstance(cause, _HOPELESS)
             return ItemFailed(worker=worker, item=item, error=cause, hopeless=hopeless)
         except RayError as error:
             self._fence(worker)
-            if item is None:
-                return WorkerStartFailed(worker=worker, reason=_first_line(error))
+            if first:
+                return WorkerStartFailed(worker=worker, reason=first_line(error))
             memory = isinstance(error, OutOfMemoryError)
-            return WorkerLost(worker=worker, reason=_first_line(error), out_of_memory=memory)
+            return WorkerLost(worker=worker, reason=first_line(error), out_of_memory=memory)
         if item is None:
             return self._greet(worker, slot, result)
         return ItemDone(worker=worker, item=item, result=result)
 
+    def _cannot_begin(self, worker: int, cause: Exception) -> Event:
+        if isinstance(cause, DeviceMemoryError):  # kept, or Ray would hand out this GPU again
+            self._slots[worker].answered = True
+            return WorkerUnfit(worker=worker, reason=cause.what)
+        self._fence(worker)
+        return WorkerStartFailed(worker=worker, reason=str(cause))
+
     def _greet(self, worker: int, slot: _Slot, hello: tuple[Identity, str, str]) -> Event:
         identity, slot.lanes, slot.node = hello
+        slot.answered = True
         difference = identity.difference(self._driver)
         if difference:
             raise refuse(
@@ -239,8 +217,15 @@ class Pool:
     def _fence(self, worker: int) -> None:
         """Make sure that a worker that is said to be gone is gone: it may only be unreachable."""
         slot = self._slots.pop(worker)
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # Ray may be gone already
             ray.kill(slot.actor)
+
+
+def remote_worker(worker: type[Checker], resources: Mapping[str, float]) -> Any:
+    """An actor class that Ray neither restarts nor retries: the schedule decides."""
+    return ray.remote(
+        concurrency_groups={"control": 1}, max_restarts=0, max_task_retries=0, **resources
+    )(worker)
 
 
 def _seconds_until(deadline: int) -> float:
@@ -267,14 +252,3 @@ def launching() -> str:
         why = status.failed_launches[-1].details
         said.append(f"{counted(failed, 'launch')} failed, the last: {why}")
     return "; ".join(said)
-
-
-def _cause(error: RayTaskError) -> Exception:
-    """The exception that the actor raised, as it was there."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, Exception) else RaymeldError(_first_line(error))
-
-
-def _first_line(error: Exception | None) -> str:
-    text = _COLOUR.sub("", str(error)).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -16,6 +16,7 @@ from cluster.options import (
     Base,
     Debug,
     Device,
+    DeviceMapFile,
     DtypeOption,
     Json,
     Level,
@@ -48,6 +49,9 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
         ),
     ] = "local",
     workers: Annotated[int | None, typer.Option(min=1, help="Most workers at a time.")] = None,
+    cpu_workers: Annotated[
+        int, typer.Option(min=0, help="CPU workers beside the GPU workers.")
+    ] = 0,
     gpus_per_worker: Annotated[float, typer.Option(min=0.01, help="GPUs a worker.")] = 1.0,
     start_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds to wait for the first worker.")
@@ -55,6 +59,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.AUTO,
     dtype: DtypeOption = None,
     shard_size: ShardSize = "2GB",
+    device_map: DeviceMapFile = None,
     verify: Annotated[
         Level, typer.Option(help="What to verify before the result is published.")
     ] = Level.DIGEST,
@@ -73,14 +78,21 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
         from cluster.talk import Talk
 
         talk = Talk(quiet=quiet)
-        plan = make_plan(base, adapters, dtype=dtype, shard_bytes=size_in_bytes(shard_size))
+        plan = make_plan(
+            base,
+            adapters,
+            dtype=dtype,
+            shard_bytes=size_in_bytes(shard_size),
+            device_map=device_map,
+        )
         for line in console.plan_lines(plan, find_pools(plan)):
             talk.say(line)
         with talk.progress():
             if address == "inline":
-                if workers is not None:
-                    remedy = "Leave it out, or merge with --address local"
-                    raise refuse("inline has no workers to count", "--workers", remedy)
+                if workers is not None or cpu_workers:
+                    remedy = "Leave them out, or merge with --address local"
+                    option = "--workers" if workers is not None else "--cpu-workers"
+                    raise refuse("inline has no workers to count", option, remedy)
                 from merge_core.merge import merge as merge_inline
 
                 result = merge_inline(
@@ -99,6 +111,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
                     address=address,
                     device=device,
                     workers=workers,
+                    cpu_workers=cpu_workers,
                     gpus_per_worker=gpus_per_worker,
                     start_timeout=start_timeout,
                 )
@@ -125,6 +138,7 @@ def plan(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Check this directory.")] = None,
     dtype: DtypeOption = None,
     shard_size: ShardSize = "2GB",
+    device_map: DeviceMapFile = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -134,7 +148,13 @@ def plan(
         from cluster.pools import find_pools
         from merge_core.output import check_destination
 
-        planned = make_plan(base, adapters, dtype=dtype, shard_bytes=size_in_bytes(shard_size))
+        planned = make_plan(
+            base,
+            adapters,
+            dtype=dtype,
+            shard_bytes=size_in_bytes(shard_size),
+            device_map=device_map,
+        )
         if out is not None:
             check_destination(out.absolute(), planned)
         pools = find_pools(planned)

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -69,9 +70,19 @@ def plan_lines(plan: MergePlan, pools: Sequence[EligiblePool]) -> list[str]:
         f"base     {plan.base}: {kind}, {tensors} tensors, {_gb(plan.total_size)}",
         *(f"adapter  {a.path}, weight {a.weight:g}" for a in plan.adapters),
         f"result   {files}, {_gb(size)}: {merged} tensors merged, {tensors - merged} carried over",
+        *_pinned_lines(plan),
         *(f"pool     {p.name}: {'' if p.eligible else 'not eligible: '}{p.reason}" for p in pools),
         *(f"note     {note}" for note in plan.notes),
     ]
+
+
+def _pinned_lines(plan: MergePlan) -> list[str]:
+    """What a device map makes of it."""
+    if not plan.pinned:
+        return []
+    counts = Counter(shard.device or "any device" for shard in plan.shards)
+    parts = [f"{counted(n, 'file')} on {device}" for device, n in sorted(counts.items())]
+    return [f"devices  {', '.join(parts)}"]
 
 
 def plan_document(plan: MergePlan, pools: Sequence[EligiblePool]) -> dict[str, Any]:
@@ -85,6 +96,7 @@ def plan_document(plan: MergePlan, pools: Sequence[EligiblePool]) -> dict[str, A
             {
                 "name": shard.name,
                 "bytes": shard.size,
+                "device": shard.device,
                 "tensors": len(shard.tasks),
                 "merged": sum(task.action == "merged" for task in shard.tasks),
             }

@@ -43,6 +43,9 @@ Adapters = Annotated[
 ]
 DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Dtype of the result.")]
 ShardSize = Annotated[str, typer.Option(help="Size limit of an output file, such as 2GB.")]
+DeviceMapFile = Annotated[
+    Path | None, typer.Option("--device-map", help="JSON of module names and cuda or cpu.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No talk on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

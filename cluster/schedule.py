@@ -1,291 +1,257 @@
 """Who does what next: a state machine of events in and commands out.
 
-No Ray and no clock in here, so that every order of failures can be tried in a test. Work is a set
-of items with sizes; the largest waiting item goes to the first worker that is free.
+No Ray and no clock in here, so that every order of failures can be tried in a test. The most urgent
+and largest waiting item goes to the first worker that is free; ``policies`` holds what is decided
+on the way.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from actors.events import (
     Event,
     ItemDone,
     ItemFailed,
+    KindUnavailable,
     WorkerDraining,
     WorkerLost,
     WorkerReady,
     WorkerStartFailed,
+    WorkerUnfit,
 )
-
-MAX_ERRORS = 3
-"""Attempts of an item that may end in an error of ours or out of memory. A third failure on
-another worker is no accident."""
-
-MAX_LOSSES = 20
-"""Workers that may be lost under one item: spot machines come and go, but an item that kills
-every machine it meets must end."""
-
-MAX_START_FAILURES = 3
-"""Workers in a row that may fail to start before the pool counts as broken."""
+from cluster import policies
+from cluster.attempts import Attempts
+from cluster.backlog import Item
+from cluster.commands import Abort, Command, Release
+from cluster.crew import Crew, WorkerKind
+from cluster.roster import Roster
 
 
-HAND_BACK_SECONDS = 5.0
-"""Before its node goes a worker gives back what it has not finished: the end is then known at once,
-where a node that vanishes is missed only a quarter of a minute later."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """Start a worker."""
-
-    worker: int
-    delay: float
-    """Seconds to wait first; grows with failures in a row, since a broken environment fails
-    within milliseconds and would be tried thousands of times."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Assign:
-    """Give an item to a worker."""
-
-    worker: int
-    item: int
-    attempt: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Release:
-    """End a worker, whatever it does; nothing more is heard of it."""
-
-    worker: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Abort:
-    """Give up: which item or pool, and why."""
-
-    item: int | None
-    reason: str
-    cause: Exception | None
-
-
-Command = Start | Assign | Release | Abort
-
-
-@dataclass(slots=True)
-class _Item:
-    size: int
-    attempts: int = 0
-    errors: int = 0
-    losses: int = 0
-    avoid: int | None = None
-    """The worker that it last failed on: another one gets it, if there is another."""
-
-
-@dataclass(slots=True)
 class Schedule:
     """The state of a run; ``handle`` is the only way to change it.
 
     Args:
-        sizes: of each item, by its number.
-        most_workers: how many workers to keep alive at most.
+        kinds: of worker, each with how many there may be.
         name_of: what an item is called in the log.
     """
 
-    sizes: Mapping[int, int]
-    most_workers: int
-    name_of: Callable[[int], str] = "item {}".format
-    log: list[str] = field(default_factory=list)
-    """Every automatic decision, with its reason."""
-    _items: dict[int, _Item] = field(init=False)
-    _waiting: list[int] = field(init=False)
-    _starting: set[int] = field(default_factory=set)
-    _idle: set[int] = field(default_factory=set)
-    _running: dict[int, int] = field(default_factory=dict)
-    _draining: set[int] = field(default_factory=set)
-    """Of those that run: they get nothing more."""
-    _failed_starts: int = 0
-    _aborted: bool = False
-    _numbers: itertools.count[int] = field(default_factory=itertools.count)
+    def __init__(
+        self, kinds: Sequence[WorkerKind], name_of: Callable[[int], str] = "item {}".format
+    ) -> None:
+        self.log: list[str] = []
+        """Every automatic decision, with its reason."""
+        self.holds = False
+        """Whether idle workers are kept because more items will come; they are let go otherwise,
+        so that an autoscaler can take their nodes while the last items are under way."""
+        self._name_of = name_of
+        self._roster = Roster([Crew(kind) for kind in kinds])
+        self._aborted = False
 
-    def __post_init__(self) -> None:
-        self._items = {}
-        self._waiting = []
-        self.extend(self.sizes)
-
-    def extend(self, sizes: Mapping[int, int]) -> None:
+    def extend(self, items: Mapping[int, Item]) -> None:
         """Add items; their numbers must be new."""
-        self._items |= {number: _Item(size=size) for number, size in sizes.items()}
-        self._waiting += sizes
-        self._sort()
+        for number, item in items.items():
+            self._roster.items[number], self._roster.attempts[number] = item, Attempts()
+            self._roster.backlog.add(number, item)
 
     @property
     def finished(self) -> bool:
         """Whether every item is done."""
-        return not self._waiting and not self._running
+        return not self._roster.backlog and not any(crew.running for crew in self._roster.crews)
 
-    def begin(self) -> list[Command]:
-        """The commands that set the run going."""
-        return self._next_commands()
+    def awaits(self, worker: int, item: int) -> bool:
+        """Whether the worker is still meant to be at the item: what it returns counts."""
+        crew = self._roster.crew_of.get(worker)
+        return crew is not None and worker in crew.running and crew.running[worker].item == item
 
-    def handle(self, event: Event) -> list[Command]:
+    def look(self, now: float) -> list[Command]:
+        """What to do after items were added, or as time passes.
+
+        Args:
+            now: seconds, by any clock that only runs forward.
+        """
+        if self._aborted:
+            return []
+        self._find_stragglers(now)
+        return self._go_on(now)
+
+    def handle(self, event: Event, now: float) -> list[Command]:
         """Take note of ``event`` and say what to do now."""
         if self._aborted:
             return []
-        commands: list[Command] = []
+        commands = self._note(event, now)
+        self._aborted = any(isinstance(command, Abort) for command in commands)
+        return commands if self._aborted else commands + self._go_on(now)
+
+    def _go_on(self, now: float) -> list[Command]:
+        stuck = self._stuck()
+        self._aborted = bool(stuck)
+        if stuck:
+            return stuck
+        commands = self._roster.assignments(now)
+        if not self.holds:
+            commands += self._roster.releases()
+        return [*commands, *self._roster.starts()]
+
+    def _note(self, event: Event, now: float) -> list[Command]:  # noqa: PLR0911 - one an event
+        if isinstance(event, KindUnavailable):
+            return self._unavailable(event)
+        crew = self._roster.crew_of.get(event.worker)
+        if crew is None:
+            return []  # about a worker that was let go: it came too late
         match event:
-            case WorkerReady(worker=worker) if worker in self._starting:
-                self._starting.discard(worker)
-                self._idle.add(worker)
-                self._failed_starts = 0
-            case WorkerStartFailed(worker=worker, reason=reason) if worker in self._starting:
-                self._starting.discard(worker)
-                commands += self._start_failed(reason)
+            case WorkerReady(worker=worker) if worker in crew.starting:
+                crew.starting.discard(worker)
+                crew.idle.add(worker)
+                crew.failed_starts = 0
+            case WorkerStartFailed(worker=worker, reason=reason) if worker in crew.starting:
+                self._roster.strike_off(worker)
+                self._start_failed(crew, reason)
+            case WorkerUnfit(worker=worker, reason=reason) if worker in crew.starting:
+                self._leave_alone(crew, worker, reason)
             case WorkerLost():
-                commands += self._lost(event)
+                return self._lost(crew, event)
             case WorkerDraining():
-                commands += self._drains(event)
-            case ItemDone(worker=worker, item=item) if self._running.get(worker) == item:
-                commands += self._free(worker)
-            case ItemFailed(worker=worker, item=item) if self._running.get(worker) == item:
-                commands += self._free(worker)
-                commands += self._failed(event)
+                return self._drains(crew, event)
+            case ItemDone(worker=worker, item=item) if self.awaits(worker, item):
+                return self._done(crew, worker, item, now)
+            case ItemFailed(worker=worker, item=item) if self.awaits(worker, item):
+                return [*self._free(crew, worker), *self._failed(event)]
             case _:
-                pass  # about a worker or an attempt that was given up: it came too late
-        if any(isinstance(command, Abort) for command in commands):
-            self._aborted = True
-            return commands
-        return commands + self._next_commands()
-
-    def _free(self, worker: int) -> list[Command]:
-        del self._running[worker]
-        if worker in self._draining:  # its node waits for nothing else
-            self._draining.discard(worker)
-            return [Release(worker=worker)]
-        self._idle.add(worker)
+                pass  # about an attempt that was given up
         return []
 
-    def _drains(self, event: WorkerDraining) -> list[Command]:
+    def _done(self, crew: Crew, worker: int, number: int, now: float) -> list[Command]:
+        item, seconds = self._roster.items[number], now - crew.running[worker].since
+        crew.timed(item.rank, item.cost, seconds)
+        commands = self._free(crew, worker)
+        if number in self._roster.backlog:
+            self._roster.backlog.remove(number)
+        for other in sorted(self._roster.attempts[number].workers):
+            name = self._name_of(number)
+            self.log.append(f"worker-{other} is let go: worker-{worker} was first with {name}")
+            self._roster.strike_off(other)
+            commands.append(Release(worker=other))
+        return commands
+
+    def _free(self, crew: Crew, worker: int) -> list[Command]:
+        run = crew.running.pop(worker)
+        self._roster.attempts[run.item].workers.discard(worker)
+        if worker in crew.draining:  # its node waits for nothing else
+            self._roster.strike_off(worker)
+            return [Release(worker=worker)]
+        crew.idle.add(worker)
+        return []
+
+    def _drains(self, crew: Crew, event: WorkerDraining) -> list[Command]:
         """Let it finish what it can in the time that is left, and nothing more."""
-        worker = event.worker
-        if worker in self._starting | self._idle:
-            self._starting.discard(worker)
-            self._idle.discard(worker)
-            self.log.append(f"worker-{worker} is let go: its node is going")
+        worker, decision = event.worker, policies.hand_back(event.seconds_left)
+        run = crew.running.get(worker)
+        if run is None:
+            self._roster.strike_off(worker)
+            self.log.append(f"worker-{worker} is let go: {decision.reason}")
             return [Release(worker=worker)]
-        if worker not in self._running:
-            return []
-        name = self.name_of(self._running[worker])
-        if event.seconds_left <= HAND_BACK_SECONDS:
-            self._draining.discard(worker)
-            self._wait_again(self._running.pop(worker))
-            self.log.append(f"worker-{worker} gives back {name}: its node is going")
+        name = self._name_of(run.item)
+        if decision.yes:
+            self._roster.strike_off(worker)
+            self._roster.wait_again(run.item)
+            self.log.append(f"worker-{worker} gives back {name}: {decision.reason}")
             return [Release(worker=worker)]
-        if worker not in self._draining:
-            self._draining.add(worker)
-            self.log.append(f"worker-{worker} gets nothing after {name}: its node is going")
+        if worker not in crew.draining:
+            crew.draining.add(worker)
+            self.log.append(f"worker-{worker} gets nothing after {name}: {decision.reason}")
         return []
 
-    def _wait_again(self, number: int) -> None:
-        self._waiting.append(number)
-        self._sort()
+    def _start_failed(self, crew: Crew, reason: str) -> None:
+        crew.failed_starts += 1
+        decision = policies.start_again(crew.failed_starts, reason)
+        if decision.yes:
+            self.log.append(f"starting another worker; {decision.reason}")
+        elif crew.closed is None:
+            crew.close(decision.reason)
+            self.log.append(f"no more {crew.kind.name} workers are started: {decision.reason}")
 
-    def _start_failed(self, reason: str) -> list[Command]:
-        self._failed_starts += 1
-        if self._failed_starts >= MAX_START_FAILURES:
-            what = f"{self._failed_starts} workers in a row failed to start: {reason}"
-            return [Abort(item=None, reason=what, cause=None)]
-        self.log.append(
-            f"starting another worker; {self._failed_starts} failed of at most"
-            f" {MAX_START_FAILURES} in a row: {reason}"
-        )
-        return []
+    def _leave_alone(self, crew: Crew, worker: int, reason: str) -> None:
+        crew.starting.discard(worker)
+        crew.left.add(worker)
+        self.log.append(f"worker-{worker} is left alone: {reason}")
+        if len(crew.left) >= crew.kind.ceiling:
+            crew.close(f"no {crew.kind.name} worker is of use, the last one: {reason}")
 
-    def _lost(self, event: WorkerLost) -> list[Command]:
-        self._idle.discard(event.worker)
-        if event.worker in self._starting:
-            self._starting.discard(event.worker)
-            return self._start_failed(event.reason)
-        number = self._running.pop(event.worker, None)
-        if number is None:
+    def _unavailable(self, event: KindUnavailable) -> list[Command]:
+        crew = next(crew for crew in self._roster.crews if crew.kind.name == event.kind)
+        crew.close(str(event.error), event.error)
+        gone = sorted(crew.starting | crew.left)
+        for worker in gone:
+            self._roster.strike_off(worker)
+        if not all(other.hopeless for other in self._roster.crews):
+            self.log.append(f"going on without {event.kind} workers: {event.reason}")
+        return [Release(worker=worker) for worker in gone]
+
+    def _lost(self, crew: Crew, event: WorkerLost) -> list[Command]:
+        starting, draining = event.worker in crew.starting, event.worker in crew.draining
+        run = self._roster.strike_off(event.worker)
+        if starting:
+            self._start_failed(crew, event.reason)
+        if run is None:
             return []
-        item = self._items[number]
-        if event.worker in self._draining:  # foretold, and so no sign that the item is to blame
-            self._draining.discard(event.worker)
-            self._wait_again(number)
-            self.log.append(f"worker-{event.worker} is gone with {self.name_of(number)}")
+        if draining:  # foretold, and so no sign that the item is to blame
+            self._roster.wait_again(run.item)
+            self.log.append(f"worker-{event.worker} is gone with {self._name_of(run.item)}")
             return []
-        if event.out_of_memory:
-            item.errors += 1
-            return self._retry(number, event.worker, item.errors, MAX_ERRORS, event.reason, None)
-        item.losses += 1
-        return self._retry(number, event.worker, item.losses, MAX_LOSSES, event.reason, None)
+        return self._retry(run.item, self._roster.attempts[run.item].lost(event), None)
 
     def _failed(self, event: ItemFailed) -> list[Command]:
-        item = self._items[event.item]
-        item.errors += 1
-        if event.hopeless:
-            return [Abort(item=event.item, reason=str(event.error), cause=event.error)]
-        reason = str(event.error)
-        return self._retry(event.item, event.worker, item.errors, MAX_ERRORS, reason, event.error)
+        return self._retry(event.item, self._roster.attempts[event.item].failed(event), event.error)
 
     def _retry(
-        self,
-        number: int,
-        worker: int,
-        count: int,
-        budget: int,
-        reason: str,
-        cause: Exception | None,
+        self, number: int, decision: policies.Decision, cause: Exception | None
     ) -> list[Command]:
-        if count >= budget:
-            what = f"failed {count} times, the last time: {reason}"
-            return [Abort(item=number, reason=what, cause=cause)]
-        self._items[number].avoid = worker
-        self._wait_again(number)
-        self.log.append(
-            f"retrying {self.name_of(number)} after failure {count} of {budget},"
-            f" on worker-{worker}: {reason}"
-        )
+        if not decision.yes:
+            return [Abort(item=number, reason=decision.reason, cause=cause)]
+        self._roster.wait_again(number)
+        self.log.append(f"retrying {self._name_of(number)} {decision.reason}")
         return []
 
-    def _next_commands(self) -> list[Command]:
-        return [*self._assignments(), *self._starts()]
+    def _stuck(self) -> list[Command]:
+        """An abort if something waits that nobody will ever do."""
+        for device in self._roster.backlog.devices:
+            crews = self._roster.able(device)
+            if all(crew.hopeless for crew in crews):
+                last = crews[-1] if crews else None
+                what = last.closed if last else f"there are no {device} workers"
+                return [Abort(item=None, reason=str(what), cause=last.cause if last else None)]
+        return []
 
-    def _assignments(self) -> list[Command]:
-        commands: list[Command] = []
-        for worker in sorted(self._idle):
-            number = self._pick(worker)
-            if number is None:
-                continue
-            self._idle.discard(worker)
-            self._waiting.remove(number)
-            self._running[worker] = number
-            self._items[number].attempts += 1
-            attempt = self._items[number].attempts
-            commands.append(Assign(worker=worker, item=number, attempt=attempt))
-        return commands
+    def _find_stragglers(self, now: float) -> None:
+        """Have items that take far longer than others did wait once more, if nothing else does."""
+        if self._roster.backlog:
+            return
+        usual = {rank: self._usual(rank) for rank in {item.rank for item in self._running()}}
+        for crew in self._roster.crews:
+            for worker, run in crew.running.items():
+                item = self._roster.items[run.item]
+                if self._roster.attempts[run.item].workers != {worker}:
+                    continue
+                decision = policies.give_out_again(now - run.since, item.cost, *usual[item.rank])
+                if not decision.yes:
+                    continue
+                self._roster.attempts[run.item].avoid = worker
+                self._roster.backlog.add(run.item, item)
+                name = f"{self._name_of(run.item)} to a second worker beside worker-{worker}"
+                self.log.append(f"giving {name}: {decision.reason}")
 
-    def _pick(self, worker: int) -> int | None:
-        """The largest waiting item that did not just fail here, unless there is nobody else."""
-        alone = len(self._idle) + len(self._running) == 1
-        return next((n for n in self._waiting if alone or self._items[n].avoid != worker), None)
+    def _running(self) -> Iterator[Item]:
+        return (
+            self._roster.items[run.item]
+            for crew in self._roster.crews
+            for run in crew.running.values()
+        )
 
-    def _starts(self) -> list[Command]:
-        staying = len(self._running) - len(self._draining)
-        alive = len(self._starting) + len(self._idle) + staying
-        spare = len(self._starting) + len(self._idle)
-        wanted = min(self.most_workers - alive, len(self._waiting) - spare)
-        delay = 2.0**self._failed_starts - 1
-        commands: list[Command] = []
-        for _ in range(wanted):
-            worker = next(self._numbers)
-            self._starting.add(worker)
-            commands.append(Start(worker=worker, delay=delay))
-        return commands
-
-    def _sort(self) -> None:
-        self._waiting.sort(key=lambda n: (-self._items[n].size, n))
+    def _usual(self, rank: int) -> tuple[list[float], float]:
+        """What items of this rank took so far, a byte, and the pace of the fastest crew."""
+        paces = [pace for crew in self._roster.crews for pace in crew.paces(rank)]
+        fastest = min(
+            policies.pace_of(crew, rank, self._roster.crews) for crew in self._roster.crews
+        )
+        return paces, fastest

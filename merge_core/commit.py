@@ -61,14 +61,9 @@ class Assembly:
         """
         self._check_run()
         self._remove_parts("*.part")
-        names = {index: self._plan.shards[index].name for index in self._receipts}
         return {
-            index: FileCheck(
-                path=str(self._out / name),
-                level="digest",
-                rows=tuple(_row(name, record) for record in self._receipts[index].tensors),
-            )
-            for index, name in names.items()
+            index: check_of(self._out, self._plan.shards[index].name, receipt, "digest")
+            for index, receipt in self._receipts.items()
         }
 
     def forget(self, index: int) -> None:
@@ -210,6 +205,18 @@ class Assembly:
             if size != file.size:
                 raise replaced(source)
         return digests
+
+
+def check_of(out: Path, file: str, receipt: Receipt, level: str) -> FileCheck:
+    """What proves that an accepted shard is as its receipt says.
+
+    Args:
+        out: where it was accepted.
+        file: its name there.
+        level: ``structure`` or ``digest``, see ``merge_core.verify``.
+    """
+    rows = tuple(_row(file, record) for record in receipt.tensors)
+    return FileCheck(path=str(out / file), level=level, rows=rows)
 
 
 def _row(file: str, record: TensorRecord) -> Row:

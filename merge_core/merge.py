@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_core.commit import Assembly
-from merge_core.errors import DeviceMemoryError, InputError, gathered
+from merge_core.errors import DeviceMemoryError, InputError, gathered, refuse
 from merge_core.factors import seal
 from merge_core.lease import Lease
 from merge_core.ledger import Receipt
@@ -73,7 +74,7 @@ def merge(
         plan: from ``planner.make_plan``.
         out: a directory that does not exist or is empty.
         level: what is verified before the result is published, see ``merge_core.verify``.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``auto``, ``cpu`` or ``cuda``, for what a device map does not pin.
         overwrite: replace an earlier merge in ``out``.
         choice: lanes and size of reads; None lets the free memory decide.
         watch: called several times a second; what it raises stops the merge.
@@ -85,10 +86,11 @@ def merge(
     """
     clock, watch = time.perf_counter(), watch or _unwatched
     target = Path(out).absolute()
+    _check_device(plan, device)
     with ThreadPoolExecutor(1) as pool:
         importing = pool.submit(importlib.import_module, "merge_core.worker")  # torch takes seconds
-        if device == "cuda":  # refused before OUT is touched, if there is none
-            importing.result().pick_device(device)
+        if "cuda" in {device, *plan.pinned}:  # refused before OUT is touched, if there is none
+            importing.result().pick_device("cuda")
         plan = begin(plan, target, level)
         module = importing.result()
     with claim(plan, target, overwrite=overwrite) as run:
@@ -97,16 +99,29 @@ def merge(
         assembly = Assembly(plan, target, run)
         with ProgressFile(target, watch, _unheard) as progress:
             resumed = _resume(assembly, plan, progress.watch)
-            worker = module.ShardWorker(plan, target, module.pick_device(device), choice=choice)
-            with contextlib.closing(worker):
+            with contextlib.ExitStack() as stack:
+
+                @functools.cache
+                def worker_on(where: str) -> ShardWorker:
+                    worker: ShardWorker = module.ShardWorker(plan, target, where, choice=choice)
+                    return stack.enter_context(contextlib.closing(worker))
+
                 for shard in plan.shards:
                     if shard.index not in assembly.receipts:
+                        worker = worker_on(module.pick_device(shard.device or device))
                         _merge_shard(worker, assembly, plan, shard.index, progress.watch)
             assembly.write_record()
             run_checks = _watched(plan, "verifying", progress.watch)
             report = verify(target, level, committed=False, run=run_checks)
             conclude(assembly, report)
     return result_of(plan, target, assembly.receipts, report, clock, resumed)
+
+
+def _check_device(plan: MergePlan, device: str) -> None:
+    others = plan.pinned - {device}
+    if device != "auto" and others:
+        what = f"the device map pins layers to {' and '.join(sorted(others))}"
+        raise refuse(what, f"--device {device}", "Leave --device out, or take another map")
 
 
 def begin(plan: MergePlan, out: Path, level: str) -> MergePlan:

@@ -59,6 +59,8 @@ class Shard:
     """Bytes of the whole file."""
     tasks: tuple[TensorTask, ...]
     """In file order."""
+    device: str | None = None
+    """``cuda`` or ``cpu`` where a device map says so; its last bits may depend on it."""
 
     def layout(self) -> FileLayout:
         """Header and offsets of the file."""
@@ -108,6 +110,11 @@ class MergePlan:
     def tasks(self) -> Iterator[TensorTask]:
         """Every tensor of the output, shard after shard."""
         return (task for shard in self.shards for task in shard.tasks)
+
+    @property
+    def pinned(self) -> set[str]:
+        """The devices that some shards ask for."""
+        return {shard.device for shard in self.shards if shard.device is not None}
 
     @property
     def total_size(self) -> int:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from merge_core.adapter import Adapter, open_adapter, parse_adapter
 from merge_core.architecture import is_tied
 from merge_core.checkpoint import Checkpoint, open_checkpoint
+from merge_core.device_map import DeviceMap, read_device_map
 from merge_core.errors import InputError, Problem, gathered, refuse, some_of
 from merge_core.layout import TensorSpec, lay_out
+from merge_core.orientation import MERGEABLE, is_transposed
 from merge_core.plan import AdapterInput, LowRankUpdate, MergePlan, SavedCopy, Shard, TensorTask
 from merge_core.shards import OutputTensor, cut_shards, shard_name
 
@@ -19,18 +22,8 @@ SHARD_BYTES = 2_000_000_000
 """Default --shard-size. Small enough that a lost worker costs seconds, large enough that a 72B
 is some 80 files; the hub's own limit is 5 GB for smooth downloads."""
 
-MERGEABLE = frozenset({"F32", "F16", "BF16"})
-"""Dtypes that can take a delta or be converted."""
-
 DTYPE_NAMES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """Values of --dtype, as config.json spells them."""
-
-
-LINEAR_MODELS = frozenset({"qwen2", "qwen2_moe"})
-"""Models that are tested: every layer is nn.Linear, which stores [out, in]."""
-
-CONV1D_MODELS = frozenset({"decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
-"""Models whose layers are transformers' Conv1D, which stores [in, out]."""
 
 
 def make_plan(
@@ -39,6 +32,7 @@ def make_plan(
     *,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    device_map: str | Path | None = None,
 ) -> MergePlan:
     """Plan the merge of ``adapters`` into ``base``, reading nothing but headers.
 
@@ -47,6 +41,7 @@ def make_plan(
         adapters: directories of PEFT adapters, each with an optional weight: ``path@0.5``.
         dtype: ``bfloat16``, ``float16`` or ``float32``; None keeps each tensor's own.
         shard_bytes: size limit of an output file, see ``shards.cut_shards``.
+        device_map: JSON file that pins modules to devices, see ``device_map``.
 
     Raises:
         InputError: with every problem of the base, the adapters and the options.
@@ -58,6 +53,9 @@ def make_plan(
         _check_options(adapters, dtype, shard_bytes)
     with gathered(problems):
         checkpoint = open_checkpoint(Path(base).absolute())
+    devices: DeviceMap | None = None
+    with gathered(problems):
+        devices = _open_device_map(device_map, checkpoint)
     for text in adapters:
         with gathered(problems):
             path, weight = parse_adapter(text)
@@ -67,7 +65,26 @@ def make_plan(
         updates = _match_updates(checkpoint, opened, problems)
     if problems or checkpoint is None:
         raise InputError(problems)
-    return _assemble(checkpoint, opened, updates, dtype, shard_bytes)
+    output = _Output(dtype=dtype, shard_bytes=shard_bytes, devices=devices)
+    return _assemble(checkpoint, opened, updates, output)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Output:
+    """What the options say about the result."""
+
+    dtype: str | None
+    shard_bytes: int
+    devices: DeviceMap | None
+
+
+def _open_device_map(path: str | Path | None, checkpoint: Checkpoint | None) -> DeviceMap | None:
+    if path is None:
+        return None
+    devices = read_device_map(Path(path).absolute())
+    if checkpoint is not None:
+        devices.check(tensor.name for file in checkpoint.files for tensor in file.tensors)
+    return devices
 
 
 def _check_options(adapters: Sequence[str | Path], dtype: str | None, shard_bytes: int) -> None:
@@ -104,7 +121,7 @@ def _match_updates(
                 if "embed" in module.rpartition(".")[2]:
                     what = "has linear factors on an embedding, which PEFT never writes"
                     raise refuse(what, at, "Save the adapter again with PEFT")
-                transposed = _is_transposed(bases[name], pair.a, pair.b, adapter, checkpoint, at)
+                transposed = is_transposed(bases[name], pair.a, pair.b, adapter, checkpoint, at)
                 updates.setdefault(name, []).append(
                     LowRankUpdate(
                         adapter=index,
@@ -170,62 +187,24 @@ def _without_factors(
     return [Problem(what, str(adapter.path), "Save the adapter again; part of it is missing")]
 
 
-def _is_transposed(
-    base: TensorSpec,
-    a: TensorSpec,
-    b: TensorSpec,
-    adapter: Adapter,
-    checkpoint: Checkpoint,
-    at: str,
-) -> bool:
-    """Whether the base stores [in, out]: PEFT decides by the layer's class (nn.Linear or Conv1D).
-
-    Without classes the model type and the shapes say the same. fan_in_fan_out says it only for
-    models of linear layers alone: PEFT corrects it while it wraps layers, so in a model of both
-    kinds the adapter carries what the last of them was.
-    """
-    if base.dtype not in MERGEABLE:
-        remedy = "Use a base in bf16, fp16 or fp32"
-        raise refuse(f"the base tensor is {base.dtype}, which takes no delta", at, remedy)
-    delta, model = (b.shape[0], a.shape[1]), checkpoint.config.get("model_type")
-    flag = adapter.config.fan_in_fan_out and model not in LINEAR_MODELS
-    square, conv1d = delta[0] == delta[1], model in CONV1D_MODELS
-    if base.shape == delta and not (square and (conv1d or flag)):
-        return False
-    if base.shape == delta[::-1] and conv1d:
-        return True
-    if base.shape == delta[::-1] and flag:
-        if not square:
-            return True
-        raise refuse(
-            f"fan_in_fan_out is set, and nothing tells which way a square tensor of {model!r} lies",
-            at,
-            "Merge this adapter with PEFT's merge_and_unload",
-        )
-    raise refuse(
-        f"the delta is {list(delta)}, the base tensor {list(base.shape)}",
-        at,
-        "Give the base that this adapter was trained on",
-    )
-
-
 def _assemble(
     checkpoint: Checkpoint,
     adapters: Sequence[Adapter],
     updates: Mapping[str, Sequence[LowRankUpdate]],
-    dtype: str | None,
-    shard_bytes: int,
+    output: _Output,
 ) -> MergePlan:
+    dtype, devices = output.dtype, output.devices
     sources = {t.name: (n, t) for n, file in enumerate(checkpoint.files) for t in file.tensors}
     outputs = [
         OutputTensor(
             name=tensor.name,
             dtype=DTYPE_NAMES[dtype] if dtype and tensor.dtype in MERGEABLE else tensor.dtype,
             shape=tensor.shape,
+            device=devices.device_of(tensor.name) if devices else None,
         )
         for _, tensor in sources.values()
     ]
-    cut = cut_shards(outputs, shard_bytes)
+    cut = cut_shards(outputs, output.shard_bytes)
     return MergePlan(
         base=checkpoint.path,
         base_files=tuple(file.identity for file in checkpoint.files),
@@ -281,7 +260,8 @@ def _shard(
         )
         for target in layout.tensors
     )
-    return Shard(index=index, name=name, size=layout.size, tasks=tasks)
+    device = tensors[0].device
+    return Shard(index=index, name=name, size=layout.size, tasks=tasks, device=device)
 
 
 def _config_changes(config: Mapping[str, Any], dtype: str | None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Cutting the output into shards: one safetensors file, one unit of work, of retry, of resume.
 
-The cut depends on the list of output tensors and on the size limit alone, never on how many
-workers there are, so that the same command gives the same files on any cluster.
+The cut depends on the list of output tensors, the size limit and the device map alone, never on how
+many workers there are, so that the same command gives the same files on any cluster.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class OutputTensor:
     name: str
     dtype: str
     shape: tuple[int, ...]
+    device: str | None = None
+    """Where alone it may be merged, from a device map."""
 
     @property
     def nbytes(self) -> int:
@@ -33,12 +35,13 @@ def cut_shards(tensors: Iterable[OutputTensor], limit: int) -> list[list[OutputT
     """Group ``tensors`` into shards of at most ``limit`` bytes, cut at layer borders.
 
     A layer, or a tensor outside the layers, that is larger than the limit is a shard of its own.
+    Where a device map has the device change, a shard ends, be it inside a layer.
     """
     shards: list[list[OutputTensor]] = []
     room = -1
     for unit in _units(tensors):
         size = sum(tensor.nbytes for tensor in unit)
-        if size > room:
+        if size > room or shards[-1][0].device != unit[0].device:
             shards.append([])
             room = limit
         shards[-1].extend(unit)
@@ -61,16 +64,16 @@ def layer_of(name: str) -> int | None:
 
 def _units(tensors: Iterable[OutputTensor]) -> list[list[OutputTensor]]:
     """What must stay together, in the order of a forward pass: embeddings, layers, the rest."""
-    groups: dict[tuple[int, int, str], list[OutputTensor]] = {}
+    groups: dict[tuple[int, int, str, str], list[OutputTensor]] = {}
     for tensor in sorted(tensors, key=lambda t: t.name):
         layer = layer_of(tensor.name)
         if layer is not None:
-            key = (1, layer, "")
+            key = (1, layer, tensor.device or "", "")
         elif "embed" in tensor.name:
-            key = (0, 0, tensor.name)
+            key = (0, 0, "", tensor.name)
         else:
-            key = (2, 0, tensor.name)
+            key = (2, 0, "", tensor.name)
         groups.setdefault(key, []).append(tensor)
     # "norm" sorts behind "lm_head", yet a forward pass meets it first: small ones go first.
-    order = sorted(groups, key=lambda k: (k[0], k[1], sum(t.nbytes for t in groups[k]), k[2]))
+    order = sorted(groups, key=lambda k: (*k[:3], sum(t.nbytes for t in groups[k]), k[3]))
     return [groups[key] for key in order]

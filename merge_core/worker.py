@@ -71,6 +71,7 @@ class ShardWorker:
         self._fingerprint = plan.fingerprint
         self._device = torch.device(device)
         self.choice = choice or choose_lanes(plan, device, measure_memory(device))
+        self._most_lanes = self.choice.lanes
         self._lanes: list[Lane] = []
         with contextlib.ExitStack() as inputs:
             opened = inputs.enter_context
@@ -81,12 +82,16 @@ class ShardWorker:
             self._readers = [opened(closing(RangeReader(path))) for path in paths]
             self._inputs = inputs.pop_all()
 
-    def merge(self, index: int, attempt: int, watch: Callable[[int], None]) -> Receipt:
+    def merge(
+        self, index: int, attempt: int, watch: Callable[[int], None], shrink: int = 0
+    ) -> Receipt:
         """Merge shard ``index`` into a part of its own; leaves nothing behind if it fails.
 
         Args:
-            attempt: 1 for the first; after out of memory, later ones take fewer lanes.
+            attempt: 1 for the first.
             watch: called now and then with the bytes written; what it raises ends the attempt.
+            shrink: how often this shard ran out of memory, here or elsewhere: each time it gets a
+                third of the lanes.
 
         Raises:
             RaymeldError: see ``stream.stream_shard``.
@@ -95,6 +100,8 @@ class ShardWorker:
         started, clock = time.time(), time.perf_counter()
         name = f"{shard.name}.{attempt}-{secrets.token_hex(8)}.part"
         part = PartFile(parts_directory(self._out) / name, shard.size)
+        if shrink:
+            self._take_lanes(max(1, self._most_lanes // 3**shrink))  # 8, 2, 1 in three attempts
         try:
             records = self._stream(shard, part, watch)
             for file in {task.source_file for task in shard.tasks}:
@@ -141,7 +148,7 @@ class ShardWorker:
                     watch=watch,
                 )
         except DeviceMemoryError:
-            self._take_fewer_lanes()
+            self._take_lanes(max(1, self.choice.lanes // 3))
             raise
 
     def _allocated_lanes(self) -> Sequence[Lane]:
@@ -150,11 +157,13 @@ class ShardWorker:
             self._lanes.append(Lane(need, self._device))
         return self._lanes
 
-    def _take_fewer_lanes(self) -> None:
+    def _take_lanes(self, fewer: int) -> None:
+        """From now on, for every shard: the memory is not what it looked like."""
+        if fewer >= self.choice.lanes:
+            return
         self._lanes.clear()
-        fewer = max(1, self.choice.lanes // 3)  # 8, 2, 1: the third attempt is the smallest
         reason = (
-            f"{counted(fewer, 'lane')} instead of {self.choice.lanes} after running out of memory"
+            f"{counted(fewer, 'lane')} instead of {self._most_lanes} after running out of memory"
         )
         self.choice = dataclasses.replace(self.choice, lanes=fewer, reason=reason)
         if self._device.type == "cuda":

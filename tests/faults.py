@@ -23,9 +23,9 @@ from merge_core.ledger import Receipt
 class KilledInFirstAttempt(Merger):
     """SIGKILLs its own process while it merges shard 1 for the first time."""
 
-    def merge(self, shard: int, attempt: int) -> Receipt:
+    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
         self._dying = shard == 1 and attempt == 1
-        return super().merge(shard, attempt)
+        return super().merge(shard, attempt, shrink)
 
     def _note(self, done: int) -> None:
         super()._note(done)
@@ -36,21 +36,21 @@ class KilledInFirstAttempt(Merger):
 class FailsTwice(Merger):
     """Raises in the first two attempts of shard 1, once out of memory."""
 
-    def merge(self, shard: int, attempt: int) -> Receipt:
+    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
         if shard == 1 and attempt == 1:
             raise DeviceMemoryError("no room", "cpu")
         if shard == 1 and attempt == 2:
             raise RuntimeError("a bug")
-        return super().merge(shard, attempt)
+        return super().merge(shard, attempt, shrink)
 
 
 class Poisoned(Merger):
     """Raises in every attempt of shard 1."""
 
-    def merge(self, shard: int, attempt: int) -> Receipt:
+    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
         if shard == 1:
             raise RuntimeError("poison")
-        return super().merge(shard, attempt)
+        return super().merge(shard, attempt, shrink)
 
 
 class CannotStart(Merger):
@@ -65,7 +65,7 @@ class OnANodeThatGoes(Merger):
 
     seconds: float
 
-    def merge(self, shard: int, attempt: int) -> Receipt:
+    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
         import ray
 
         here = ray.get_runtime_context()
@@ -76,7 +76,7 @@ class OnANodeThatGoes(Merger):
             self._when_drained()
         else:
             _until(drained.exists)
-        return super().merge(shard, attempt)
+        return super().merge(shard, attempt, shrink)
 
     def _when_drained(self) -> None:
         """What it does after the notice."""
@@ -120,10 +120,10 @@ def _until(condition: Callable[[], bool]) -> None:
 class LiesAboutItsWork(Merger):
     """Claims to have merged another plan, in the first attempt of shard 0."""
 
-    def merge(self, shard: int, attempt: int) -> Receipt:
+    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
         import dataclasses
 
-        receipt = super().merge(shard, attempt)
+        receipt = super().merge(shard, attempt, shrink)
         if shard == 0 and attempt == 1:
             return dataclasses.replace(receipt, fingerprint="0" * 64)
         return receipt

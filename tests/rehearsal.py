@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -10,12 +11,21 @@ from actors.events import (
     Event,
     ItemDone,
     ItemFailed,
+    KindUnavailable,
     WorkerDraining,
     WorkerLost,
     WorkerReady,
     WorkerStartFailed,
+    WorkerUnfit,
 )
-from cluster.schedule import HAND_BACK_SECONDS, Abort, Assign, Command, Release, Schedule, Start
+from cluster.backlog import Item
+from cluster.commands import Abort, Assign, Command, Release, Start
+from cluster.crew import WorkerKind
+from cluster.policies import HAND_BACK_SECONDS
+from cluster.schedule import Schedule
+from merge_core.errors import RaymeldError
+
+FAST, SLOW = "cuda", "cpu"
 
 
 @dataclass
@@ -24,11 +34,19 @@ class Rehearsal:
 
     sizes: Mapping[int, int]
     most: int
+    slow: int = 0
+    """Workers of a second, slower kind."""
+    pinned: Mapping[int, str] = field(default_factory=dict)
+    """Items that one kind alone may do."""
+    holds: bool = False
     schedule: Schedule = field(init=False)
+    kind_of: dict[int, str] = field(default_factory=dict)
     starting: set[int] = field(default_factory=set)
     idle: set[int] = field(default_factory=set)
     running: dict[int, int] = field(default_factory=dict)
     draining: set[int] = field(default_factory=set)
+    left: set[int] = field(default_factory=set)
+    """Up, but of no use."""
     gone: set[int] = field(default_factory=set)
     done: list[int] = field(default_factory=list)
     failed_on: dict[int, int] = field(default_factory=dict)
@@ -36,13 +54,22 @@ class Rehearsal:
     attempts: dict[int, int] = field(default_factory=dict)
     errors: dict[int, int] = field(default_factory=dict)
     losses: dict[int, int] = field(default_factory=dict)
-    failed_starts: int = 0
+    failed_starts: Counter[str] = field(default_factory=Counter)
+    closed: set[str] = field(default_factory=set)
     abort: Abort | None = None
     past: list[Event] = field(default_factory=list)
+    now: float = 0.0
 
     def __post_init__(self) -> None:
-        self.schedule = Schedule(sizes=self.sizes, most_workers=self.most)
-        self.obey(self.schedule.begin())
+        kinds = [WorkerKind(name=FAST, most=self.most, ceiling=self.most)]
+        if self.slow:
+            kinds.append(WorkerKind(name=SLOW, most=self.slow, ceiling=self.slow, handicap=4.0))
+        self.schedule = Schedule(kinds)
+        self.schedule.holds = self.holds
+        self.schedule.extend(
+            {n: Item(size=size, device=self.pinned.get(n)) for n, size in self.sizes.items()}
+        )
+        self.pass_time(0)
 
     @property
     def over(self) -> bool:
@@ -52,21 +79,31 @@ class Rehearsal:
     def waiting(self) -> set[int]:
         return set(self.sizes) - set(self.done) - set(self.running.values())
 
-    def tell(self, event: Event) -> None:
+    def suits(self, worker: int, item: int) -> bool:
+        return self.pinned.get(item) in (None, self.kind_of[worker])
+
+    def tell(self, event: Event, after: float = 1.0) -> None:
         """Something happened: note it as the pool would, then let the schedule decide."""
+        self.now += after
         self._note(event)
         self.past.append(event)
-        self.obey(self.schedule.handle(event))
+        self.obey(self.schedule.handle(event, self.now))
+
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.obey(self.schedule.look(self.now))
 
     def tell_again(self, event: Event) -> None:
         """A late or repeated message changes nothing."""
-        assert self.schedule.handle(event) == []
+        assert self.schedule.handle(event, self.now) == []
 
     def is_stale(self, event: Event) -> bool:
         """Whether the event can only be about something that is over."""
+        if isinstance(event, KindUnavailable):
+            return False
         if isinstance(event, ItemDone | ItemFailed):
             return self.running.get(event.worker) != event.item
-        return event.worker in self.gone or not isinstance(event, WorkerLost)
+        return event.worker in self.gone or not isinstance(event, WorkerLost | WorkerDraining)
 
     def obey(self, commands: list[Command]) -> None:
         for command in commands:
@@ -76,24 +113,30 @@ class Rehearsal:
                 case Assign():
                     self._assign(command)
                 case Release(worker=worker):
-                    assert worker in self.draining, "released for no reason"
-                    self._leave(worker)
+                    self._release(worker)
                 case Abort():
                     assert command is commands[-1]
                     self.abort = command
         if not self.over:
             assert self.starting | self.running.keys(), "nobody works, and nobody will"
         staying = self.starting | self.idle | self.running.keys() - self.draining
-        assert len(staying) <= self.most
+        alive = Counter(self.kind_of[worker] for worker in staying)
+        assert alive[FAST] <= self.most
+        assert alive[SLOW] <= self.slow
+        if not self.holds and self.abort is None and self.schedule.finished:
+            assert not self.starting | self.idle | self.left, "their nodes could leave"
 
     def _note(self, event: Event) -> None:
         match event:
             case WorkerReady(worker=worker):
                 self.starting.remove(worker)
                 self.idle.add(worker)
-                self.failed_starts = 0
+                self.failed_starts[self.kind_of[worker]] = 0
             case WorkerStartFailed(worker=worker):
                 self._lose(worker)
+            case WorkerUnfit(worker=worker):
+                self.starting.remove(worker)
+                self.left.add(worker)
             case WorkerLost(worker=worker, out_of_memory=memory):
                 item = self.running.get(worker)
                 if item is not None and worker not in self.draining:
@@ -112,32 +155,52 @@ class Rehearsal:
                 self.idle.add(worker)
                 self.errors[item] = self.errors.get(item, 0) + 1
                 self.failed_on[item] = worker
+            case KindUnavailable(kind=kind):
+                self.closed.add(kind)
 
     def _lose(self, worker: int) -> None:
-        self.failed_starts += worker in self.starting
+        self.failed_starts[self.kind_of[worker]] += worker in self.starting
         self._leave(worker)
 
     def _leave(self, worker: int) -> None:
-        self.starting.discard(worker)
-        self.idle.discard(worker)
+        for group in (self.starting, self.idle, self.left):
+            group.discard(worker)
         self.running.pop(worker, None)
         self.gone.add(worker)
 
+    def _release(self, worker: int) -> None:
+        foretold = worker in self.draining
+        second = self.running.get(worker) in self.done
+        given_up = self.kind_of[worker] in self.closed and worker in self.starting | self.left
+        mine = [n for n in self.waiting if self.suits(worker, n)]
+        others = [w for w in self.starting if self.kind_of[w] == self.kind_of[worker]]
+        surplus = worker in self.starting and len(others) > len(mine)
+        unwanted = not self.holds and (surplus or worker in self.idle | self.left)
+        assert foretold or second or given_up or unwanted, "released for no reason"
+        self._leave(worker)
+
     def _start(self, command: Start) -> None:
-        known = self.starting | self.idle | self.running.keys() | self.gone
-        assert command.worker not in known
-        assert command.delay == 2**self.failed_starts - 1
-        self.starting.add(command.worker)
+        worker = command.worker
+        assert worker not in self.kind_of
+        self.kind_of[worker] = command.kind
+        assert command.kind not in self.closed
+        assert command.delay == 2 ** self.failed_starts[command.kind] - 1
+        self.starting.add(worker)
 
     def _assign(self, command: Assign) -> None:
         worker, item = command.worker, command.item
         assert worker not in self.draining, "assigned to a worker whose node is going"
         assert worker in self.idle, "assigned to a worker that is not free"
-        assert item in self.waiting, "assigned an item that is done or under way"
+        assert item not in self.done, "assigned an item that is done"
+        assert self.suits(worker, item), "assigned to a worker of another kind"
+        held = [w for w, n in self.running.items() if n == item]
+        assert len(held) <= 1, "assigned a third time at once"
         alive = len(self.idle) + len(self.running)
-        assert self.failed_on.get(item) != worker or alive == 1
+        if not self.slow and not held:
+            assert self.failed_on.get(item) != worker or alive == 1
         larger = {n for n in self.waiting if self.sizes[n] > self.sizes[item]}
-        assert all(self.failed_on.get(n) == worker for n in larger), "a larger one waits"
+        if not self.slow:
+            assert all(self.failed_on.get(n) == worker for n in larger), "a larger one waits"
         self.attempts[item] = self.attempts.get(item, 0) + 1
         assert command.attempt == self.attempts[item]
         self.idle.remove(worker)
@@ -150,8 +213,10 @@ def possible(pool: Rehearsal, bad: bool) -> list[Event]:
     events += [ItemDone(worker=w, item=n) for w, n in sorted(pool.running.items())]
     if not bad:
         return events
-    events += [WorkerStartFailed(worker=w, reason="no") for w in sorted(pool.starting)]
-    for worker in sorted(pool.starting | pool.idle | pool.running.keys()):
+    for worker in sorted(pool.starting):
+        events.append(WorkerStartFailed(worker=worker, reason="no"))
+        events.append(WorkerUnfit(worker=worker, reason="full"))
+    for worker in sorted(pool.starting | pool.idle | pool.left | pool.running.keys()):
         events.append(WorkerLost(worker=worker, reason="gone"))
         events.append(WorkerLost(worker=worker, reason="killed", out_of_memory=True))
         events.append(WorkerDraining(worker=worker, seconds_left=math.inf))
@@ -160,4 +225,11 @@ def possible(pool: Rehearsal, bad: bool) -> list[Event]:
         error = RuntimeError(f"item {item} broke")
         events.append(ItemFailed(worker=worker, item=item, error=error))
         events.append(ItemFailed(worker=worker, item=item, error=error, hopeless=True))
+    for kind in sorted({pool.kind_of[worker] for worker in pool.starting}):
+        events.append(gave_up(kind))
     return events
+
+
+def gave_up(kind: str) -> KindUnavailable:
+    """Nobody of this kind came up for too long."""
+    return KindUnavailable(kind=kind, reason="none came", error=RaymeldError(f"no {kind}"))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-
 from cluster.patience import SAY_SECONDS, Patience
-from merge_core.errors import RaymeldError
 
 
 def patience(said: list[str], timeout: float = 100.0, doing: str = "") -> Patience:
-    return Patience(timeout, "1 GPU", said.append, lambda: doing)
+    return Patience("cuda", timeout, "1 GPU", said.append, lambda: doing)
 
 
 def test_what_is_awaited_is_said_every_half_minute() -> None:
@@ -47,7 +44,10 @@ def test_the_end_of_patience_names_what_did_not_come() -> None:
     waiting.look(0, up=0, pending=2)
     waiting.look(99, up=0, pending=2)
 
-    with pytest.raises(RaymeldError, match="no worker came up in 100 s") as caught:
-        waiting.look(100, up=0, pending=2)
-    assert "waiting for 2 x {1 GPU}; 1 launch failed, the last: no capacity" in str(caught.value)
-    assert "--start-timeout" in str(caught.value)
+    end = waiting.look(100, up=0, pending=2)
+
+    assert end is not None
+    assert end.kind == "cuda"
+    assert "no worker came up in 100 s" in str(end.error)
+    assert "waiting for 2 x {1 GPU}; 1 launch failed, the last: no capacity" in str(end.error)
+    assert "--start-timeout" in str(end.error)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from actors.identity import Identity
-from cluster.workers import ClusterOptions, size_pool
+from cluster.workers import ClusterOptions, size_fleet
 from merge_core.errors import InputError
 
 ONE_GPU = {"num_gpus": 1, "num_cpus": 0}
@@ -31,16 +31,18 @@ ONE_GPU = {"num_gpus": 1, "num_cpus": 0}
 def test_the_pool_is_sized_by_what_the_nodes_have(
     options: Any, nodes: Any, shards: int, device: str, resources: Any, most: int
 ) -> None:
-    found, count = size_pool(ClusterOptions(address="local", **options), nodes, shards)
+    fleet = size_fleet(ClusterOptions(address="local", **options), nodes, shards)
 
-    assert (found.device, found.resources, count) == (device, resources, most)
+    (worker,), (kind,) = fleet.workers, fleet.kinds
+    assert (worker.device, worker.resources) == (device, resources)
+    assert (kind.name, kind.most) == (device, most)
 
 
 def test_workers_that_fit_by_number_but_not_by_node_get_a_share_that_lets_all_start() -> None:
-    found, most = size_pool(ClusterOptions(address="local", workers=3), [{"CPU": 6}] * 2, 99)
+    fleet = size_fleet(ClusterOptions(address="local", workers=3), [{"CPU": 6}] * 2, 99)
 
-    assert most == 3
-    assert 2 * int(6 / found.resources["num_cpus"]) >= 3
+    assert fleet.kinds[0].most == 3
+    assert 2 * int(6 / fleet.workers[0].resources["num_cpus"]) >= 3
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_workers_that_fit_by_number_but_not_by_node_get_a_share_that_lets_all_st
 )
 def test_workers_that_no_node_could_hold_are_refused(options: Any, nodes: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        size_pool(ClusterOptions(address="local", **options), nodes, 9)
+        size_fleet(ClusterOptions(address="local", **options), nodes, 9)
 
 
 DRIVER = Identity(
@@ -105,6 +107,38 @@ def test_workers_that_were_asked_for_are_waited_for_where_no_node_is_up(
     options: Any, device: str, resources: dict[str, float]
 ) -> None:
     asked = ClusterOptions(address="head:6379", workers=3, **options)
-    worker, most = size_pool(asked, [{"CPU": 0}], 10)
+    fleet = size_fleet(asked, [{"CPU": 0}], 10)
 
-    assert (worker.device, worker.resources, most) == (device, resources, 3)
+    (worker,) = fleet.workers
+    assert (worker.device, worker.resources, fleet.kinds[0].most) == (device, resources, 3)
+
+
+def test_cpu_workers_stand_beside_gpu_workers() -> None:
+    options = ClusterOptions(address="local", cpu_workers=3)
+    fleet = size_fleet(options, [{"GPU": 2, "CPU": 8}], 99)
+
+    assert [worker.resources for worker in fleet.workers] == [
+        {"num_gpus": 1, "num_cpus": 0},
+        {"num_cpus": 2, "num_gpus": 0},
+    ]
+    assert fleet.lines == [
+        "workers: at most 2 on cuda, each with 1 GPU",
+        "workers: at most 3 on cpu, each with 2 CPU",
+    ]
+    assert fleet.kinds[1].handicap > fleet.kinds[0].handicap
+
+
+@pytest.mark.parametrize(
+    ("options", "nodes", "pinned", "said"),
+    [
+        ({"cpu_workers": 2}, [{"CPU": 8}], (), "no GPU workers that CPU workers could stand"),
+        ({"device": "cpu", "cpu_workers": 2}, [{"GPU": 8, "CPU": 8}], (), "--cpu-workers"),
+        ({}, [{"GPU": 8, "CPU": 8}], ["cpu"], "pinned to cpu.*all workers are on cuda.*--cpu-work"),
+        ({}, [{"CPU": 8}], ["cpu", "cuda"], "pinned to cuda, and all workers are on cpu"),
+    ],
+)
+def test_options_that_no_fleet_can_honour_are_refused(
+    options: Any, nodes: Any, pinned: Any, said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        size_fleet(ClusterOptions(address="local", **options), nodes, 9, pinned)

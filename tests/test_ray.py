@@ -182,21 +182,21 @@ def test_what_a_stopped_merge_has_done_is_proven_by_the_workers_and_not_merged_a
 
 DRIVER_THAT_DIES = """
 import os, signal, sys
-from actors.pool import Pool
+from actors.kept_collector import KeptCollector
 from cluster.driver import merge_on_ray
 from cluster.workers import ClusterOptions
 from merge_core.planner import make_plan
 
 base, adapter, out, address = sys.argv[1:]
-collect, accepted = Pool.collect, []
+call, accepted = KeptCollector.call, []
 
 def dying(self, method, *args):
     if method == "accept" and len(accepted) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     accepted.extend([method] * (method == "accept"))
-    return collect(self, method, *args)
+    return call(self, method, *args)
 
-Pool.collect = dying
+KeptCollector.call = dying
 plan = make_plan(base, [adapter], shard_bytes=60_000)
 merge_on_ray(plan, out, ClusterOptions(address=address), watch=lambda _: None, say=print)
 """

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rehearsal import Rehearsal, possible
+from rehearsal import FAST, SLOW, Rehearsal, possible
 
 from actors.events import (
     ItemDone,
@@ -18,32 +18,28 @@ from actors.events import (
     WorkerReady,
     WorkerStartFailed,
 )
-from cluster.schedule import (
-    HAND_BACK_SECONDS,
-    MAX_ERRORS,
-    MAX_LOSSES,
-    MAX_START_FAILURES,
-    Abort,
-    Assign,
-    Schedule,
-    Start,
-)
+from cluster.backlog import Item
+from cluster.commands import Abort, Assign, Start
+from cluster.crew import WorkerKind
+from cluster.policies import HAND_BACK_SECONDS, MAX_ERRORS, MAX_LOSSES, MAX_START_FAILURES
+from cluster.schedule import Schedule
 
 SIZES = {0: 10, 1: 30, 2: 20}
 
 
 def check_end(pool: Rehearsal) -> None:
-    """Everything is done once, or the abort says which item or that the pool is broken, and why."""
+    """Everything is done once, or the abort says which item or that nobody is left, and why."""
+    assert len(set(pool.done)) == len(pool.done)
     if pool.abort is None:
         assert sorted(pool.done) == sorted(pool.sizes)
         return
     item, reason = pool.abort.item, pool.abort.reason
-    last = pool.past[-1]
     if item is None:
-        assert pool.failed_starts >= MAX_START_FAILURES
-        assert reason.startswith(f"{MAX_START_FAILURES} workers in a row failed to start: ")
-        assert pool.schedule.handle(last) == []
+        assert pool.waiting
+        why = (f"{MAX_START_FAILURES} workers in a row failed to start: ", "no c", "there are no ")
+        assert reason.startswith(why), reason
         return
+    last = pool.past[-1]
     hopeless = isinstance(last, ItemFailed) and last.hopeless
     exhausted = pool.errors.get(item, 0) >= MAX_ERRORS or pool.losses.get(item, 0) >= MAX_LOSSES
     assert hopeless or exhausted
@@ -55,12 +51,15 @@ def check_end(pool: Rehearsal) -> None:
 
 
 @given(st.data())
-@settings(max_examples=300)
+@settings(max_examples=500)
 def test_any_sequence_of_events_ends_with_every_item_done_once_or_a_named_abort(
     data: st.DataObject,
 ) -> None:
     sizes = data.draw(st.dictionaries(st.integers(0, 30), st.integers(0, 5), max_size=7))
-    pool = Rehearsal(sizes, data.draw(st.integers(1, 4)))
+    most, slow = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 2))
+    devices = st.sampled_from([FAST, FAST, SLOW])  # at times of a kind that there is none of
+    pinned = data.draw(st.dictionaries(st.sampled_from(sorted(sizes)), devices)) if sizes else {}
+    pool = Rehearsal(sizes, most, slow, pinned, holds=data.draw(st.booleans()))
     for _ in range(data.draw(st.integers(0, 40))):
         if pool.over:
             break
@@ -68,7 +67,9 @@ def test_any_sequence_of_events_ends_with_every_item_done_once_or_a_named_abort(
         if stale and data.draw(st.booleans()):
             pool.tell_again(data.draw(st.sampled_from(stale)))
         pool.tell(data.draw(st.sampled_from(possible(pool, bad=data.draw(st.booleans())))))
-    for _ in range(3 * len(sizes) + 5):  # from here on all goes well
+        if data.draw(st.booleans()) and not pool.over:
+            pool.pass_time(data.draw(st.sampled_from([1, 20, 1000])))
+    for _ in range(4 * len(sizes) + 9):  # from here on all goes well
         if pool.over:
             break
         pool.tell(possible(pool, bad=False)[-1])
@@ -91,9 +92,9 @@ def test_largest_items_go_first_whatever_their_numbers(order: list[int], most: i
     assert begun == list(reversed(order))
 
 
-def ready(most: int, sizes: Mapping[int, int] = SIZES) -> Rehearsal:
+def ready(most: int, sizes: Mapping[int, int] = SIZES, **options: Any) -> Rehearsal:
     """A pool whose workers are all up."""
-    pool = Rehearsal(sizes, most)
+    pool = Rehearsal(sizes, most, **options)
     for worker in sorted(pool.starting):
         pool.tell(WorkerReady(worker=worker))
     return pool
@@ -208,13 +209,16 @@ def test_workers_lost_with_a_node_that_was_going_cost_nothing() -> None:
 
 
 def test_workers_that_do_not_start_are_tried_again_later_and_later_and_at_last_no_more() -> None:
-    schedule = Schedule(sizes=SIZES, most_workers=1)
-    assert schedule.begin() == [Start(worker=0, delay=0)]
-    assert schedule.handle(WorkerStartFailed(worker=0, reason="pip")) == [Start(worker=1, delay=1)]
-    assert schedule.handle(WorkerLost(worker=1, reason="died")) == [Start(worker=2, delay=3)]
+    schedule = Schedule([WorkerKind(name="cpu", most=1, ceiling=1)])
+    schedule.extend({0: Item(size=1)})
+    assert schedule.look(0) == [Start(worker=0, kind="cpu", delay=0)]
+    failed = WorkerStartFailed(worker=0, reason="pip")
+    assert schedule.handle(failed, 1) == [Start(worker=1, kind="cpu", delay=1)]
+    lost = WorkerLost(worker=1, reason="died")
+    assert schedule.handle(lost, 2) == [Start(worker=2, kind="cpu", delay=3)]
     assert [line.split(": ")[1] for line in schedule.log] == ["pip", "died"]
 
-    (abort,) = schedule.handle(WorkerStartFailed(worker=2, reason="pip"))
+    (abort,) = schedule.handle(WorkerStartFailed(worker=2, reason="pip"), 3)
 
     assert abort == Abort(item=None, reason="3 workers in a row failed to start: pip", cause=None)
 
@@ -230,9 +234,24 @@ def test_a_worker_that_comes_up_forgives_those_that_did_not() -> None:
     assert pool.starting == {3}  # with a delay of nothing, as the rehearsal has checked
 
 
-def test_an_idle_worker_that_is_lost_gets_no_more_work_and_is_replaced_when_there_is_some() -> None:
-    pool = ready(2, {0: 1, 1: 1})
+def test_those_that_are_up_go_on_when_no_more_come_up() -> None:
+    pool = Rehearsal(SIZES, 4)
+    pool.tell(WorkerReady(worker=0))
+    pool.tell(WorkerStartFailed(worker=1, reason="pip"))
+    pool.tell(WorkerStartFailed(worker=2, reason="pip"))
+    pool.tell(WorkerStartFailed(worker=3, reason="pip"))
+
+    while not pool.over:
+        pool.tell(ItemDone(worker=0, item=pool.running[0]))
+
+    assert (pool.abort, pool.done) == (None, [1, 2, 0])
+    assert pool.schedule.log[-1].startswith("no more cuda workers are started: 3 workers in a row")
+
+
+def test_while_more_is_to_come_idle_workers_stay_and_are_replaced_only_when_needed() -> None:
+    pool = ready(2, {0: 1, 1: 1}, holds=True)
     pool.tell(ItemDone(worker=0, item=0))
+    assert pool.idle == {0}
     pool.tell(WorkerLost(worker=0, reason="node gone"))
     assert pool.starting == set()  # nothing waits
 
@@ -244,13 +263,15 @@ def test_an_idle_worker_that_is_lost_gets_no_more_work_and_is_replaced_when_ther
 
 
 def test_items_added_on_the_way_are_done_as_well() -> None:
-    schedule = Schedule(sizes={0: 1}, most_workers=1)
-    schedule.begin()
-    schedule.handle(WorkerReady(worker=0))
-    schedule.handle(ItemDone(worker=0, item=0))
+    schedule = Schedule([WorkerKind(name="cpu", most=1, ceiling=1)])
+    schedule.extend({0: Item(size=1)})
+    schedule.holds = True
+    schedule.look(0)
+    schedule.handle(WorkerReady(worker=0), 1)
+    schedule.handle(ItemDone(worker=0, item=0), 2)
     assert schedule.finished
 
-    schedule.extend({7: 1, 8: 5})
+    schedule.extend({7: Item(size=1), 8: Item(size=5)})
 
     assert not schedule.finished
-    assert schedule.begin() == [Assign(worker=0, item=8, attempt=1)]
+    assert schedule.look(3) == [Assign(worker=0, item=8, attempt=1)]

@@ -1,0 +1,40 @@
+"""The actor that checks: verifies one file at a time, and says how far it is."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import ray
+
+from actors.identity import Identity, identify
+from merge_core.verify import FileCheck, FileResult, check_file
+
+
+class Checker:
+    """A worker of a verification. Plain class: the pool makes an actor of it."""
+
+    def __init__(self, device: str, name: str) -> None:
+        self._device, self._name = device, name
+        self._doing, self._done, self._size = "starting", 0, 0
+
+    def hello(self) -> tuple[Identity, str, str]:
+        """Who this is, what it chose and why, and its node."""
+        self._begin("idle", 0)
+        return identify(), "reads files back", ray.get_runtime_context().get_node_id()
+
+    def check(self, check: FileCheck) -> FileResult:
+        """Verify one file of the result."""
+        self._begin(f"reading back {Path(check.path).name}", 0)
+        try:
+            return check_file(check)
+        finally:
+            self._begin("idle", 0)
+
+    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
+    def status(self) -> tuple[str, str, int, int]:
+        """Device, doing what, bytes done, bytes of that; answers while another method runs."""
+        return f"{self._device} on {socket.gethostname()}", self._doing, self._done, self._size
+
+    def _begin(self, doing: str, size: int) -> None:
+        self._doing, self._done, self._size = doing, 0, size

@@ -1,0 +1,72 @@
+"""A collector beside the driver that is replaced when it dies."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.collector import Collector
+from actors.ray_errors import cause_of, first_line
+from merge_core.errors import RaymeldError
+from merge_core.plan import MergePlan
+
+STARTS = 3
+"""Collectors that may die in a row over one call: more means that the call kills them."""
+
+
+class KeptCollector:
+    """Calls a collector, whichever it is by now.
+
+    Args:
+        plan: sealed.
+        out: where it collects.
+        run: of the lease under which it writes.
+        kind: its class.
+    """
+
+    def __init__(self, plan: MergePlan, out: Path, run: str, kind: type[Collector]) -> None:
+        self._plan, self._out, self._run, self._kind = ray.put(plan), out, run, kind
+        self._actor: Any = None
+        self.log: list[str] = []
+        """What had to be done."""
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Call it; if it dies, start another, which rebuilds itself, and call again.
+
+        Raises:
+            RaymeldError: what the collector raised, or that it died STARTS times.
+        """
+        last: Exception | None = None
+        for _ in range(STARTS):
+            if self._actor is None:
+                self._actor = self._start()
+            try:
+                return ray.get(getattr(self._actor, method).remote(*args))
+            except RayTaskError as error:
+                raise cause_of(error) from None
+            except RayError as error:
+                ray.kill(self._actor)
+                self._actor, last = None, error
+                self.log.append(f"starting another collector in {method}: {first_line(error)}")
+        raise RaymeldError(
+            f"the collector died {STARTS} times in {method}: {first_line(last)}",
+            str(self._out),
+            "Look at the memory of the driver's machine.",
+        )
+
+    def close(self) -> None:
+        """Kill it."""
+        if self._actor is not None:
+            with contextlib.suppress(Exception):  # Ray may be gone already
+                ray.kill(self._actor)
+
+    def _start(self) -> Any:
+        """Beside the driver, without a CPU of its own: clusters may have none on the head."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        actor = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(self._kind)
+        return actor.options(scheduling_strategy=here).remote(self._plan, self._out, self._run)

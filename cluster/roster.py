@@ -1,0 +1,116 @@
+"""The roster: all workers and all items, and who does which item next."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from cluster import policies
+from cluster.attempts import Attempts
+from cluster.backlog import Backlog, Item
+from cluster.commands import Assign, Command, Release, Start
+from cluster.crew import Crew, Run
+
+
+@dataclass(slots=True)
+class Roster:
+    """Who is there, what is to be done, and what waits."""
+
+    crews: list[Crew]
+    crew_of: dict[int, Crew] = field(default_factory=dict)
+    """By worker."""
+    items: dict[int, Item] = field(default_factory=dict)
+    attempts: dict[int, Attempts] = field(default_factory=dict)
+    backlog: Backlog = field(default_factory=Backlog)
+    _numbers: itertools.count[int] = field(default_factory=itertools.count)
+
+    def strike_off(self, worker: int) -> Run | None:
+        """Forget a worker; what it was at, if anything."""
+        run = self.crew_of.pop(worker).forget(worker)
+        if run is not None:
+            self.attempts[run.item].workers.discard(worker)
+        return run
+
+    def wait_again(self, number: int) -> None:
+        """Have an item wait, unless somebody else is at it, or will be."""
+        if number not in self.backlog and not self.attempts[number].workers:
+            self.backlog.add(number, self.items[number])
+
+    def assignments(self, now: float) -> list[Command]:
+        """Give every idle worker the item that it should do next."""
+        commands: list[Command] = []
+        for crew in self.crews:
+            for worker in sorted(crew.idle) if self.backlog else ():
+                number = self._pick(crew, worker)
+                if number is None:
+                    continue
+                self.backlog.remove(number)
+                crew.idle.discard(worker)
+                crew.running[worker] = Run(item=number, since=now)
+                of = self.attempts[number]
+                of.begin(worker)
+                commands.append(
+                    Assign(worker=worker, item=number, attempt=of.begun, shrink=of.shrink)
+                )
+        return commands
+
+    def _pick(self, crew: Crew, worker: int) -> int | None:
+        """The first waiting item that did not just fail here, unless there is nobody else, and that
+        faster workers do not do better.
+        """
+        return next(
+            (
+                number
+                for number in self.backlog.waiting(crew.kind.name)
+                if (self.attempts[number].avoid != worker or self._is_alone(worker, number))
+                and self._is_for(crew, number)
+            ),
+            None,
+        )
+
+    def _is_alone(self, worker: int, number: int) -> bool:
+        """Whether no other worker that is up would do the item."""
+        able = (crew for crew in self.able(self.items[number].device) if self._is_for(crew, number))
+        return not any(crew.idle - {worker} or crew.running for crew in able)
+
+    def _is_for(self, crew: Crew, number: int) -> bool:
+        item = self.items[number]
+        others = [other for other in self.able(item.device) if other is not crew]
+        if not others:
+            return True
+        waiting = self.backlog.cost(others[0].kind.name, item.rank)
+        return not policies.leave_to_faster(item.cost, item.rank, crew, others, waiting).yes
+
+    def able(self, device: str | None) -> list[Crew]:
+        """The crews that may do an item of this device."""
+        return [crew for crew in self.crews if device in (None, crew.kind.name)]
+
+    def starts(self) -> Iterable[Command]:
+        """Workers for the items that none is there for."""
+        for crew in self.crews:
+            waiting = self.backlog.count(crew.kind.name) if crew.room > 0 else 0
+            spare = len(crew.starting) + len(crew.idle)
+            wanted = min(crew.room + spare, waiting)
+            suitable = (n for n in self.backlog.waiting(crew.kind.name) if self._is_for(crew, n))
+            for _ in itertools.islice(suitable, spare, max(spare, wanted)):
+                worker = next(self._numbers)
+                crew.starting.add(worker)
+                self.crew_of[worker] = crew
+                delay = 2.0**crew.failed_starts - 1
+                yield Start(worker=worker, kind=crew.kind.name, delay=delay)
+
+    def releases(self) -> Iterable[Command]:
+        """Workers for whom nothing is left; the youngest of those that come are the least likely
+        to be up.
+        """
+        for crew in self.crews:
+            surplus = len(crew.starting) - self.backlog.count(crew.kind.name)
+            gone = sorted(crew.starting)[-surplus:] if surplus > 0 else []
+            if crew.closed is None or not self.backlog:  # or nobody might be left to do it
+                gone += sorted(crew.idle)
+            if not self.backlog:
+                gone += sorted(crew.left)
+            for worker in gone:
+                self.strike_off(worker)
+                yield Release(worker=worker)

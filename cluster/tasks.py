@@ -1,0 +1,47 @@
+"""Tasks: what an item of the schedule means to a worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.backlog import Item
+from cluster.commands import Assign
+from merge_core.plan import Shard
+from merge_core.verify import FileCheck
+
+PHASES = ("proving", "merging", "verifying")
+"""Ranks of the items: first what an earlier run did, so that what fails its proof is merged with
+the rest; checks last, when no shard waits."""
+
+PROVING, MERGING, VERIFYING = range(3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One call of a worker."""
+
+    name: str
+    item: Item
+    method: str
+    """Of the actor; called with ``argument``."""
+    argument: Any
+
+    def arguments(self, assign: Assign) -> tuple[Any, ...]:
+        """What the method is called with."""
+        retry = (assign.attempt, assign.shrink) if self.method == "merge" else ()
+        return (self.argument, *retry)
+
+
+def merging(shard: Shard) -> Task:
+    """Have a shard merged."""
+    item = Item(size=shard.size, rank=MERGING, device=shard.device)
+    return Task(name=shard.name, item=item, method="merge", argument=shard.index)
+
+
+def checking(check: FileCheck, size: int, rank: int) -> Task:
+    """Have a file of the result checked; ``size`` is its own, in bytes."""
+    name = f"check of {Path(check.path).name}"
+    item = Item(size=size, rank=rank)
+    return Task(name=name, item=item, method="check", argument=check)
