@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from cluster import jobs_commands
+from cluster import jobs_commands, result_commands
 from cluster.answering import answering
 from cluster.options import (
     Adapters,
@@ -22,9 +22,10 @@ from cluster.options import (
     Level,
     Quiet,
     ShardSize,
+    Workers,
+    refuse_workers,
     size_in_bytes,
 )
-from merge_core.errors import VerificationError, refuse
 from merge_core.planner import make_plan
 
 app = typer.Typer(
@@ -48,7 +49,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
             help="A Ray cluster; 'local': a Ray of its own; 'inline': this process, no Ray.",
         ),
     ] = "local",
-    workers: Annotated[int | None, typer.Option(min=1, help="Most workers at a time.")] = None,
+    workers: Workers = None,
     cpu_workers: Annotated[
         int, typer.Option(min=0, help="CPU workers beside the GPU workers.")
     ] = 0,
@@ -89,10 +90,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
             talk.say(line)
         with talk.progress():
             if address == "inline":
-                if workers is not None or cpu_workers:
-                    remedy = "Leave them out, or merge with --address local"
-                    option = "--workers" if workers is not None else "--cpu-workers"
-                    raise refuse("inline has no workers to count", option, remedy)
+                refuse_workers(workers, cpu_workers)
                 from merge_core.merge import merge as merge_inline
 
                 result = merge_inline(
@@ -166,49 +164,6 @@ def plan(
 
 
 @app.command()
-def verify(
-    out: Annotated[Path, typer.Argument(help="Directory of a merged checkpoint.")],
-    level: Annotated[Level, typer.Option(help="How deep to look.")] = Level.DIGEST,
-    base: Annotated[Path | None, typer.Option(help="The base, for numeric.")] = None,
-    adapter: Annotated[
-        list[str] | None, typer.Option(metavar="ADAPTER[@WEIGHT]", help="An adapter, for numeric.")
-    ] = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Check a merged checkpoint against its ledger, its inputs, or the model class.
-
-    Base and adapters are those that the merge recorded, unless given.
-    """
-    with answering(as_json=as_json, debug=debug):
-        from cluster import console
-        from merge_core.verify import parse_weighted
-        from merge_core.verify import verify as verify_checkpoint
-
-        given = [parse_weighted(text) for text in adapter] if adapter else None
-        report = verify_checkpoint(out, level, base=base, adapters=given)
-        document = {"ok": report.ok, **console.report_document(report)}
-        console.answer(console.report_lines(report), document, as_json=as_json)
-        if not report.ok:
-            raise typer.Exit(VerificationError.exit_code)
-
-
-@app.command()
-def status(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The --out of a merge.")],
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Say what a running or stopped merge has done; reads OUT alone."""
-    with answering(as_json=as_json, debug=debug):
-        from cluster import console
-        from cluster.status import read_status, status_document, status_lines
-
-        found = read_status(out.absolute())
-        console.answer(status_lines(found), status_document(found), as_json=as_json)
-
-
-@app.command()
 def demo(
     directory: Annotated[Path, typer.Argument(help="Where to work; must not exist.")] = Path(
         "demo-merge"
@@ -244,6 +199,7 @@ def spot_notice(
         watch(address, Talk(quiet=False).say, metadata_url=metadata_url or METADATA_URL)
 
 
+result_commands.register(app)
 jobs_commands.register(app)
 
 

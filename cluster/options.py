@@ -43,6 +43,7 @@ Adapters = Annotated[
 ]
 DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Dtype of the result.")]
 ShardSize = Annotated[str, typer.Option(help="Size limit of an output file, such as 2GB.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Most workers at a time.")]
 DeviceMapFile = Annotated[
     Path | None, typer.Option("--device-map", help="JSON of module names and cuda or cpu.")
 ]
@@ -58,3 +59,11 @@ def size_in_bytes(text: str) -> int:
         raise refuse(f"{text!r} is no size", "--shard-size", "Give a size such as 2GB")
     step = 1024 if "i" in text else 1000
     return int(float(match[1]) * step ** " kMGT".index(match[2].replace("K", "k") or " "))
+
+
+def refuse_workers(workers: int | None, cpu_workers: int) -> None:
+    """Refuse to count workers where one process does it all."""
+    if workers is not None or cpu_workers:
+        option = "--workers" if workers is not None else "--cpu-workers"
+        remedy = "Leave it out, or give an --address such as local"
+        raise refuse("inline has no workers to count", option, remedy)

@@ -1,0 +1,83 @@
+"""``raymeld verify`` and ``status``: what became of a merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.answering import answering
+from cluster.options import Debug, Json, Level, Quiet, Workers, refuse_workers
+from merge_core.errors import VerificationError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(verify)
+    app.command()(status)
+
+
+def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
+    out: Annotated[Path, typer.Argument(help="Directory of a merged checkpoint.")],
+    level: Annotated[Level, typer.Option(help="How deep to look.")] = Level.DIGEST,
+    base: Annotated[Path | None, typer.Option(help="The base, for numeric.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="ADAPTER[@WEIGHT]", help="An adapter, for numeric.")
+    ] = None,
+    address: Annotated[
+        str, typer.Option(help="A Ray cluster to read with; 'inline': this process, no Ray.")
+    ] = "inline",
+    workers: Workers = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Check a merged checkpoint against its ledger, its inputs, or the model class.
+
+    Base and adapters are those that the merge recorded, unless given.
+    """
+    with answering(as_json=as_json, debug=debug):
+        from cluster import console
+        from merge_core.verify import parse_weighted
+        from merge_core.verify import verify as verify_checkpoint
+
+        given = [parse_weighted(text) for text in adapter] if adapter else None
+        if address == "inline":
+            refuse_workers(workers, 0)
+            report = verify_checkpoint(out, level, base=base, adapters=given)
+        else:
+            from cluster.checking import verify_on_ray
+            from cluster.talk import Talk
+            from cluster.workers import ClusterOptions
+
+            options = ClusterOptions(address=address, device="cpu", workers=workers)
+            talk = Talk(quiet=quiet)
+            with talk.progress():
+                report = verify_on_ray(
+                    out,
+                    level,
+                    options,
+                    base=base,
+                    adapters=given,
+                    watch=talk.watch,
+                    say=talk.say,
+                )
+        document = {"ok": report.ok, **console.report_document(report)}
+        console.answer(console.report_lines(report), document, as_json=as_json)
+        if not report.ok:
+            raise typer.Exit(VerificationError.exit_code)
+
+
+def status(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The --out of a merge.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a running or stopped merge has done; reads OUT alone."""
+    with answering(as_json=as_json, debug=debug):
+        from cluster import console
+        from cluster.status import read_status, status_document, status_lines
+
+        found = read_status(out.absolute())
+        console.answer(status_lines(found), status_document(found), as_json=as_json)
