@@ -11,6 +11,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.collector import Collector
+from actors.lifeline import Lifeline
 from actors.ray_errors import cause_of, first_line
 from merge_core.errors import RaymeldError
 from merge_core.plan import MergePlan
@@ -31,6 +32,7 @@ class KeptCollector:
 
     def __init__(self, plan: MergePlan, out: Path, run: str, kind: type[Collector]) -> None:
         self._plan, self._out, self._run, self._kind = ray.put(plan), out, run, kind
+        self._lifeline = Lifeline.of_this_driver()
         self._actor: Any = None
         self.log: list[str] = []
         """What had to be done."""
@@ -39,7 +41,8 @@ class KeptCollector:
         """Call it; if it dies, start another, which rebuilds itself, and call again.
 
         Raises:
-            RaymeldError: what the collector raised, or that it died STARTS times.
+            RaymeldError: what the collector raised, that it died STARTS times, or that the cluster
+                is gone.
         """
         last: Exception | None = None
         for _ in range(STARTS):
@@ -50,6 +53,7 @@ class KeptCollector:
             except RayTaskError as error:
                 raise cause_of(error) from None
             except RayError as error:
+                self._lifeline.look_now()
                 ray.kill(self._actor)
                 self._actor, last = None, error
                 self.log.append(f"starting another collector in {method}: {first_line(error)}")

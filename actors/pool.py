@@ -28,6 +28,7 @@ from actors.events import (
     WorkerUnfit,
 )
 from actors.identity import Identity
+from actors.lifeline import Lifeline
 from actors.ray_errors import cause_of, first_line
 from merge_core.errors import (
     DeviceMemoryError,
@@ -78,6 +79,7 @@ class Pool:
         arguments: Sequence[Any] = (),
     ) -> None:
         self._driver = driver
+        self._lifeline = Lifeline.of_this_driver()
         self._arguments = [ray.put(argument) for argument in arguments]
         self._classes = {kind.device: remote_worker(worker, kind.resources) for kind in kinds}
         self._slots: dict[int, _Slot] = {}
@@ -116,7 +118,9 @@ class Pool:
 
         Raises:
             InputError: a worker runs other code than the driver.
+            RaymeldError: the cluster is gone.
         """
+        self._lifeline.look()
         self._start_due()
         if not self._refs:
             time.sleep(timeout if self._due else 0)
@@ -139,6 +143,8 @@ class Pool:
         """
         from ray._private.state import state  # what Ray Train asks; there is no public way
 
+        if not self._lifeline.head_answers:
+            return []
         deadlines = state.get_draining_nodes()
         return [
             WorkerDraining(worker=number, seconds_left=_seconds_until(deadlines[slot.node]))

@@ -68,7 +68,8 @@ def session(address: str, *, use_gpus: bool) -> Iterator[None]:
             reload_authentication()
             with contextlib.chdir(_neutral_directory(scratch)):
                 _connect(starter, ray, address, scratch, use_gpus=use_gpus)
-            yield
+            with _off_stdout(ray):
+                yield
         finally:
             with _uninterrupted():
                 ray.shutdown()
@@ -104,6 +105,22 @@ def _connect(starter: Executor, ray: Any, address: str, scratch: Path, *, use_gp
         raise
     except Exception as error:
         raise _unreachable(address, str(error).strip().splitlines()[0]) from error
+
+
+@contextlib.contextmanager
+def _off_stdout(ray: Any) -> Iterator[None]:
+    """Keep Ray's messages off stdout, where nothing but the answer belongs.
+
+    Whatever ``log_to_driver`` says, the death of any node prints twenty lines there, and makes two
+    documents of ``--json``. Ray's logs have them all; what they mean for the merge, the pool says.
+    """
+    worker = ray._private.worker  # noqa: SLF001 - there is no public way
+    before = worker.print_to_stdstream
+    worker.print_to_stdstream = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = before
 
 
 def _unreachable(address: str, reason: str) -> RaymeldError:

@@ -11,13 +11,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from actors.collector import Collector
 from actors.identity import Identity
 from actors.merger import Merger
 from merge_core.errors import DeviceMemoryError
 from merge_core.ledger import Receipt
+
+EATS_AT_MOST = 8 << 30
+"""Bytes, for the case that Ray's monitor does not work."""
 
 
 class KilledInFirstAttempt(Merger):
@@ -61,51 +63,95 @@ class CannotStart(Merger):
 
 
 class OnANodeThatGoes(Merger):
-    """On the spot node: has Ray drain it in the middle of a shard; elsewhere it waits for that."""
-
-    seconds: float
+    """On the spot node: has it go in the middle of a shard; elsewhere it waits for that."""
 
     def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
         import ray
 
-        here = ray.get_runtime_context()
-        drained = Path(self._out) / ".raymeld" / "drained"
-        if here.get_node_labels().get("spot") == "yes":
-            _drain(here, self.seconds)
-            drained.touch()
-            self._when_drained()
+        mark = Path(self._out) / ".raymeld" / "goes"
+        if ray.get_runtime_context().get_node_labels().get("spot") == "yes":
+            self._notice()
+            mark.touch()
+            self._when_noticed()
         else:
-            _until(drained.exists)
+            _until(mark.exists)
         return super().merge(shard, attempt, shrink)
 
-    def _when_drained(self) -> None:
-        """What it does after the notice."""
+    def _notice(self) -> None:
+        """What befalls the node."""
+        raise NotImplementedError
+
+    def _when_noticed(self) -> None:
+        """What the worker does after that: its shard would take for ever."""
+        threading.Event().wait()
 
 
 class FinishesInTime(OnANodeThatGoes):
     """Its node goes much later; it waits until the driver knows."""
 
-    seconds = 1000.0
+    def _notice(self) -> None:
+        _drain(seconds=1000.0)
 
-    def _when_drained(self) -> None:
+    def _when_noticed(self) -> None:
         path = Path(self._out) / ".raymeld" / "progress.json"
         _until(lambda: path.exists() and "its node is going" in path.read_text())
 
 
 class CannotFinish(OnANodeThatGoes):
-    """Its node goes in a moment, and its shard would take for ever."""
+    """Its node goes in a moment."""
 
-    seconds = 4.0
-
-    def _when_drained(self) -> None:
-        threading.Event().wait()
+    def _notice(self) -> None:
+        _drain(seconds=4.0)
 
 
-def _drain(here: Any, seconds: float) -> None:
+class Terminated(OnANodeThatGoes):
+    """SIGTERM to the ``ray start --block`` of its node; how long that waits is told there."""
+
+    def _notice(self) -> None:
+        os.kill(_parent(os.getppid()), signal.SIGTERM)
+
+
+class TerminatedInTime(Terminated, FinishesInTime):
+    """The node waits; the shard is finished when the driver knows."""
+
+
+class NodeKilled(OnANodeThatGoes):
+    """SIGKILLs the raylet of its node: a machine that vanishes, in the middle of a shard."""
+
+    def _notice(self) -> None:
+        os.kill(os.getppid(), signal.SIGKILL)
+
+
+class EatsMemory(OnANodeThatGoes):
+    """Takes memory until Ray kills it, in its first shard on the spot node."""
+
+    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
+        if (Path(self._out) / ".raymeld" / "goes").exists():
+            return Merger.merge(self, shard, attempt, shrink)
+        return super().merge(shard, attempt, shrink)
+
+    def _notice(self) -> None:
+        self._eaten: list[bytes] = []
+
+    def _when_noticed(self) -> None:
+        step = 64 << 20
+        for _ in range(0, EATS_AT_MOST, step):
+            self._eaten.append(b"\1" * step)
+        raise RuntimeError("nobody stopped it")
+
+
+def _parent(process: int) -> int:
+    import psutil
+
+    return int(psutil.Process(process).ppid())
+
+
+def _drain(seconds: float) -> None:
     """A spot notice, as ``raymeld spot-notice`` passes it on."""
     import ray
     from ray.core.generated import autoscaler_pb2
 
+    here = ray.get_runtime_context()
     reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     deadline = int((time.time() + seconds) * 1000)
     gcs = ray._raylet.GcsClient(address=here.gcs_address)
@@ -115,6 +161,17 @@ def _drain(here: Any, seconds: float) -> None:
 def _until(condition: Callable[[], bool]) -> None:
     while not condition():
         threading.Event().wait(0.01)
+
+
+class StopsAtTheThird(Merger):
+    """Never finishes the third shard that it begins."""
+
+    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
+        self._begun = getattr(self, "_begun", 0) + 1
+        if self._begun == 3:
+            (Path(self._out) / ".raymeld" / "stopped").touch()
+            threading.Event().wait()
+        return super().merge(shard, attempt, shrink)
 
 
 class LiesAboutItsWork(Merger):

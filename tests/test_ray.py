@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import subprocess
 import sys
@@ -13,6 +11,7 @@ from pathlib import Path
 import faults
 import pytest
 import ray
+from clusters import running_cluster
 from models import assert_same_tensors, make_adapter, make_base, oracle, read_tensors
 
 from actors.merger import Merger
@@ -23,28 +22,6 @@ from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.progress import Progress
-
-
-@contextlib.contextmanager
-def running_cluster(cpus: int = 4, *, spot: bool = False, **environment: str) -> Iterator[str]:
-    """A head node in processes of its own, and perhaps a spot node; yields its address."""
-    from ray._common.utils import get_default_ray_temp_dir
-    from ray.cluster_utils import Cluster
-
-    before = dict(os.environ)
-    os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", **environment}
-    Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)  # Cluster writes there
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False}
-    )
-    if spot:
-        cluster.add_node(num_cpus=cpus, labels={"spot": "yes"})
-    try:
-        yield cluster.address
-    finally:
-        cluster.shutdown()
-        os.environ.clear()
-        os.environ |= before
 
 
 @pytest.fixture(scope="module")
