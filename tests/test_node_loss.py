@@ -1,0 +1,111 @@
+"""Nodes that vanish, that are told to go, and that run out of memory: the merge ends right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import faults
+import psutil
+import pytest
+from clusters import NOTICED_AT_ONCE, cluster, environment, joined, until_gone
+from handmade import published
+
+from actors.merger import Merger
+from cluster.driver import merge_on_ray
+from cluster.workers import ClusterOptions
+from merge_core.merge import merge
+from merge_core.plan import MergePlan
+
+ROOM = 3 << 30
+"""Bytes that everything else on this machine may take before Ray's monitor would kill too much."""
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    """A head that holds no worker, and two nodes for one each; a test brings the fourth."""
+    faults.by_value()
+    with cluster(cpus=0, system=NOTICED_AT_ONCE) as started:
+        started.add_node(num_cpus=1)
+        started.add_node(num_cpus=1)
+        yield started
+
+
+@pytest.fixture(scope="module")
+def expected(small: MergePlan, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("inline") / "out"
+    merge(small, out)
+    return published(out)
+
+
+def run(plan: MergePlan, out: Path, nodes: Any, merger: type[Merger]) -> list[str]:
+    """Merge with three workers, one a node, and return everything that was said."""
+    said: list[str] = []
+    options = ClusterOptions(address=nodes.address, device="cpu", workers=3, merger=merger)
+    merge_on_ray(plan, out, options, watch=lambda _: None, say=said.append)
+    assert not (out / ".raymeld" / "parts").exists()
+    return said
+
+
+def test_the_shard_of_a_node_that_vanishes_goes_to_another(
+    small: MergePlan, expected: dict[str, bytes], nodes: Any, tmp_path: Path
+) -> None:
+    doomed = nodes.add_node(num_cpus=1, labels={"spot": "yes"})
+
+    said = run(small, tmp_path / "out", nodes, faults.NodeKilled)
+
+    assert published(tmp_path / "out") == expected
+    assert sum("after failure 1 of 20" in line for line in said) == 1, said
+    nodes.remove_node(doomed, allow_graceful=False)
+
+
+@pytest.mark.parametrize(
+    ("merger", "seconds", "decision"),
+    [(faults.TerminatedInTime, 1000, "gets nothing after"), (faults.Terminated, 4, "gives back")],
+    ids=["enough time", "too little time"],
+)
+def test_a_node_that_is_terminated_drains_and_costs_nothing(
+    small: MergePlan,
+    expected: dict[str, bytes],
+    nodes: Any,
+    tmp_path: Path,
+    merger: type[Merger],
+    seconds: int,
+    decision: str,
+) -> None:
+    """As Kubernetes ends a pod, and systemd a service."""
+    patience = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(seconds)}
+    with joined(nodes.address, cpus=1, label="spot=yes", **patience) as node:
+        everything = [node, *node.children(recursive=True)]
+
+        said = run(small, tmp_path / "out", nodes, merger)
+
+        assert published(tmp_path / "out") == expected
+        assert any(decision in line and "its node is going" in line for line in said), said
+        assert not any("failure" in line for line in said), said
+        until_gone(everything)
+
+
+def test_a_worker_that_rays_memory_monitor_kills_counts_as_an_error(
+    small: MergePlan, expected: dict[str, bytes], nodes: Any, tmp_path: Path
+) -> None:
+    """Only the node of the worker that eats looks at memory, from what is used just now."""
+    memory = psutil.virtual_memory()
+    threshold = (memory.total - memory.available + ROOM) / memory.total
+    assert threshold < 1, "too little memory is free for this test"
+    monitor = {"threshold": str(threshold), "refresh_ms": "100"}
+    with environment(
+        RAY_memory_usage_threshold=monitor["threshold"],
+        RAY_memory_monitor_refresh_ms=monitor["refresh_ms"],
+    ):
+        tight = nodes.add_node(num_cpus=1, labels={"spot": "yes"})
+
+    said = run(small, tmp_path / "out", nodes, faults.EatsMemory)
+
+    assert published(tmp_path / "out") == expected
+    retries = [line for line in said if "failure" in line]
+    assert len(retries) == 1, said
+    assert "after failure 1 of 3" in retries[0]
+    assert "memory" in retries[0]
+    nodes.remove_node(tight)
