@@ -7,7 +7,8 @@ from pathlib import Path
 
 import ray
 
-from actors.identity import Identity, identify
+from actors.greeting import Greeting, greet
+from merge_core.memory import Memory, free_host_memory
 from merge_core.verify import FileCheck, FileResult, check_file
 
 
@@ -18,10 +19,11 @@ class Checker:
         self._device, self._name = device, name
         self._doing, self._done, self._size = "starting", 0, 0
 
-    def hello(self) -> tuple[Identity, str, str]:
-        """Who this is, what it chose and why, and its node."""
+    def hello(self) -> Greeting:
+        """Who this is, and what it found."""
         self._begin("idle", 0)
-        return identify(), "reads files back", ray.get_runtime_context().get_node_id()
+        found = Memory(host=free_host_memory(), device=None)
+        return greet(self._device, found, "reads files back")
 
     def check(self, check: FileCheck) -> FileResult:
         """Verify one file of the result."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.checker import Checker
-from actors.identity import Identity
+from actors.greeting import Greeting, greet
 from merge_core.ledger import Receipt
 from merge_core.plan import MergePlan
 
@@ -22,8 +22,8 @@ class Merger(Checker):
         self._plan, self._out = plan, out
         self._worker: ShardWorker | None = None
 
-    def hello(self) -> tuple[Identity, str, str]:
-        """Who this is, what lanes it chose and why, and its node. Imports torch; takes seconds.
+    def hello(self) -> Greeting:
+        """Who this is, and what lanes it chose and why. Imports torch; takes seconds.
 
         The import waits until here because Ray has set CUDA_VISIBLE_DEVICES by now, and torch
         remembers what it saw first.
@@ -34,8 +34,9 @@ class Merger(Checker):
         from merge_core.worker import ShardWorker
 
         self._worker = ShardWorker(self._plan, self._out, self._device, self._name)
-        identity, _, node = super().hello()
-        return identity, self._worker.choice.reason, node
+        self._begin("idle", 0)
+        worker = self._worker
+        return greet(worker.describe_device(), worker.found, worker.choice.reason)
 
     def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
         """Merge a shard into a part; see ``ShardWorker.merge``."""

@@ -27,6 +27,7 @@ from actors.events import (
     WorkerStartFailed,
     WorkerUnfit,
 )
+from actors.greeting import Greeting
 from actors.identity import Identity
 from actors.lifeline import Lifeline
 from actors.ray_errors import cause_of, first_line
@@ -56,9 +57,9 @@ class _Slot:
     actor: Any
     kind: str
     item: int | None = None
-    lanes: str = ""
-    node: str = ""
+    greeting: Greeting | None = None
     answered: bool = False
+    """With a greeting, or that it is of no use where it is."""
 
 
 class Pool:
@@ -87,9 +88,9 @@ class Pool:
         self._due: list[tuple[float, int, str]] = []
 
     @property
-    def lanes(self) -> dict[int, str]:
-        """What each live worker chose, and why."""
-        return {worker: slot.lanes for worker, slot in self._slots.items() if slot.lanes}
+    def greetings(self) -> dict[int, Greeting]:
+        """What each live worker said first."""
+        return {n: slot.greeting for n, slot in self._slots.items() if slot.greeting is not None}
 
     @property
     def assigned(self) -> dict[int, int]:
@@ -147,14 +148,14 @@ class Pool:
             return []
         deadlines = state.get_draining_nodes()
         return [
-            WorkerDraining(worker=number, seconds_left=_seconds_until(deadlines[slot.node]))
-            for number, slot in self._slots.items()
-            if slot.node in deadlines
+            WorkerDraining(worker=worker, seconds_left=_seconds_until(deadlines[greeting.node]))
+            for worker, greeting in self.greetings.items()
+            if greeting.node in deadlines
         ]
 
     def status(self) -> dict[int, tuple[str, str, int, int]]:
         """What each worker does; those that do not answer at once are left out."""
-        asked = {slot.actor.status.remote(): n for n, slot in self._slots.items() if slot.lanes}
+        asked = {self._slots[worker].actor.status.remote(): worker for worker in self.greetings}
         if not asked:
             return {}
         ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0.5)
@@ -207,9 +208,8 @@ class Pool:
         self._fence(worker)
         return WorkerStartFailed(worker=worker, reason=str(cause))
 
-    def _greet(self, worker: int, slot: _Slot, hello: tuple[Identity, str, str]) -> Event:
-        identity, slot.lanes, slot.node = hello
-        slot.answered = True
+    def _greet(self, worker: int, slot: _Slot, greeting: Greeting) -> Event:
+        identity, slot.greeting, slot.answered = greeting.identity, greeting, True
         difference = identity.difference(self._driver)
         if difference:
             raise refuse(

@@ -114,9 +114,10 @@ class Loop:
     def _look(self) -> None:
         """What happens once a second, whatever the workers do."""
         self._asked = time.monotonic()
-        for worker in self.pool.lanes.keys() - self._greeted:
-            self._greeted.add(worker)
-            self.say(f"worker-{worker}: {self.pool.lanes[worker]}")
+        for worker, greeting in self.pool.greetings.items():
+            if worker not in self._greeted:
+                self._greeted.add(worker)
+                self.say(f"worker-{worker} is {greeting}")
         for event in self.pool.draining():
             self._handle(event)
         for patience in self._patience:

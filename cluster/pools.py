@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from dataclasses import dataclass
 
 from merge_core.errors import DeviceMemoryError
 from merge_core.memory import Memory, choose_lanes, free_host_memory
+from merge_core.nvidia import list_gpus
 from merge_core.plan import MergePlan
 
 
@@ -26,9 +25,9 @@ def find_pools(plan: MergePlan) -> list[EligiblePool]:
     """The machine's CPU and each of its GPUs."""
     host = free_host_memory()
     pools = [_pool(plan, "cpu", "cpu", Memory(host=host, device=None))]
-    for index, name, free in _gpus():
-        found = Memory(host=host, device=free)
-        pools.append(_pool(plan, f"cuda:{index} {name}", "cuda", found))
+    for gpu in list_gpus():
+        found = Memory(host=host, device=gpu.free)
+        pools.append(_pool(plan, f"cuda:{gpu.index} {gpu.name}", "cuda", found))
     return pools
 
 
@@ -38,17 +37,3 @@ def _pool(plan: MergePlan, name: str, device: str, found: Memory) -> EligiblePoo
     except DeviceMemoryError as error:
         return EligiblePool(name=name, eligible=False, reason=error.what)
     return EligiblePool(name=name, eligible=True, reason=choice.reason)
-
-
-def _gpus() -> list[tuple[str, str, int]]:
-    """Index, name and free bytes of each NVIDIA GPU, asked of the driver's own tool."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    query = [tool, "--query-gpu=index,name,memory.free", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []  # a broken driver: workers say so themselves when they ask torch
-    rows = (line.split(", ") for line in answer.stdout.splitlines())
-    return [(index, name, int(free) << 20) for index, name, free in rows if free.strip().isdigit()]

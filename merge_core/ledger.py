@@ -68,6 +68,9 @@ class Receipt:
     seconds: float
     lanes: str
     """What the worker chose, and why."""
+    peak_memory: int
+    """See ``Peaks``; in bytes, like the next."""
+    peak_vram: int | None
     tensors: tuple[TensorRecord, ...]
 
     def to_json(self) -> bytes:
@@ -117,6 +120,8 @@ def _row(receipt: Receipt, file: str, record: TensorRecord) -> dict[str, Any]:
         "worker": receipt.worker,
         "host": receipt.host,
         "device": receipt.device,
+        "peak_memory": receipt.peak_memory,
+        "peak_vram": receipt.peak_vram,
     }
 
 
@@ -137,6 +142,8 @@ def _schema() -> Any:
         "worker": text,
         "host": text,
         "device": text,
+        "peak_memory": whole,
+        "peak_vram": whole,
         "bytes_read": whole,
         "bytes_written": whole,
         "read_seconds": real,

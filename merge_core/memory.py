@@ -13,6 +13,7 @@ from merge_core.cgroup import free_in_cgroups
 from merge_core.digest import CELL_BYTES
 from merge_core.errors import DeviceMemoryError, counted
 from merge_core.layout import DTYPE_BYTES, TensorSpec
+from merge_core.nvidia import GpuProcess
 from merge_core.plan import MergePlan
 from merge_core.storage import SLACK
 
@@ -35,6 +36,8 @@ class Memory:
     host: int
     device: int | None
     """Free VRAM; None on a CPU worker."""
+    neighbours: tuple[GpuProcess, ...] = ()
+    """Other processes that hold VRAM of the same GPU, as far as they can be seen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +149,8 @@ def _reason(lanes: int, read_bytes: int, host: int, vram: int, found: Memory) ->
 
 def _found(found: Memory) -> str:
     vram = f" and {_mb(found.device)} of VRAM" if found.device is not None else ""
-    return f"{_mb(found.host)} of memory{vram}"
+    others = f"; taken: {', '.join(map(str, found.neighbours))}" if found.neighbours else ""
+    return f"{_mb(found.host)} of memory{vram}{others}"
 
 
 def _mb(nbytes: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import secrets
 import socket
 import time
@@ -20,7 +21,9 @@ from merge_core.kernel import LoadedUpdate
 from merge_core.lanes import Lane, out_of_memory_reported
 from merge_core.ledger import Receipt, TensorRecord
 from merge_core.memory import LaneChoice, Memory, choose_lanes, free_host_memory, lane_need
+from merge_core.nvidia import processes_on
 from merge_core.output import parts_directory
+from merge_core.peaks import Peaks
 from merge_core.plan import MergePlan, Shard, TensorTask
 from merge_core.storage import PartFile, RangeReader
 from merge_core.stream import stream_shard
@@ -39,9 +42,13 @@ def pick_device(wanted: str) -> str:
 
 
 def measure_memory(device: str) -> Memory:
-    """What is free right now on this machine and on its first visible GPU."""
-    vram = torch.cuda.mem_get_info()[0] if device == "cuda" else None
-    return Memory(host=free_host_memory(), device=vram)
+    """What is free now on this machine and its first visible GPU, and who takes the rest."""
+    if device != "cuda":
+        return Memory(host=free_host_memory(), device=None)
+    vram, _ = torch.cuda.mem_get_info()
+    seen = processes_on(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+    others = tuple(process for process in seen if process.pid != os.getpid())
+    return Memory(host=free_host_memory(), device=vram, neighbours=others)
 
 
 class ShardWorker:
@@ -70,7 +77,8 @@ class ShardWorker:
         self._plan, self._out, self._name = plan, out, name
         self._fingerprint = plan.fingerprint
         self._device = torch.device(device)
-        self.choice = choice or choose_lanes(plan, device, measure_memory(device))
+        self.found = measure_memory(device)
+        self.choice = choice or choose_lanes(plan, device, self.found)
         self._most_lanes = self.choice.lanes
         self._lanes: list[Lane] = []
         with contextlib.ExitStack() as inputs:
@@ -100,6 +108,7 @@ class ShardWorker:
         started, clock = time.time(), time.perf_counter()
         name = f"{shard.name}.{attempt}-{secrets.token_hex(8)}.part"
         part = PartFile(parts_directory(self._out) / name, shard.size)
+        Peaks.start(self._device.type)
         if shrink:
             self._take_lanes(max(1, self._most_lanes // 3**shrink))  # 8, 2, 1 in three attempts
         try:
@@ -110,6 +119,7 @@ class ShardWorker:
         except BaseException:
             part.discard()
             raise
+        peaks = Peaks.since_start(self._device.type)
         return Receipt(
             fingerprint=self._fingerprint,
             shard=index,
@@ -122,6 +132,8 @@ class ShardWorker:
             started=started,
             seconds=time.perf_counter() - clock,
             lanes=self.choice.reason,
+            peak_memory=peaks.memory,
+            peak_vram=peaks.vram,
             tensors=records,
         )
 

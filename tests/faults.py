@@ -5,6 +5,7 @@ Ray ships them to its workers by value (see ``by_value``), since tests are not i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from actors.collector import Collector
-from actors.identity import Identity
+from actors.greeting import Greeting
 from actors.merger import Merger
 from merge_core.errors import DeviceMemoryError
 from merge_core.ledger import Receipt
@@ -58,8 +59,21 @@ class Poisoned(Merger):
 class CannotStart(Merger):
     """Never comes up."""
 
-    def hello(self) -> tuple[Identity, str, str]:
+    def hello(self) -> Greeting:
         raise RuntimeError("no driver for this device")
+
+
+class FullOnce(Merger):
+    """Finds next to no memory where the first worker is."""
+
+    def hello(self) -> Greeting:
+        from merge_core import worker
+        from merge_core.memory import Memory
+
+        with contextlib.suppress(FileExistsError):
+            (self._out / ".raymeld" / "full").touch(exist_ok=False)
+            worker.measure_memory = lambda _: Memory(host=1_000_000, device=None)
+        return super().hello()
 
 
 class OnANodeThatGoes(Merger):

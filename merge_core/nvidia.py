@@ -1,0 +1,79 @@
+"""What NVIDIA's driver says about the GPUs of this machine, asked through its own tool.
+
+``nvidia-smi`` comes with every driver and asks NVML; neither torch nor CUDA is started for it.
+Nothing depends on the answers but what is said: without a tool, or with a broken driver, they are
+empty.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+ANSWER_SECONDS = 20.0
+"""A driver that wakes its GPUs up takes some seconds; one that hangs must not hang a merge."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One GPU."""
+
+    index: str
+    name: str
+    free: int
+    """VRAM, in bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuProcess:
+    """A process that holds VRAM."""
+
+    pid: int
+    name: str
+    used: int | None
+    """VRAM, in bytes; None where the driver does not tell (Windows, some containers)."""
+
+    def __str__(self) -> str:
+        amount = "VRAM" if self.used is None else f"{self.used / 1e6:,.0f} MB"
+        return f"{amount} by {self.name} (process {self.pid})"
+
+
+def list_gpus() -> list[Gpu]:
+    """Every GPU of the machine, whatever CUDA_VISIBLE_DEVICES says."""
+    rows = _ask("--query-gpu=index,memory.free,name")
+    return [
+        Gpu(index=index, name=name, free=int(free) << 20)
+        for index, free, name in rows
+        if free.isdigit()
+    ]
+
+
+def processes_on(uuid: str) -> list[GpuProcess]:
+    """The processes that compute on a GPU, as far as this one's container can see them.
+
+    Args:
+        uuid: of the GPU, such as ``GPU-8932f937-d72c-4106-c12f-20bd9faed9f6``.
+    """
+    rows = _ask("--query-compute-apps=pid,used_memory,process_name", f"--id={uuid}")
+    return [
+        GpuProcess(pid=int(pid), name=name, used=int(used) << 20 if used.isdigit() else None)
+        for pid, used, name in rows
+        if pid.isdigit()
+    ]
+
+
+def _ask(*query: str) -> list[tuple[str, str, str]]:
+    """Rows of three columns, of which the last may hold commas."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    command = [tool, *query, "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = (line.split(", ", 2) for line in answer.stdout.splitlines())
+    return [(row[0], row[1], row[2]) for row in rows if len(row) == 3]

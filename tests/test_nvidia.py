@@ -1,0 +1,63 @@
+"""What is asked of NVIDIA's tool, and what is made of its answers, with a stand-in for the tool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from merge_core.errors import DeviceMemoryError
+from merge_core.memory import Memory, choose_lanes
+from merge_core.nvidia import Gpu, GpuProcess, list_gpus, processes_on
+from merge_core.plan import MergePlan
+
+ANSWERS = {
+    "--query-gpu=index,memory.free,name": "0, 81037, NVIDIA H100 80GB HBM3\n1, [N/A], Broken\n",
+    "--query-compute-apps=pid,used_memory,process_name --id=GPU-1": (
+        "4711, 70000, /usr/bin/python3\n815, [N/A], a, b\nNo running processes found\n"
+    ),
+}
+
+
+@pytest.fixture
+def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A stand-in that knows ANSWERS, and fails when it is asked anything else."""
+    cases = [
+        f"'{asked} --format=csv,noheader,nounits') cat <<'END'\n{said}END\n;;"
+        for asked, said in ANSWERS.items()
+    ]
+    script = tmp_path / "nvidia-smi"
+    script.write_text("\n".join(["#!/bin/sh", 'case "$*" in', *cases, "*) exit 9;;", "esac", ""]))
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return script
+
+
+def test_gpus_are_listed_with_their_free_memory(tool: Path) -> None:
+    assert list_gpus() == [Gpu(index="0", name="NVIDIA H100 80GB HBM3", free=81037 << 20)]
+
+
+def test_processes_are_named_even_where_the_driver_hides_what_they_take(tool: Path) -> None:
+    assert processes_on("GPU-1") == [
+        GpuProcess(pid=4711, name="/usr/bin/python3", used=70000 << 20),
+        GpuProcess(pid=815, name="a, b", used=None),
+    ]
+    assert processes_on("GPU-2") == []  # the tool fails
+
+
+def test_without_the_tool_nothing_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert (list_gpus(), processes_on("GPU-1")) == ([], [])
+
+
+def test_who_takes_a_full_gpu_is_named(small: MergePlan, tool: Path) -> None:
+    found = Memory(host=10**12, device=10**6, neighbours=tuple(processes_on("GPU-1")))
+
+    with pytest.raises(DeviceMemoryError) as caught:
+        choose_lanes(small, "cuda", found)
+
+    assert caught.value.what.endswith(
+        "found free: 1,000,000 MB of memory and 1 MB of VRAM;"
+        " taken: 73,400 MB by /usr/bin/python3 (process 4711), VRAM by a, b (process 815)"
+    )
