@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib.metadata
 import os
@@ -30,6 +31,10 @@ LOCAL = "local"
 
 CONNECT_SECONDS = 10.0
 """For a first answer of a cluster's head; one that is far away takes a tenth of a second."""
+
+LEAVE_SECONDS = 10.0
+"""For taking leave of a cluster, which takes a tenth of a second while its head answers. Without a
+head Ray may try for a minute, and then ends the process without a word."""
 
 OBJECT_STORE_BYTES = 128 << 20
 """Only plans and receipts pass Ray; the default would reserve a third of the machine."""
@@ -72,7 +77,7 @@ def session(address: str, *, use_gpus: bool) -> Iterator[None]:
                 yield
         finally:
             with _uninterrupted():
-                ray.shutdown()
+                _disconnect(ray, address)
                 starter.shutdown()
                 shutil.rmtree(scratch, ignore_errors=True)
 
@@ -105,6 +110,18 @@ def _connect(starter: Executor, ray: Any, address: str, scratch: Path, *, use_gp
         raise
     except Exception as error:
         raise _unreachable(address, str(error).strip().splitlines()[0]) from error
+
+
+def _disconnect(ray: Any, address: str) -> None:
+    """End a Ray of our own, or take leave of a cluster, be it dead."""
+    if address == LOCAL:
+        ray.shutdown()
+        return
+    leaving = threading.Thread(target=ray.shutdown, daemon=True)
+    leaving.start()
+    leaving.join(LEAVE_SECONDS)
+    if leaving.is_alive():  # or Ray would wait for that thread when Python exits
+        atexit.unregister(ray._private.worker.shutdown)  # noqa: SLF001 - there is no public way
 
 
 @contextlib.contextmanager
