@@ -44,11 +44,6 @@ class Lifeline:
         raylet = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
         return cls(head=here.gcs_address, raylet=raylet)
 
-    @property
-    def head_answers(self) -> bool:
-        """Whether it did at the last look; if not, whatever asks it would hang."""
-        return self._silent_since is None
-
     def look(self) -> None:
         """Look, unless that was done a moment ago.
 

@@ -7,7 +7,6 @@ start and what to retry is the schedule's business.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from actors.checker import Checker
+from actors.draining import Draining
 from actors.events import (
     Event,
     ItemDone,
@@ -86,6 +86,7 @@ class Pool:
         self._slots: dict[int, _Slot] = {}
         self._refs: dict[Any, int] = {}
         self._due: list[tuple[float, int, str]] = []
+        self._draining = Draining()
 
     @property
     def greetings(self) -> dict[int, Greeting]:
@@ -139,18 +140,12 @@ class Pool:
             self._fence(worker)
 
     def draining(self) -> list[WorkerDraining]:
-        """The workers on nodes that are about to go: drained by hand, by a spot notice, by SIGTERM
-        or by an autoscaler.
-        """
-        from ray._private.state import state  # what Ray Train asks; there is no public way
-
-        if not self._lifeline.head_answers:
-            return []
-        deadlines = state.get_draining_nodes()
+        """The workers on nodes that are about to go."""
+        left = self._draining.seconds_left
         return [
-            WorkerDraining(worker=worker, seconds_left=_seconds_until(deadlines[greeting.node]))
+            WorkerDraining(worker=worker, seconds_left=left[greeting.node])
             for worker, greeting in self.greetings.items()
-            if greeting.node in deadlines
+            if greeting.node in left
         ]
 
     def status(self) -> dict[int, tuple[str, str, int, int]]:
@@ -167,6 +162,7 @@ class Pool:
 
     def close(self) -> None:
         """Kill every worker."""
+        self._draining.close()
         for worker in list(self._slots):
             self._fence(worker)
         self._refs.clear()
@@ -232,11 +228,6 @@ def remote_worker(worker: type[Checker], resources: Mapping[str, float]) -> Any:
     return ray.remote(
         concurrency_groups={"control": 1}, max_restarts=0, max_task_retries=0, **resources
     )(worker)
-
-
-def _seconds_until(deadline: int) -> float:
-    """From Ray's milliseconds since the epoch, of which 0 means never."""
-    return deadline / 1000 - time.time() if deadline else math.inf
 
 
 def node_resources() -> list[dict[str, float]]:

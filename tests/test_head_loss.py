@@ -52,18 +52,22 @@ def listening() -> Iterator[tuple[str, socket.socket]]:
         yield f"127.0.0.1:{server.getsockname()[1]}", server
 
 
-def test_a_head_that_is_silent_for_a_while_is_not_gone() -> None:
+def test_a_head_that_is_silent_for_a_while_now_and_then_is_not_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     with listening() as (raylet, _), listening() as (head, server):
         watched = Lifeline(head=head, raylet=raylet)
-        watched.look_now()
-        assert watched.head_answers
         server.close()
         watched.look_now()
-        assert not watched.head_answers
+        now += lifeline.HEAD_SECONDS - 1
+        watched.look_now()
         port = int(head.rpartition(":")[2])
         with socket.create_server(("127.0.0.1", port)):
             watched.look_now()
-        assert watched.head_answers
+        now += 2
+        watched.look_now()
 
 
 def test_a_head_that_stays_silent_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
