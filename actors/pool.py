@@ -127,9 +127,10 @@ class Pool:
         if not self._refs:
             time.sleep(timeout if self._due else 0)
             return []
-        ready, _ = ray.wait(list(self._refs), num_returns=1, timeout=timeout)
-        if ready:  # and everything else that is there already
-            ready, _ = ray.wait(list(self._refs), num_returns=len(self._refs), timeout=0)
+        refs = list(self._refs)
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)  # the cheaper of the two
+        if not ready:
+            ready, _ = ray.wait(refs, num_returns=1, timeout=timeout)
         return [self._event(ref) for ref in ready]
 
     def release(self, worker: int) -> None:

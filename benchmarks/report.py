@@ -1,19 +1,25 @@
-"""From single runs to one table, as text, Markdown and JSON."""
+"""From single runs to tables, as text, Markdown and JSON."""
 
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import json
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from machine import hardware_name
 from measure import Measured
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 """Left out of the commands that are kept: where it lies says nothing to others."""
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 YARDSTICKS = {"cp": "x cp", "copy-engine": "x copy"}
 """The rows that the others are compared with, round by round: what a user would run, and what this
@@ -28,6 +34,40 @@ HEADINGS = (
     "largest process",
     "written",
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """Any other measurement: where, by which command, a table, and what to know about it."""
+
+    title: str
+    machine: Mapping[str, str]
+    table: Sequence[str]
+    notes: Sequence[str] = ()
+    runs: Mapping[str, Any]
+    """Everything that was measured."""
+
+    @property
+    def date(self) -> str:
+        """Today."""
+        return dt.datetime.now(dt.UTC).date().isoformat()
+
+    def markdown(self) -> str:
+        """The whole page."""
+        facts = {**self.machine, "command": "python " + shlex.join(sys.argv)}
+        listed = [f"- {key}: {value}" for key, value in facts.items()]
+        notes = [f"- {note}" for note in self.notes]
+        blocks = [[f"# {self.title}, {self.date}"], listed, self.table, notes]
+        return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
+
+    def show(self, *, keep_as: str | None) -> None:
+        """Print it, and write it to benchmarks/results if it is to be kept under a name."""
+        print(self.markdown(), end="")
+        if keep_as is not None:
+            stem = f"{keep_as}_{hardware_name(dict(self.machine))}_{self.date}"
+            document = {"machine": dict(self.machine), "command": sys.argv, "runs": self.runs}
+            (RESULTS / f"{stem}.md").write_text(self.markdown())
+            (RESULTS / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

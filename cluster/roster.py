@@ -92,8 +92,10 @@ class Roster:
             waiting = self.backlog.count(crew.kind.name) if crew.room > 0 else 0
             spare = len(crew.starting) + len(crew.idle)
             wanted = min(crew.room + spare, waiting)
+            if wanted <= spare:  # nearly always: islice would look at all that they are there for
+                continue
             suitable = (n for n in self.backlog.waiting(crew.kind.name) if self._is_for(crew, n))
-            for _ in itertools.islice(suitable, spare, max(spare, wanted)):
+            for _ in itertools.islice(suitable, spare, wanted):
                 worker = next(self._numbers)
                 crew.starting.add(worker)
                 self.crew_of[worker] = crew
