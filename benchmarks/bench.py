@@ -196,9 +196,9 @@ def _notes(
 def _inputs(model: str, place: Workplace, *, keep: bool) -> Iterator[None]:
     """Checkpoint and adapters, made where they are missing; what was made is removed again."""
     makers: dict[Path, Callable[[Path], None]] = {
-        place.base: lambda path: make_checkpoint(model, path),
-        place.adapter: lambda path: make_adapter(model, path, "all"),
-        place.adapter_qv: lambda path: make_adapter(model, path, "qv"),
+        place.base: lambda path: make_checkpoint(config(model), path),
+        place.adapter: lambda path: make_adapter(config(model), path, "all"),
+        place.adapter_qv: lambda path: make_adapter(config(model), path, "qv"),
     }
     made = [path for path in makers if not path.exists()]
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -52,40 +52,53 @@ def config(model: str) -> dict[str, object]:
     }
 
 
-def make_checkpoint(model: str, path: Path) -> None:
-    """Write the base as the hub's files are: 8-byte aligned headers, some 4 GB each."""
+def make_checkpoint(shapes: Mapping[str, object], path: Path, *, hollow: bool = False) -> None:
+    """Write the base as the hub's files are: 8-byte aligned headers, some 4 GB each.
+
+    Args:
+        shapes: its ``config``.
+        hollow: headers alone, and holes for the values: enough to plan with, in no space.
+    """
     path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(config(model), indent=2))
-    tensors = {name: ("BF16", shape) for name, shape in expected_tensors(config(model))}
+    (path / "config.json").write_text(json.dumps(shapes, indent=2))
+    tensors = {name: ("BF16", shape) for name, shape in expected_tensors(shapes)}
     files: list[dict[str, tuple[str, tuple[int, ...]]]] = [{}]
     for name, (dtype, shape) in tensors.items():
         size = sum(tensor_bytes(*spec) for spec in files[-1].values())
         if files[-1] and size + tensor_bytes(dtype, shape) > FILE_BYTES:
             files.append({})
         files[-1][name] = (dtype, shape)
-    pool = _pool_of_bfloat16(0.02, POOL_BYTES)
+    pool = None if hollow else _pool_of_bfloat16(0.02, POOL_BYTES)
     weight_map = {}
     for number, content in enumerate(files, 1):
         name = f"model-{number:05}-of-{len(files):05}.safetensors"
-        _write(path / name, dict(sorted(content.items())), pool, np.dtype("<u2"))
+        _write(path / name, dict(sorted(content.items())), pool)
         weight_map |= dict.fromkeys(content, name)
     total = sum(tensor_bytes(*spec) for spec in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
 
 
-def make_adapter(model: str, path: Path, targets: str, rank: int = 16) -> None:
+def make_adapter(
+    shapes: Mapping[str, object],
+    path: Path,
+    targets: str = "all",
+    *,
+    rank: int = 16,
+    hollow: bool = False,
+) -> None:
     """Write a float32 LoRA adapter on ``targets``: ``all`` linear layers, or ``qv``."""
     path.mkdir(parents=True)
     ends = ("q_proj.weight", "v_proj.weight") if targets == "qv" else ("_proj.weight",)
     content: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, shape in expected_tensors(config(model)):
+    for name, shape in expected_tensors(shapes):
         if name.endswith(ends):
             module = f"base_model.model.{name.removesuffix('.weight')}"
             content[f"{module}.lora_A.weight"] = ("F32", (rank, shape[1]))
             content[f"{module}.lora_B.weight"] = ("F32", (shape[0], rank))
-    pool = np.random.default_rng(1).normal(0, 0.01, POOL_BYTES // 4).astype("<f4")
-    _write(path / "adapter_model.safetensors", content, pool, np.dtype("<f4"))
+    draw = np.random.default_rng(1).normal
+    pool = None if hollow else draw(0, 0.01, POOL_BYTES // 4).astype("<f4")
+    _write(path / "adapter_model.safetensors", content, pool)
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -105,7 +118,7 @@ def _pool_of_bfloat16(scale: float, nbytes: int) -> np.ndarray:
 
 
 def _write(
-    path: Path, content: dict[str, tuple[str, tuple[int, ...]]], pool: np.ndarray, item: np.dtype
+    path: Path, content: Mapping[str, tuple[str, tuple[int, ...]]], pool: np.ndarray | None
 ) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -117,7 +130,10 @@ def _write(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for run in _runs(end // item.itemsize, len(pool)):
+        if pool is None:
+            file.truncate(file.tell() + end)
+            return
+        for run in _runs(end // pool.itemsize, len(pool)):
             pool[run].tofile(file)
 
 
@@ -138,5 +154,5 @@ if __name__ == "__main__":
     parser.add_argument("adapter", type=Path)
     parser.add_argument("--targets", choices=("all", "qv"), default="all")
     options = parser.parse_args()
-    make_checkpoint(options.model, options.base)
-    make_adapter(options.model, options.adapter, options.targets)
+    make_checkpoint(config(options.model), options.base)
+    make_adapter(config(options.model), options.adapter, options.targets)

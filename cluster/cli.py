@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import math
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -23,6 +25,8 @@ from cluster.options import (
     Quiet,
     ShardSize,
     Workers,
+    bytes_a_second,
+    node_counts,
     refuse_workers,
     size_in_bytes,
 )
@@ -130,22 +134,50 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
 
 
 @app.command()
-def plan(
+def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
     base: Base,
     adapters: Adapters,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Check this directory.")] = None,
     dtype: DtypeOption = None,
     shard_size: ShardSize = "2GB",
     device_map: DeviceMapFile = None,
+    nodes: Annotated[
+        str, typer.Option(help="Estimate the time on so many equal nodes, such as 1,8,64.")
+    ] = "1",
+    workers_per_node: Annotated[int, typer.Option(min=1, help="Workers of such a node.")] = 1,
+    device: Annotated[Device, typer.Option(help="What they compute on; auto: cpu.")] = Device.AUTO,
+    node_bandwidth: Annotated[
+        str, typer.Option(help="Between such a node and the storage, each way, such as 10Gbit/s.")
+    ] = "1.25GB/s",
+    storage_bandwidth: Annotated[
+        str | None, typer.Option(help="Of the storage, for all nodes, both ways together.")
+    ] = None,
+    verify: Annotated[
+        Level, typer.Option(help="What is verified before the result is published.")
+    ] = Level.DIGEST,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a merge would do and need, and everything that is wrong; reads only headers."""
+    """Say what a merge would do, need and take, and what is wrong; reads only headers.
+
+    Example: raymeld plan Qwen1.5-72B my-lora --nodes 1,8,64 --device cuda --node-bandwidth 25Gbit/s
+    """
     with answering(as_json=as_json, debug=debug):
         from cluster import console
+        from cluster.estimate import Machines, estimate
         from cluster.pools import find_pools
         from merge_core.output import check_destination
 
+        counts = node_counts(nodes)
+        machines = Machines(
+            nodes=counts[0],
+            workers=workers_per_node,
+            device="cuda" if device == Device.CUDA else "cpu",
+            network=bytes_a_second(node_bandwidth, "--node-bandwidth"),
+            storage=bytes_a_second(storage_bandwidth, "--storage-bandwidth")
+            if storage_bandwidth
+            else math.inf,
+        )
         planned = make_plan(
             base,
             adapters,
@@ -156,9 +188,14 @@ def plan(
         if out is not None:
             check_destination(out.absolute(), planned)
         pools = find_pools(planned)
+        estimates = {n: estimate(planned, replace(machines, nodes=n), verify) for n in counts}
         console.answer(
-            console.plan_lines(planned, pools),
-            console.plan_document(planned, pools),
+            [
+                *console.plan_lines(planned, pools),
+                *console.estimate_lines(estimates, machines, verify),
+            ],
+            console.plan_document(planned, pools)
+            | {"estimates": console.estimate_documents(estimates, machines, verify)},
             as_json=as_json,
         )
 

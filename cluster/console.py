@@ -8,11 +8,12 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
+from cluster.estimate import Estimate, Machines
 from cluster.pools import EligiblePool
 from merge_core.errors import RaymeldError, counted
 from merge_core.ledger import TensorRecord
@@ -105,6 +106,52 @@ def plan_document(plan: MergePlan, pools: Sequence[EligiblePool]) -> dict[str, A
         "pools": [{"name": p.name, "eligible": p.eligible, "reason": p.reason} for p in pools],
         "notes": list(plan.notes),
     }
+
+
+_KINDS = {"cpu": "CPU", "cuda": "GPU"}
+
+
+def estimate_lines(estimates: Mapping[int, Estimate], machines: Machines, level: str) -> list[str]:
+    """How long the merge takes, a line for each number of nodes, and what that assumes."""
+    rows = [
+        (
+            counted(count, "node") + f", {one.nodes} of use" * (one.nodes < count),
+            duration(one.seconds),
+            f"{one.node_hours:.2f} node-hours",
+            f"slowest: {one.bottleneck}",
+        )
+        for count, one in estimates.items()
+    ]
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    cells = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    shared = "" if machines.storage == math.inf else f", {_gb_a_second(machines.storage)} in all"
+    workers = counted(machines.workers, f"{_KINDS[machines.device]} worker")
+    network = f"{_gb_a_second(machines.network)} each way to the storage{shared}"
+    return [
+        *(f"estimate {line}" for line in cells),
+        f"assuming {workers} a node, {network}; nodes that are up; verified: {level}",
+    ]
+
+
+def estimate_documents(
+    estimates: Mapping[int, Estimate], machines: Machines, level: str
+) -> list[dict[str, Any]]:
+    """The same for programs."""
+    return [
+        {
+            "nodes": count,
+            "nodes_of_use": one.nodes,
+            "seconds": one.seconds,
+            "node_hours": one.node_hours,
+            "slowest": one.bottleneck,
+            "workers_per_node": machines.workers,
+            "device": machines.device,
+            "node_bytes_per_second": machines.network,
+            "storage_bytes_per_second": None if machines.storage == math.inf else machines.storage,
+            "verify": level,
+        }
+        for count, one in estimates.items()
+    ]
 
 
 def result_lines(result: MergeResult, plan: MergePlan) -> list[str]:
@@ -207,6 +254,17 @@ def device_map(result: MergeResult, plan: MergePlan) -> list[tuple[str, str]]:
 
 def _gb(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10_000_000 else f"{nbytes / 1e6:.2f} MB"
+
+
+def _gb_a_second(rate: float) -> str:
+    return f"{rate / 1e9:.3g} GB/s"
+
+
+def duration(seconds: float) -> str:
+    """``45 seconds`` or ``12 minutes``: no estimate is worth more digits."""
+    if seconds < 120:
+        return counted(round(seconds), "second")
+    return counted(round(seconds / 60), "minute")
 
 
 def _escaped(text: str) -> str:

@@ -61,6 +61,22 @@ def size_in_bytes(text: str) -> int:
     return int(float(match[1]) * step ** " kMGT".index(match[2].replace("K", "k") or " "))
 
 
+def bytes_a_second(text: str, option: str) -> float:
+    """What a bandwidth such as ``1.25GB/s`` or ``10Gbit/s`` means."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT])(B|bit)/s", text.strip())
+    if match is None or len(text) > 20 or not float(match[1]):
+        raise refuse(f"{text!r} is no bandwidth", option, "Give one such as 1.25GB/s or 10Gbit/s")
+    amount = float(match[1]) * 1000.0 ** " kMGT".index(match[2].replace("K", "k"))
+    return amount if match[3] == "B" else amount / 8
+
+
+def node_counts(text: str) -> list[int]:
+    """The numbers in a list such as ``1,8,64``, each of them once, in order."""
+    if re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5}){0,19}", text) is None:
+        raise refuse(f"{text!r} is no list of nodes", "--nodes", "Give numbers such as 1,8,64")
+    return sorted({int(count) for count in text.split(",")})
+
+
 def refuse_workers(workers: int | None, cpu_workers: int) -> None:
     """Refuse to count workers where one process does it all."""
     if workers is not None or cpu_workers:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.console import duration
 from merge_core.checkpoint import CONFIG
-from merge_core.errors import counted, refuse
+from merge_core.errors import refuse
 from merge_core.lease import Holder, live_holder
 from merge_core.output import receipts_directory, state_directory
 from merge_core.progress import read_progress
@@ -113,7 +114,7 @@ def _running_lines(status: Status) -> list[str]:
     if not progress:
         return ["phase    starting"]
     left = status.seconds_left
-    eta = f", about {_duration(left)} left" if left is not None else ""
+    eta = f", about {duration(left)} left" if left is not None else ""
     done, total = progress["done"] / 1e9, progress["total"] / 1e9
     lines = [f"phase    {progress['phase']}, {done:.2f} of {total:.2f} GB{eta}"]
     for worker in progress["workers"]:
@@ -121,11 +122,5 @@ def _running_lines(status: Status) -> list[str]:
         lines.append(f"{worker['worker']:<8} {worker['device']}: {worker['doing']}{share}")
     quiet = time.time() - progress["written"]
     if quiet > QUIET_SECONDS:
-        lines.append(f"note     nothing was heard for {_duration(quiet)}")
+        lines.append(f"note     nothing was heard for {duration(quiet)}")
     return lines
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return counted(round(seconds), "second")
-    return counted(round(seconds / 60), "minute")

@@ -1,0 +1,68 @@
+"""Workers whose storage gives and takes no more than so many bytes a second, each way.
+
+Stands in for the network of a node: one worker a node, so its process is the node. What passes is
+real, it only waits its turn first.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from actors.identity import Identity
+from actors.merger import Merger
+from merge_core.storage import PartFile, RangeReader
+from merge_core.verify.reading import Reader
+
+
+class Gate:
+    """Lets so many bytes a second through, first come, first served. Threads share it."""
+
+    def __init__(self, bandwidth: float) -> None:
+        self._bandwidth, self._free = bandwidth, 0.0
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> None:
+        """Come back when so many bytes are through."""
+        with self._lock:
+            self._free = max(self._free, time.monotonic()) + nbytes / self._bandwidth
+            due = self._free
+        time.sleep(max(0.0, due - time.monotonic()))
+
+
+class ThrottledMerger(Merger):
+    """Begins when all workers are there: on real nodes none takes the others' CPU to start."""
+
+    bandwidth: float
+    workers: int
+
+    def hello(self) -> tuple[Identity, str, str]:
+        """Put the gates up, and wait for the others."""
+        inwards, outwards = Gate(self.bandwidth), Gate(self.bandwidth)
+        _pass(inwards, RangeReader, "read_into", lambda _buffer, _offset, nbytes: nbytes)
+        _pass(inwards, RangeReader, "read_cached", lambda _offset, nbytes: nbytes)
+        _pass(inwards, Reader, "read", lambda _start, nbytes, _buffer: nbytes)
+        _pass(outwards, PartFile, "write", lambda data, _offset: len(data))
+        answer = super().hello()
+        here = Path(self._out) / ".raymeld" / "up"
+        here.mkdir(exist_ok=True)
+        (here / self._name).touch()
+        while len(list(here.iterdir())) < self.workers:
+            time.sleep(0.01)
+        return answer
+
+
+def _pass(gate: Gate, kind: type, name: str, size: Callable[..., int]) -> None:
+    """Have a method of ``kind`` wait at the gate with what it is called with."""
+    method = getattr(kind, name)
+
+    @functools.wraps(method)
+    def throttled(self: Any, *args: Any) -> Any:
+        gate.take(size(*args))
+        return method(self, *args)
+
+    setattr(kind, name, throttled)
