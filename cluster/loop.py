@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from actors.events import Event, ItemDone, ItemFailed
+from actors.events import Event, ItemDone, ItemFailed, WorkerLost
+from actors.metrics import Metrics
 from actors.pool import Pool
 from cluster.commands import Abort, Assign, Command, Release, Start
 from cluster.patience import Patience
@@ -49,6 +50,7 @@ class Loop:
     watch: Watch
     tasks: list[Task] = field(default_factory=list)
     schedule: Schedule = field(init=False)
+    _metrics: Metrics = field(default_factory=Metrics)
     _patience: list[Patience] = field(init=False)
     _open: Counter[int] = field(default_factory=Counter)
     """Tasks that are not done, by rank."""
@@ -84,12 +86,16 @@ class Loop:
         Raises:
             RaymeldError: a task failed too often, or no worker came up; what ``settle`` raised.
         """
-        self._obey(self.schedule.look(time.monotonic()))
-        while not self.schedule.finished:
-            for event in self.pool.next_events(WAIT_SECONDS):
-                self._handle(event)
-            if time.monotonic() - self._looked >= LOOK_SECONDS:
-                self._look()
+        try:
+            self._obey(self.schedule.look(time.monotonic()))
+            while not self.schedule.finished:
+                for event in self.pool.next_events(WAIT_SECONDS):
+                    self._handle(event)
+                if time.monotonic() - self._looked >= LOOK_SECONDS:
+                    self._look()
+        finally:  # Ray would go on reporting what was shown last
+            idle = dict.fromkeys((kind.name for kind in self.fleet.kinds), 0)
+            self._metrics.show(idle, idle)
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, ItemDone):
@@ -100,6 +106,10 @@ class Loop:
                 item = self.tasks[event.item].item
                 self._open[item.rank] -= 1
                 self._done[item.rank] += item.size
+        if isinstance(event, ItemDone | ItemFailed | WorkerLost):
+            device = self.schedule.at_work(event.worker)
+            if device is not None:
+                self._metrics.count(event, device)
         self._obey(self.schedule.handle(event, time.monotonic()))
 
     def _obey(self, commands: Sequence[Command]) -> None:
@@ -141,10 +151,17 @@ class Loop:
             if end is not None:
                 self._handle(end)
         self._obey(self.schedule.look(self._looked))
+        self._show()
         began = time.monotonic()
         if began >= self._ask:
             self._report()
             self._ask = began + (time.monotonic() - began) / STATUS_SHARE
+
+    def _show(self) -> None:
+        kinds = [kind.name for kind in self.fleet.kinds]
+        busy = Counter(self.schedule.at_work(worker) for worker in self.pool.assigned)
+        up = {kind: self.pool.count(kind)[0] for kind in kinds}
+        self._metrics.show({kind: busy[kind] for kind in kinds}, up)
 
     def _report(self) -> None:
         """The phase is that of the most urgent task that is not done."""

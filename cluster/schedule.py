@@ -64,6 +64,11 @@ class Schedule:
         crew = self._roster.crew_of.get(worker)
         return crew is not None and worker in crew.running and crew.running[worker].item == item
 
+    def at_work(self, worker: int) -> str | None:
+        """The kind of a worker that is meant to be at an item; None of any other."""
+        crew = self._roster.crew_of.get(worker)
+        return crew.kind.name if crew is not None and worker in crew.running else None
+
     def look(self, now: float) -> list[Command]:
         """What to do after items were added, or as time passes.
 

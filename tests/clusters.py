@@ -36,16 +36,20 @@ def environment(**changes: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def cluster(*, cpus: int, system: dict[str, Any] | None = None) -> Iterator[Any]:
+def cluster(
+    *, cpus: int, system: dict[str, Any] | None = None, metrics_port: int | None = None
+) -> Iterator[Any]:
     """A head with ``cpus``; yields Ray's ``Cluster``, which takes more nodes."""
     from ray._common.utils import get_default_ray_temp_dir
     from ray.cluster_utils import Cluster
 
     with environment():
         Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)  # Cluster writes there
-        head = {"num_cpus": cpus, "include_dashboard": False}
+        head: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False}
         if system is not None:
             head["_system_config"] = system
+        if metrics_port is not None:
+            head["metrics_export_port"] = metrics_port
         nodes = Cluster(initialize_head=True, head_node_args=head)
         try:
             yield nodes

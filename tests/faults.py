@@ -200,6 +200,16 @@ class LiesAboutItsWork(Merger):
         return receipt
 
 
+class FailsInEveryWay(LiesAboutItsWork, FailsTwice):
+    """Waits until the driver's side says so; then lies, fails twice, and dies over shard 2."""
+
+    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
+        _until((Path(self._out) / ".raymeld" / "go").exists)
+        if shard == 2 and attempt == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().merge(shard, attempt, shrink)
+
+
 class CollectorKilledOnce(Collector):
     """SIGKILLs its own process after it has accepted shard 0, before it can say so."""
 

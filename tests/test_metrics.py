@@ -1,0 +1,96 @@
+"""What Prometheus gets to see of a merge on a real Ray: the truth, to the byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from scrape import Sample, Scraped, merge_in_trouble, scraped_cluster, values, verify_there
+
+from merge_core.ledger import Receipt
+from merge_core.plan import MergePlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """A merge in which one part was a lie, two attempts raised, and one lost its worker."""
+
+    receipts: tuple[Receipt, ...]
+    out: Path
+    shown: bool
+    samples: list[Sample]
+
+
+@pytest.fixture(scope="module")
+def where() -> Iterator[Scraped]:
+    with scraped_cluster(cpus=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def merged(where: Scraped, plan: MergePlan, tmp_path_factory: pytest.TempPathFactory) -> Merged:
+    out = tmp_path_factory.mktemp("counted") / "out"
+    (result, shown), samples = where.drive(merge_in_trouble, plan, out)
+    return Merged(receipts=tuple(result.receipts), out=out, shown=shown, samples=samples)
+
+
+def test_a_shard_is_merged_when_it_is_accepted_and_an_attempt_that_is_not_has_failed(
+    merged: Merged,
+) -> None:
+    shards = len(merged.receipts)
+    assert values(merged.samples, "shards_total") == {
+        ("cpu", "merged"): shards,
+        ("cpu", "verified"): shards,
+        ("cpu", "failed"): 3,
+        ("cpu", "lost"): 1,
+    }
+
+
+def test_bytes_are_those_of_base_and_result(merged: Merged) -> None:
+    rows = [row for receipt in merged.receipts for row in receipt.tensors]
+    assert values(merged.samples, "bytes_total") == {
+        ("cpu", "read"): sum(row.bytes_read for row in rows),
+        ("cpu", "written"): sum(f.stat().st_size for f in merged.out.glob("*.safetensors")),
+        ("cpu", "read_back"): sum(row.nbytes for row in rows),
+    }
+
+
+def test_seconds_are_those_of_the_ledger(merged: Merged) -> None:
+    rows = [row for receipt in merged.receipts for row in receipt.tensors]
+    seconds = values(merged.samples, "phase_seconds_total")
+    assert seconds.pop(("cpu", "verify")) > 0
+    assert seconds == {
+        ("cpu", "read"): pytest.approx(sum(row.read_seconds for row in rows)),
+        ("cpu", "merge"): pytest.approx(sum(row.merge_seconds for row in rows)),
+        ("cpu", "write"): pytest.approx(sum(row.write_seconds for row in rows)),
+    }
+
+
+def test_what_is_under_way_shows_while_it_is(merged: Merged) -> None:
+    assert merged.shown
+    assert values(merged.samples, "in_flight") == {("cpu",): 0}
+    assert values(merged.samples, "workers") == {("cpu",): 0}
+
+
+def test_the_most_memory_is_that_of_the_greediest_shard(merged: Merged) -> None:
+    most = max(receipt.peak_memory for receipt in merged.receipts)
+    assert values(merged.samples, "peak_bytes") == {("cpu", "host"): most}
+
+
+def test_a_file_that_is_not_as_its_ledger_says_is_refuted(
+    where: Scraped, merged: Merged, finished: Path
+) -> None:
+    file = min(finished.glob("*.safetensors"))
+    size, rest = file.stat().st_size, len(list(finished.glob("*.safetensors"))) - 1
+    with file.open("r+b") as damaged:
+        damaged.seek(size - 1)
+        last = damaged.read(1)[0]
+        damaged.seek(size - 1)
+        damaged.write(bytes([last ^ 1]))
+
+    report, samples = where.drive(verify_there, finished)
+
+    assert not report.ok
+    assert values(samples, "shards_total") == {("cpu", "refuted"): 1, ("cpu", "verified"): rest}
