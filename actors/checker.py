@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import ray
 from actors.greeting import Greeting, greet
 from merge_core.memory import Memory, free_host_memory
 from merge_core.verify import FileCheck, FileResult, check_file
+
+_log = logging.getLogger(__name__)
 
 
 class Checker:
@@ -29,9 +32,13 @@ class Checker:
         """Verify one file of the result."""
         self._begin(f"reading back {Path(check.path).name}", 0)
         try:
-            return check_file(check)
+            result = check_file(check)
         finally:
             self._begin("idle", 0)
+        path = Path(check.path)
+        said = {"out": str(path.parent), "done": result.bytes_read, "seconds": result.seconds}
+        _log.info("read back %s", path.name, extra={"phase": "verifying", **said})
+        return result
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def status(self) -> tuple[str, str, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from merge_core.plan import MergePlan
 
 if TYPE_CHECKING:
     from merge_core.worker import ShardWorker
+
+_log = logging.getLogger(__name__)
 
 
 class Merger(Checker):
@@ -44,9 +47,12 @@ class Merger(Checker):
             raise RuntimeError("hello() comes first")
         self._begin(self._plan.shards[shard].name, self._plan.shards[shard].size)
         try:
-            return self._worker.merge(shard, attempt, self._note, shrink)
+            receipt = self._worker.merge(shard, attempt, self._note, shrink)
         finally:
             self._begin("idle", 0)
+        said = {"out": str(self._out), "done": receipt.size, "seconds": receipt.seconds}
+        _log.info("merged %s", self._plan.shards[shard].name, extra={"phase": "merging", **said})
+        return receipt
 
     def _note(self, done: int) -> None:
         self._done = done

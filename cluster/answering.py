@@ -6,16 +6,23 @@ import contextlib
 import os
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 import typer
 
+from cluster.log_lines import refuse_unknown_form
 from merge_core.errors import InterruptedMergeError, RaymeldError, refuse
 
 
 @contextlib.contextmanager
-def answering(*, as_json: bool, debug: bool) -> Iterator[None]:
-    """Turn what goes wrong inside into one paragraph and an exit code."""
+def answering(*, as_json: bool, debug: bool, out: Path | None = None) -> Iterator[None]:
+    """Turn what goes wrong inside into one paragraph and an exit code.
+
+    Args:
+        out: what the command is about, for who looks for that in a log.
+    """
     try:
+        refuse_unknown_form()
         _refuse_deleted_directory()
         yield
     except KeyboardInterrupt:
@@ -40,7 +47,7 @@ def answering(*, as_json: bool, debug: bool) -> Iterator[None]:
     from cluster import console
 
     with contextlib.suppress(RaymeldError):  # stdout cannot be written to: stderr has it all
-        console.complain(error, as_json=as_json)
+        console.complain(error, as_json=as_json, out=out)
     raise typer.Exit(error.exit_code)
 
 

@@ -77,12 +77,12 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
 
     Example: raymeld merge Qwen1.5-7B my-lora other-lora@0.5 --out merged
     """
-    with answering(as_json=as_json, debug=debug):
+    with answering(as_json=as_json, debug=debug, out=out):
         from cluster import console
         from cluster.pools import find_pools
         from cluster.talk import Talk
 
-        talk = Talk(quiet=quiet)
+        talk = Talk(quiet=quiet, out=out)
         plan = make_plan(
             base,
             adapters,

@@ -9,11 +9,13 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from cluster.estimate import Estimate, Machines
+from cluster.log_lines import log, logs_json
 from cluster.pools import EligiblePool
 from merge_core.errors import RaymeldError, counted
 from merge_core.ledger import TensorRecord
@@ -28,11 +30,14 @@ def answer(lines: Iterable[str], document: dict[str, Any], *, as_json: bool) -> 
     _print(json.dumps(document, indent=2) if as_json else "\n".join(lines))
 
 
-def complain(error: RaymeldError, *, as_json: bool) -> None:
-    """Say what went wrong, on stderr; with JSON on stdout as well."""
-    Console(stderr=True, highlight=False).print(
-        f"[bold red]error[/]: {_escaped(str(error))}", soft_wrap=True
-    )
+def complain(error: RaymeldError, *, as_json: bool, out: Path | None = None) -> None:
+    """Say what went wrong (with ``out``, if anything) on stderr; with JSON on stdout as well."""
+    if logs_json():
+        log(str(error), level="error", exit_code=error.exit_code, out=out)
+    else:
+        Console(stderr=True, highlight=False).print(
+            f"[bold red]error[/]: {_escaped(str(error))}", soft_wrap=True
+        )
     if as_json:
         document = {"ok": False, "error": str(error), "exit_code": error.exit_code}
         _print(json.dumps(document, indent=2))

@@ -23,6 +23,7 @@ from cluster.authentication import (
     reload_authentication,
     use_token_if_there_is_one,
 )
+from cluster.log_lines import FORM, plain
 from cluster.merge_words import MergeWords
 from merge_core.errors import InterruptedMergeError, RaymeldError, refuse
 
@@ -185,10 +186,10 @@ class Jobs:
         Raises:
             InputError: somebody else took ``name`` just before.
         """
-        environment = {
-            "py_modules": [str(wheel)],
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
-        }
+        variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}
+        if FORM in os.environ:
+            variables[FORM] = os.environ[FORM]
+        environment = {"py_modules": [str(wheel)], "env_vars": variables}
         try:
             with _translated(self.address):
                 self._client.submit_job(
@@ -229,7 +230,7 @@ def _job(details: Any) -> Job:
         name=details.submission_id or "",
         status=details.status.value,
         words=details.entrypoint.removeprefix(_ENTRYPOINT),
-        message=details.message or "",
+        message=plain(details.message or ""),
         started=(details.start_time or 0) / 1000,
         ended=None if details.end_time is None else details.end_time / 1000,
         driver_exit_code=details.driver_exit_code,

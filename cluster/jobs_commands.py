@@ -15,6 +15,7 @@ from cluster.answering import answering
 from cluster.interrupts import noted_interrupts
 from cluster.job_watch import Watch
 from cluster.jobs import STOP_SECONDS, Job, Jobs, connected, next_name
+from cluster.log_lines import LogPrinter, log, logs_json
 from cluster.merge_words import MergeWords, parse_merge, read_merge
 from cluster.options import Debug, Json
 from merge_core.errors import InputError, InterruptedMergeError, RaymeldError
@@ -95,14 +96,16 @@ def logs(
 ) -> None:
     """Print what a job has said so far; with --follow, until it ends, with its exit code.
 
-    Ctrl-C leaves; the job goes on.
+    Ctrl-C leaves; the job goes on. With RAYMELD_LOG=json the log is printed as it is: JSON lines.
     """
     with answering(as_json=False, debug=debug), connected(address) as jobs:
         jobs.find(name)
         if follow:
             code = _follow(jobs, name)
         else:
-            _print_log(jobs.log(name))
+            printer = LogPrinter(_print)
+            printer.write(jobs.log(name))
+            printer.close()
             code = 0
     raise typer.Exit(code)
 
@@ -162,7 +165,7 @@ def _run(jobs: Jobs, merge: MergeWords, *, wait: bool) -> int:
     name = next_name(merge.recipe, jobs.all())
     submission = secrets.token_hex(8)
     with noted_interrupts() as interrupts:
-        watch = Watch(jobs, name, _say, interrupts.heed)
+        watch, printer = Watch(jobs, name, _say, interrupts.heed), LogPrinter(_print)
         try:
             with tempfile.TemporaryDirectory(prefix="raymeld-") as directory:
                 wheel = assemble_wheel(Path(directory))
@@ -173,29 +176,37 @@ def _run(jobs: Jobs, merge: MergeWords, *, wait: bool) -> int:
                 _say(f"submitted; follow it with: raymeld jobs logs --follow {name}")
                 return 0
             _say(f"job {name} submitted to {jobs.address}, with {wheel.name}")
-            return _ending(watch.follow(_print_log))
+            return _see_through(watch, printer)
         except KeyboardInterrupt:
-            return _stop_own(jobs, watch, name, submission)
+            return _stop_own(jobs, watch, printer, name, submission)
 
 
 def _follow(jobs: Jobs, name: str) -> int:
     """Print the log of a job, its own or somebody else's; returns its exit code."""
     with noted_interrupts() as interrupts:
         try:
-            return _ending(Watch(jobs, name, _say, interrupts.heed).follow(_print_log))
+            watch = Watch(jobs, name, _say, interrupts.heed)
+            return _see_through(watch, LogPrinter(_print))
         except KeyboardInterrupt:
             _say(f"left; the job goes on, and stops with: raymeld jobs stop {name}")
             return _INTERRUPTED
 
 
-def _stop_own(jobs: Jobs, watch: Watch, name: str, submission: str) -> int:
+def _see_through(watch: Watch, printer: LogPrinter) -> int:
+    """Print the log until the job has ended, and how; returns its exit code."""
+    job = watch.follow(printer.write)
+    printer.close()
+    return _ending(job)
+
+
+def _stop_own(jobs: Jobs, watch: Watch, printer: LogPrinter, name: str, submission: str) -> int:
     """Ctrl-C: stop the job and see it end, unless it was never submitted."""
     try:
         if jobs.find(name).submission != submission:  # Ctrl-C came first, and then another
             return _INTERRUPTED
         _say(f"{_stopping(name)}; Ctrl-C again leaves without waiting for that")
         watch.stop()
-        return _ending(watch.follow(_print_log))
+        return _see_through(watch, printer)
     except InputError:
         _say("interrupted; nothing was submitted")
     except KeyboardInterrupt:
@@ -253,10 +264,13 @@ def _warn_without_token(jobs: Jobs) -> None:
         )
 
 
-def _print_log(piece: str) -> None:
+def _print(piece: str) -> None:
     sys.stdout.write(piece)
     sys.stdout.flush()
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if logs_json():
+        log(line)
+    else:
+        print(line, file=sys.stderr, flush=True)

@@ -37,7 +37,7 @@ def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
 
     Base and adapters are those that the merge recorded, unless given.
     """
-    with answering(as_json=as_json, debug=debug):
+    with answering(as_json=as_json, debug=debug, out=out):
         from cluster import console
         from merge_core.verify import parse_weighted
         from merge_core.verify import verify as verify_checkpoint
@@ -52,7 +52,7 @@ def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
             from cluster.workers import ClusterOptions
 
             options = ClusterOptions(address=address, device="cpu", workers=workers)
-            talk = Talk(quiet=quiet)
+            talk = Talk(quiet=quiet, out=out)
             with talk.progress():
                 report = verify_on_ray(
                     out,

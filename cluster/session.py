@@ -24,6 +24,7 @@ from cluster.authentication import (
     choose_authentication,
     reload_authentication,
 )
+from cluster.log_lines import logs_json
 from merge_core.errors import RaymeldError
 
 LOCAL = "local"
@@ -100,6 +101,7 @@ def _connect(starter: Executor, ray: Any, address: str, scratch: Path, *, use_gp
         "log_to_driver": False,
         "logging_level": "error",
         **(own if address == LOCAL else {}),
+        **({"job_config": _json_logs_in_workers()} if logs_json() else {}),
     }
     started = starter.submit(ray.init, **options)
     try:
@@ -122,6 +124,18 @@ def _disconnect(ray: Any, address: str) -> None:
     leaving.join(LEAVE_SECONDS)
     if leaving.is_alive():  # or Ray would wait for that thread when Python exits
         atexit.unregister(ray._private.worker.shutdown)  # noqa: SLF001 - there is no public way
+
+
+def _json_logs_in_workers() -> Any:
+    """Ray's own form of JSON lines, with its ids, for whatever a worker's process logs.
+
+    Not as ``logging_config`` of ``ray.init``: that would have Ray log to stderr here, too.
+    """
+    import ray
+
+    config = ray.job_config.JobConfig()
+    config.set_py_logging_config(ray.LoggingConfig(encoding="JSON"))
+    return config
 
 
 @contextlib.contextmanager

@@ -1,10 +1,15 @@
-"""Talk on stderr while a merge runs: bars on a terminal, a line now and then elsewhere."""
+"""Talk on stderr while a merge runs: bars on a terminal, a line now and then elsewhere.
+
+In a Ray Job the lines are JSON; see ``log_lines``.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -21,6 +26,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column
 from rich.text import Text
 
+from cluster.log_lines import log, logs_json
 from merge_core.errors import counted
 from merge_core.progress import Progress
 
@@ -33,10 +39,15 @@ NARROW = 80
 
 
 class Talk:
-    """Talk on stderr: bars on a terminal, a line now and then elsewhere, nothing if quiet."""
+    """Talk on stderr: bars on a terminal, a line now and then elsewhere, nothing if quiet.
 
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
+    Args:
+        out: what all of it is about, for who looks for that in a log.
+    """
+
+    def __init__(self, *, quiet: bool, out: Path | None = None) -> None:
+        self._quiet, self._out = quiet, out
+        self._json = logs_json()
         self._console = Console(stderr=True, highlight=False)
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
@@ -44,13 +55,20 @@ class Talk:
 
     def say(self, line: str) -> None:
         """Print a line of talk."""
-        if not self._quiet:
+        self._tell(line)
+
+    def _tell(self, line: str, **fields: Any) -> None:
+        if self._quiet:
+            return
+        if self._json:
+            log(line, out=self._out, **fields)
+        else:
             self._console.print(line, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[None]:
         """Show progress while inside."""
-        if self._quiet or not self._console.is_terminal:
+        if self._quiet or self._json or not self._console.is_terminal:
             yield
             return
         columns = _columns(self._console.width)
@@ -96,9 +114,14 @@ class Talk:
         rate = progress.done / (now - self._since)
         workers = f", {counted(len(progress.workers), 'worker')}" * bool(progress.workers)
         left = f", {(progress.total - progress.done) / rate:.0f} s left" if rate else ""
-        self.say(
+        self._tell(
             f"{progress.phase}: {progress.done / 1e9:.2f} of {progress.total / 1e9:.2f} GB,"
-            f" {rate / 1e9:.2f} GB/s{left}{workers}"
+            f" {rate / 1e9:.2f} GB/s{left}{workers}",
+            phase=progress.phase,
+            done=progress.done,
+            total=progress.total,
+            bytes_per_second=round(rate),
+            workers=len(progress.workers),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from proxy import Proxy
 from cluster import job_watch
 from cluster.job_watch import Watch
 from cluster.jobs import Jobs, connected, next_name
+from cluster.log_lines import plain
 from cluster.merge_words import MergeWords
 from cluster.wheel import assemble_wheel
 from merge_core.errors import InputError
@@ -71,10 +73,10 @@ def waiting(words: Words, busy: None) -> Words:
 
 
 def test_a_merge_runs_as_a_job_and_the_same_again_finds_it_done(
-    head: Head, base: Path, adapter: Path, tmp_path: Path, words: Words
+    head: Head, client: Jobs, base: Path, adapter: Path, tmp_path: Path, words: Words
 ) -> None:
     first = head.raymeld("submit", *words)
-    again = head.raymeld("submit", *words)
+    again = head.raymeld("submit", *words, RAYMELD_LOG="text")
 
     assert first.returncode == 0, first.stdout + first.stderr
     assert "verified digest" in first.stdout
@@ -85,6 +87,40 @@ def test_a_merge_runs_as_a_job_and_the_same_again_finds_it_done(
     names = [job["job"] for job in listed if str(tmp_path) in job["words"]]
     assert names == [name_in(first.stdout), name_in(again.stdout)]
     assert names[1] == names[0].removesuffix("1") + "2"
+    assert_logged(client.log(names[0]), first.stdout, names[0], tmp_path / "out")
+    assert client.log(names[1]) == again.stdout
+    assert_workers_logged(head, tmp_path / "out")
+
+
+def assert_logged(log: str, printed: str, job: str, out: Path) -> None:
+    """What a person was shown is what the lines say; all of ours but the answer are JSON."""
+    lines = log.splitlines()
+    ours = [n for n, line in enumerate(lines) if line.startswith("{")]
+    records = [json.loads(lines[n]) for n in ours]
+    before, answer = lines[: ours[0]], lines[ours[-1] + 1 :]
+    assert "Running entrypoint" in before[-1]
+    assert answer[-1] == f"result   {out}"
+    assert [*before, *(r["message"] for r in records), *answer] == printed.splitlines()
+    assert {(r["level"], r["job_id"], r["out"]) for r in records} == {("info", job, str(out))}
+    times = [record["time"] for record in records]
+    assert times == sorted(times)
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", time) for time in times)
+
+
+def assert_workers_logged(head: Head, out: Path) -> None:
+    """Each worker has said what it did, in Ray's own form."""
+    files = (head.home.parent / "t" / "session_latest" / "logs").glob("worker-*.err")
+    lines = [line for file in files for line in file.read_text().splitlines()]
+    records = [json.loads(line) for line in lines if line.startswith("{")]
+    names = {path.name for path in out.glob("*.safetensors")}
+    said = {r["message"]: r for r in records if r.get("out") == str(out)}
+    assert said.keys() == {f"{did} {n}" for did in ("merged", "read back") for n in names}
+    for name in names:
+        record = said[f"merged {name}"]
+        assert (record["levelname"], record["phase"]) == ("INFO", "merging")
+        assert record["done"] == (out / name).stat().st_size
+        assert record["actor_id"]
+        assert record["timestamp_ns"] > 0
 
 
 def test_wrong_input_ends_with_the_drivers_words_and_its_exit_code(
@@ -135,7 +171,7 @@ def test_ctrl_c_stops_the_job_which_ends_its_merge_cleanly(
 
     job = client.find(name_in(command.stdout))
     assert job.status == "STOPPED"
-    assert command.stdout == client.log(job.name)
+    assert command.stdout == plain(client.log(job.name))
     assert command.stdout.count("error: interrupted") == 1
     assert not (tmp_path / "out" / "config.json").exists()
     environment = client._client.get_job_info(job.name).runtime_env["env_vars"]
@@ -214,7 +250,7 @@ def test_a_log_is_whole_however_often_its_connection_breaks(
         client.stop(name_in(command.stdout))
         assert command.process.wait(60) == 130
 
-    assert command.stdout == client.log(name_in(command.stdout))
+    assert command.stdout == plain(client.log(name_in(command.stdout)))
 
 
 @pytest.mark.filterwarnings("ignore:ssl=None is deprecated")  # Ray to aiohttp
@@ -228,7 +264,7 @@ def test_a_connection_that_went_dead_without_telling_is_replaced(
 
     def write(piece: str) -> None:
         written.append(piece)
-        if WAITING in "".join(written):
+        if WAITING in plain("".join(written)):
             client.stop(name)
 
     with contextlib.closing(proxy), connected(proxy.address) as through_it:
@@ -256,9 +292,10 @@ def test_a_job_outlives_its_terminal_and_jobs_logs_prints_it_or_follows_it_to_th
     followed = head.raymeld("jobs", "logs", "--follow", name)
 
     assert so_far.returncode == 0
-    assert so_far.stdout.endswith(WAITING)
+    assert WAITING in so_far.stdout
+    assert followed.stdout.startswith(so_far.stdout)
     assert followed.returncode == 130
-    assert followed.stdout == client.log(name)
+    assert followed.stdout == plain(client.log(name))
 
 
 @pytest.mark.parametrize(
