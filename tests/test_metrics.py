@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from grafana import asked_for, dashboard, queries, values_of
 from scrape import Sample, Scraped, merge_in_trouble, scraped_cluster, values, verify_there
 
 from merge_core.ledger import Receipt
@@ -94,3 +95,30 @@ def test_a_file_that_is_not_as_its_ledger_says_is_refuted(
 
     assert not report.ok
     assert values(samples, "shards_total") == {("cpu", "refuted"): 1, ("cpu", "verified"): rest}
+
+
+def test_the_dashboard_asks_for_nothing_that_is_not_there(merged: Merged) -> None:
+    board = dashboard()
+    variables = [one["query"]["query"] for one in board["templating"]["list"][1:]]
+    labels: dict[str, set[str]] = {}
+    for sample in merged.samples:
+        labels.setdefault(sample.name, set()).update(sample.labels)
+
+    asked: set[str] = set()
+    for query in [*queries(board), *variables]:
+        for metric, wanted in asked_for(query).items():
+            assert wanted <= labels[metric], query
+            asked.add(metric)
+
+    assert asked == labels.keys()
+
+
+def test_the_dashboard_compares_with_values_that_there_are(merged: Merged) -> None:
+    there = {value for sample in merged.samples for value in sample.labels.values()}
+    compared = {
+        value
+        for query in queries(dashboard())
+        for label in ("result", "direction", "phase", "memory")
+        for value in values_of(query, label)
+    }
+    assert compared - there == {"refuted"}  # in the merge nothing is
