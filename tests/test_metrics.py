@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from scrape import Sample, Scraped, merge_in_trouble, scraped_cluster, values, v
 
 from merge_core.ledger import Receipt
 from merge_core.plan import MergePlan
+
+DOCUMENTATION = Path(__file__).resolve().parent.parent / "docs" / "observability.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,11 @@ def test_a_file_that_is_not_as_its_ledger_says_is_refuted(
 
     assert not report.ok
     assert values(samples, "shards_total") == {("cpu", "refuted"): 1, ("cpu", "verified"): rest}
+
+
+def test_the_documentation_names_what_is_there(merged: Merged) -> None:
+    documented = re.findall(r"^\| `(ray_raymeld_\w+)` \|", DOCUMENTATION.read_text(), re.MULTILINE)
+    assert set(documented) == {sample.name for sample in merged.samples}
 
 
 def test_the_dashboard_asks_for_nothing_that_is_not_there(merged: Merged) -> None:
