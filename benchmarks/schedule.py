@@ -59,7 +59,7 @@ class StandIn:
 
     def __init__(self, seed: int, stretch: int) -> None:
         self.now, self.spent = 0.0, 0.0
-        self.lanes: dict[int, str] = {}
+        self.greetings: dict[int, str] = {}
         self.assigned: dict[int, int] = {}
         self.events: Counter[str] = Counter()
         self._alive: set[int] = set()
@@ -116,7 +116,7 @@ class StandIn:
     def draining(self) -> list[WorkerDraining]:
         """Nodes that go, some of them new."""
         with self._counted():
-            for worker in [w for w in self.lanes if self._chance.random() < DRAINS / 10]:
+            for worker in [w for w in self.greetings if self._chance.random() < DRAINS / 10]:
                 self._draining.setdefault(worker, self.now + self._chance.uniform(2, 30))
             return [
                 WorkerDraining(worker=worker, seconds_left=end - self.now)
@@ -126,24 +126,24 @@ class StandIn:
 
     def count(self, _kind: str) -> tuple[int, int]:
         """Workers that are up, and that come."""
-        return len(self.lanes), len(self._alive) - len(self.lanes)
+        return len(self.greetings), len(self._alive) - len(self.greetings)
 
     def status(self) -> dict[int, tuple[str, str, int, int]]:
         """All answer."""
         with self._counted():
-            return dict.fromkeys(self.lanes, ("cpu on a-host", "merging", 1_000, SIZE))
+            return dict.fromkeys(self.greetings, ("cpu on a-host", "merging", 1_000, SIZE))
 
     def release(self, worker: int) -> None:
         """Nothing is heard of it any more."""
         self._alive.discard(worker)
-        self.lanes.pop(worker, None)
+        self.greetings.pop(worker, None)
         self.assigned.pop(worker, None)
 
     def _told(self, worker: int, event: Event) -> Event:
         self.events[type(event).__name__] += 1
         self.assigned.pop(worker, None)
         if isinstance(event, WorkerReady):
-            self.lanes[worker] = "8 lanes"
+            self.greetings[worker] = "8 lanes"
         if isinstance(event, WorkerLost | WorkerStartFailed):
             self.release(worker)
         return event
