@@ -63,8 +63,8 @@ def merge_on_ray(
             try:
                 resumed = merging.run(loop)
                 report = merging.verify(loop)
+                receipts = collector.call("receipts")  # publishing removes them
                 conclude(merging, report)
-                receipts = collector.call("receipts")
             finally:
                 pool.close()
                 collector.close()
