@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from actors.collector import Collector
 from actors.greeting import Greeting
 from actors.merger import Merger
 from merge_core.errors import DeviceMemoryError
@@ -21,19 +20,6 @@ from merge_core.ledger import Receipt
 
 EATS_AT_MOST = 8 << 30
 """Bytes, for the case that Ray's monitor does not work."""
-
-
-class KilledInFirstAttempt(Merger):
-    """SIGKILLs its own process while it merges shard 1 for the first time."""
-
-    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
-        self._dying = shard == 1 and attempt == 1
-        return super().merge(shard, attempt, shrink)
-
-    def _note(self, done: int) -> None:
-        super()._note(done)
-        if self._dying:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class FailsTwice(Merger):
@@ -71,7 +57,7 @@ class FullOnce(Merger):
         from merge_core.memory import Memory
 
         with contextlib.suppress(FileExistsError):
-            (self._out / ".raymeld" / "full").touch(exist_ok=False)
+            self._out.with_name("full").touch(exist_ok=False)
             worker.measure_memory = lambda _: Memory(host=1_000_000, device=None)
         return super().hello()
 
@@ -82,7 +68,7 @@ class OnANodeThatGoes(Merger):
     def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
         import ray
 
-        mark = Path(self._out) / ".raymeld" / "goes"
+        mark = self._out.with_name("goes")
         if ray.get_runtime_context().get_node_labels().get("spot") == "yes":
             self._notice()
             mark.touch()
@@ -129,18 +115,11 @@ class TerminatedInTime(Terminated, FinishesInTime):
     """The node waits; the shard is finished when the driver knows."""
 
 
-class NodeKilled(OnANodeThatGoes):
-    """SIGKILLs the raylet of its node: a machine that vanishes, in the middle of a shard."""
-
-    def _notice(self) -> None:
-        os.kill(os.getppid(), signal.SIGKILL)
-
-
 class EatsMemory(OnANodeThatGoes):
     """Takes memory until Ray kills it, in its first shard on the spot node."""
 
     def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
-        if (Path(self._out) / ".raymeld" / "goes").exists():
+        if self._out.with_name("goes").exists():
             return Merger.merge(self, shard, attempt, shrink)
         return super().merge(shard, attempt, shrink)
 
@@ -183,7 +162,7 @@ class StopsAtTheThird(Merger):
     def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
         self._begun = getattr(self, "_begun", 0) + 1
         if self._begun == 3:
-            (Path(self._out) / ".raymeld" / "stopped").touch()
+            self._out.with_name("stopped").touch()
             threading.Event().wait()
         return super().merge(shard, attempt, shrink)
 
@@ -208,18 +187,6 @@ class FailsInEveryWay(LiesAboutItsWork, FailsTwice):
         if shard == 2 and attempt == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().merge(shard, attempt, shrink)
-
-
-class CollectorKilledOnce(Collector):
-    """SIGKILLs its own process after it has accepted shard 0, before it can say so."""
-
-    def accept(self, receipt: Receipt) -> bool:
-        accepted = super().accept(receipt)
-        mark = Path(self._out) / ".raymeld" / "killed"
-        if receipt.shard == 0 and not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return accepted
 
 
 def by_value() -> None:

@@ -127,7 +127,7 @@ def test_a_cluster_that_dies_ends_the_merge_in_one_paragraph_and_another_goes_on
             stderr=subprocess.PIPE,
             text=True,
         )
-        until(lambda: (out / ".raymeld" / "stopped").exists() or driver.poll() is not None)
+        until(lambda: out.with_name("stopped").exists() or driver.poll() is not None)
         kill(nodes, victims)
         output, error = driver.communicate(timeout=60)
 

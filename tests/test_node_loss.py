@@ -7,16 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import faults
+import kills
 import psutil
 import pytest
+from aftermath import assert_tidy
 from clusters import NOTICED_AT_ONCE, cluster, environment, joined, until_gone
 from handmade import published
+from kills import Kill, classes, marked
 
 from actors.merger import Merger
 from cluster.driver import merge_on_ray
 from cluster.workers import ClusterOptions
+from merge_core.errors import RaymeldError
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
+from merge_core.progress import Progress
 
 ROOM = 3 << 30
 """Bytes that everything else on this machine may take before Ray's monitor would kill too much."""
@@ -26,6 +31,7 @@ ROOM = 3 << 30
 def nodes() -> Iterator[Any]:
     """A head that holds no worker, and two nodes for one each; a test brings the fourth."""
     faults.by_value()
+    kills.by_value()
     with cluster(cpus=0, system=NOTICED_AT_ONCE) as started:
         started.add_node(num_cpus=1)
         started.add_node(num_cpus=1)
@@ -39,25 +45,51 @@ def expected(small: MergePlan, tmp_path_factory: pytest.TempPathFactory) -> dict
     return published(out)
 
 
-def run(plan: MergePlan, out: Path, nodes: Any, merger: type[Merger]) -> list[str]:
+def run(plan: MergePlan, out: Path, nodes: Any, **actors: type) -> list[str]:
     """Merge with three workers, one a node, and return everything that was said."""
     said: list[str] = []
-    options = ClusterOptions(address=nodes.address, device="cpu", workers=3, merger=merger)
+    options = ClusterOptions(address=nodes.address, device="cpu", workers=3, **actors)
     merge_on_ray(plan, out, options, watch=lambda _: None, say=said.append)
-    assert not (out / ".raymeld" / "parts").exists()
+    assert_tidy(out)
     return said
 
 
-def test_the_shard_of_a_node_that_vanishes_goes_to_another(
+def test_what_a_node_that_vanishes_was_at_goes_to_another(
     small: MergePlan, expected: dict[str, bytes], nodes: Any, tmp_path: Path
 ) -> None:
-    doomed = nodes.add_node(num_cpus=1, labels={"spot": "yes"})
+    """One while it proves what an earlier run did, one while it merges, one while it verifies."""
+    out = tmp_path / "out"
+    stop_after(small, out, shards=2)
+    places = [
+        ("before actors.checker:check_file", "model-00001"),
+        ("after merge_core.storage:PartFile.write_small", ""),
+        ("after actors.checker:check_file", "model-00004"),
+    ]
+    deaths = [Kill(victim="raylet", place=place, about=about) for place, about in places]
+    ahead = marked(deaths, tmp_path / "marks")
+    for _ in ahead:
+        nodes.add_node(num_cpus=1)
 
-    said = run(small, tmp_path / "out", nodes, faults.NodeKilled)
+    said = run(small, out, nodes, **classes(ahead))
 
-    assert published(tmp_path / "out") == expected
-    assert sum("after failure 1 of 20" in line for line in said) == 1, said
-    nodes.remove_node(doomed, allow_graceful=False)
+    assert [kill for kill in ahead if not kill.happened] == []
+    assert published(out) == expected
+    assert sum("after failure 1 of 20" in line for line in said) == len(ahead), said
+    for node in list(nodes.worker_nodes):
+        if any(kind == "raylet" for kind, _ in node.dead_processes()):
+            nodes.remove_node(node, allow_graceful=False)
+
+
+def stop_after(plan: MergePlan, out: Path, shards: int) -> None:
+    """Leave an unfinished merge there."""
+    done = sum(shard.size for shard in plan.shards[:shards])
+
+    def watch(progress: Progress) -> None:
+        if progress.done > done:
+            raise RaymeldError("stopped")
+
+    with pytest.raises(RaymeldError, match="stopped"):
+        merge(plan, out, watch=watch)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +111,7 @@ def test_a_node_that_is_terminated_drains_and_costs_nothing(
     with joined(nodes.address, cpus=1, label="spot=yes", **patience) as node:
         everything = [node, *node.children(recursive=True)]
 
-        said = run(small, tmp_path / "out", nodes, merger)
+        said = run(small, tmp_path / "out", nodes, merger=merger)
 
         assert published(tmp_path / "out") == expected
         assert any(decision in line and "its node is going" in line for line in said), said
@@ -101,7 +133,7 @@ def test_a_worker_that_rays_memory_monitor_kills_counts_as_an_error(
     ):
         tight = nodes.add_node(num_cpus=1, labels={"spot": "yes"})
 
-    said = run(small, tmp_path / "out", nodes, faults.EatsMemory)
+    said = run(small, tmp_path / "out", nodes, merger=faults.EatsMemory)
 
     assert published(tmp_path / "out") == expected
     retries = [line for line in said if "failure" in line]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,7 +73,6 @@ def test_any_number_of_workers_writes_the_bytes_of_the_inline_merge(
 @pytest.mark.parametrize(
     ("merger", "reason"),
     [
-        (faults.KilledInFirstAttempt, "failure 1 of 20"),
         (
             faults.FailsTwice,
             "retrying model-00002-of-00005.safetensors after failure 2 of 3",
@@ -97,16 +93,6 @@ def test_a_shard_that_fails_is_merged_again(
     assert published(tmp_path / "out") == expected
     assert any(reason in line for line in said), said
     assert not (tmp_path / "out" / ".raymeld" / "parts").exists()
-
-
-def test_a_collector_that_dies_is_replaced_and_loses_nothing(
-    plan: MergePlan, expected: dict[str, bytes], address: str, tmp_path: Path
-) -> None:
-    said = run(plan, tmp_path / "out", address, collector=faults.CollectorKilledOnce)
-
-    assert any("starting another collector in accept" in line for line in said), said
-    assert (tmp_path / "out" / ".raymeld" / "killed").exists()
-    assert published(tmp_path / "out") == expected
 
 
 def test_a_token_that_the_cluster_knows_nothing_of_does_no_harm(
@@ -155,42 +141,6 @@ def test_what_a_stopped_merge_has_done_is_proven_by_the_workers_and_not_merged_a
     assert f"2 of {len(plan.shards)} shards were there and are proven" in said
     assert published(out) == expected
     assert [(out / name).stat().st_mtime_ns for name in done[1:]] == times
-
-
-DRIVER_THAT_DIES = """
-import os, signal, sys
-from actors.kept_collector import KeptCollector
-from cluster.driver import merge_on_ray
-from cluster.workers import ClusterOptions
-from merge_core.planner import make_plan
-
-base, adapter, out, address = sys.argv[1:]
-call, accepted = KeptCollector.call, []
-
-def dying(self, method, *args):
-    if method == "accept" and len(accepted) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    accepted.extend([method] * (method == "accept"))
-    return call(self, method, *args)
-
-KeptCollector.call = dying
-plan = make_plan(base, [adapter], shard_bytes=60_000)
-merge_on_ray(plan, out, ClusterOptions(address=address), watch=lambda _: None, say=print)
-"""
-
-
-def test_a_driver_that_was_killed_loses_nothing_that_was_accepted(
-    plan: MergePlan, expected: dict[str, bytes], address: str, tmp_path: Path
-) -> None:
-    words = [plan.base, plan.adapters[0].path, tmp_path / "out", address]
-    command = [sys.executable, "-c", DRIVER_THAT_DIES, *map(str, words)]
-    died = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr
-
-    said = run(plan, tmp_path / "out", address)
-
-    assert f"2 of {len(plan.shards)} shards were there and are proven" in said
-    assert published(tmp_path / "out") == expected
 
 
 def test_workers_that_cannot_start_end_the_merge_with_the_reason(

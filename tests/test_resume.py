@@ -6,11 +6,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from aftermath import assert_tidy
 from handmade import (
     TWO_LANES,
     Geometry,
@@ -20,6 +20,7 @@ from handmade import (
     write_adapter,
     write_base,
 )
+from kills import Kill, command, marked
 
 from merge_core.errors import InputError, RaymeldError
 from merge_core.lease import LEASE_SECONDS, Lease, lease_directory
@@ -30,28 +31,6 @@ from merge_core.progress import Progress
 
 GEOMETRY = Geometry()
 SHARD_BYTES = 18_000
-
-KILLED = """
-import os, signal, sys
-from merge_core import commit, output, worker
-import merge_core.merge as merging
-from merge_core.planner import make_plan
-
-base, adapter, out, place, name, fatal = sys.argv[1:]
-owners = {"merge": merging, "output": output}
-owners |= {"commit": commit.Assembly, "worker": worker.ShardWorker}
-owner = owners[place]
-real, left = getattr(owner, name), [int(fatal)]
-
-def call(*args, **options):
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **options)
-
-setattr(owner, name, call)
-merging.merge(make_plan(base, [adapter], shard_bytes=18_000), out, device="cpu")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -171,31 +150,32 @@ def test_a_merge_that_stopped_after_its_verification_failed_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "fatal", "resumed"),
+    ("place", "call", "resumed"),
     [
-        ("merge", "prepare", 1, 0),
-        ("output", "write_durably", 2, 0),
-        ("worker", "merge", 2, 1),
-        ("commit", "accept", 2, 1),
-        ("commit", "_publish_shard", 2, 2),
-        ("commit", "_remove_parts", 3, 2),
-        ("commit", "write_record", 1, 4),
-        ("commit", "_copy_side_files", 1, 4),
-        ("commit", "publish", 1, 4),
+        ("before merge_core.merge:prepare", 1, 0),
+        ("before merge_core.output:write_durably", 2, 0),
+        ("before merge_core.worker:ShardWorker.merge", 2, 1),
+        ("before merge_core.commit:Assembly.accept", 2, 1),
+        ("before merge_core.commit:Assembly._publish_shard", 2, 2),
+        ("before merge_core.commit:Assembly._remove_parts", 3, 2),
+        ("before merge_core.commit:Assembly.write_record", 1, 4),
+        ("before merge_core.commit:Assembly._copy_side_files", 1, 4),
+        ("before merge_core.commit:Assembly.publish", 1, 4),
     ],
 )
 def test_a_merge_that_was_killed_goes_on_wherever_it_was(
     plan: MergePlan,
     expected: dict[str, bytes],
     out: Path,
+    tmp_path: Path,
     place: str,
-    name: str,
-    fatal: int,
+    call: int,
     resumed: int,
 ) -> None:
-    words = [plan.base, plan.adapters[0].path, out, place, name, fatal]
-    command = [sys.executable, "-c", KILLED, *map(str, words)]
-    died = subprocess.run(command, capture_output=True, text=True, check=False)
+    ahead = marked([Kill(victim="driver", place=place, call=call)], tmp_path / "marks")
+    words = [plan.base, plan.adapters[0].path, "--out", out, "--address", "inline"]
+    words += ["--shard-size", SHARD_BYTES, "--device", "cpu"]
+    died = subprocess.run(command(ahead, "merge", *words), capture_output=True, text=True)
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert not (out / "config.json").exists()
 
@@ -203,7 +183,7 @@ def test_a_merge_that_was_killed_goes_on_wherever_it_was(
 
     assert result.resumed == resumed
     assert published(out) == expected
-    assert not (out / ".raymeld" / "parts").exists()
+    assert_tidy(out)
 
 
 def test_a_second_merge_into_the_same_directory_is_refused(plan: MergePlan, out: Path) -> None:
