@@ -7,11 +7,8 @@ import contextlib
 import importlib.metadata
 import os
 import secrets
-import shutil
 import signal
 import socket
-import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor, wait
@@ -25,6 +22,7 @@ from cluster.authentication import (
     reload_authentication,
 )
 from cluster.log_lines import logs_json
+from cluster.scratch import scratch_directory
 from merge_core.errors import RaymeldError
 
 LOCAL = "local"
@@ -51,7 +49,7 @@ def session(address: str, *, use_gpus: bool) -> Iterator[None]:
     Raises:
         RaymeldError: the cluster cannot be reached, or Ray does not start.
     """
-    with borrowed_environment():
+    with borrowed_environment(), contextlib.ExitStack() as ending:
         import ray
 
         if ray.is_initialized():
@@ -60,7 +58,7 @@ def session(address: str, *, use_gpus: bool) -> Iterator[None]:
         # Alive until the end: Linux takes the end of the thread that started them as the death of
         # the parent, of which Ray's processes die.
         starter = ThreadPoolExecutor(1)
-        scratch = Path(tempfile.mkdtemp(prefix="raymeld-", dir=_short_temporary_directory()))
+        scratch = ending.enter_context(scratch_directory())
         try:
             os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
             if address == LOCAL:
@@ -80,7 +78,7 @@ def session(address: str, *, use_gpus: bool) -> Iterator[None]:
             with _uninterrupted():
                 _disconnect(ray, address)
                 starter.shutdown()
-                shutil.rmtree(scratch, ignore_errors=True)
+                ending.close()
 
 
 def _connect(starter: Executor, ray: Any, address: str, scratch: Path, *, use_gpus: bool) -> None:
@@ -208,9 +206,3 @@ def _neutral_directory(scratch: Path) -> Path:
     found = importlib.metadata.distributions(name="raymeld")
     installed = any(Path(str(dist.locate_file(""))).resolve() != root for dist in found)
     return scratch if installed else root
-
-
-def _short_temporary_directory() -> str:
-    """Where Ray may put its sockets: a socket's path may not exceed 107 bytes."""
-    usual = tempfile.gettempdir()
-    return usual if len(usual) < 20 or sys.platform == "darwin" else "/tmp"  # noqa: S108
