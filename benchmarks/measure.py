@@ -98,8 +98,9 @@ def drop_page_cache() -> bool:
 class MemoryWatch(threading.Thread):
     """Samples the memory of a process and of everything that it started."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, interval: float = INTERVAL) -> None:
         super().__init__(daemon=True)
+        self._interval = interval
         self.finished = threading.Event()
         self.tree_pss = self.largest_rss = 0
         self._root = psutil.Process(pid)
@@ -111,7 +112,7 @@ class MemoryWatch(threading.Thread):
         with contextlib.suppress(psutil.Error):
             while True:
                 self._look([self._root, *self._root.children(recursive=True)])
-                if self.finished.wait(INTERVAL):
+                if self.finished.wait(self._interval):
                     return
 
     def _look(self, tree: Sequence[psutil.Process]) -> None:

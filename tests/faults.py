@@ -9,9 +9,11 @@ import contextlib
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
+
+import kills
+from kills import drain
 
 from actors.greeting import Greeting
 from actors.merger import Merger
@@ -90,7 +92,7 @@ class FinishesInTime(OnANodeThatGoes):
     """Its node goes much later; it waits until the driver knows."""
 
     def _notice(self) -> None:
-        _drain(seconds=1000.0)
+        drain(seconds=1000.0)
 
     def _when_noticed(self) -> None:
         path = Path(self._out) / ".raymeld" / "progress.json"
@@ -101,7 +103,7 @@ class CannotFinish(OnANodeThatGoes):
     """Its node goes in a moment."""
 
     def _notice(self) -> None:
-        _drain(seconds=4.0)
+        drain(seconds=4.0)
 
 
 class Terminated(OnANodeThatGoes):
@@ -137,18 +139,6 @@ def _parent(process: int) -> int:
     import psutil
 
     return int(psutil.Process(process).ppid())
-
-
-def _drain(seconds: float) -> None:
-    """A spot notice, as ``raymeld spot-notice`` passes it on."""
-    import ray
-    from ray.core.generated import autoscaler_pb2
-
-    here = ray.get_runtime_context()
-    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    deadline = int((time.time() + seconds) * 1000)
-    gcs = ray._raylet.GcsClient(address=here.gcs_address)
-    gcs.drain_node(here.get_node_id(), reason, "spot", deadline)
 
 
 def _until(condition: Callable[[], bool]) -> None:
@@ -194,4 +184,5 @@ def by_value() -> None:
     import faults
     import ray
 
+    kills.by_value()
     ray.cloudpickle.register_pickle_by_value(faults)

@@ -16,11 +16,13 @@ import json
 import os
 import signal
 import sys
-import threading
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from merge_core.errors import DeviceMemoryError
 
 WORKER = (
     "before merge_core.worker:ShardWorker.__init__",
@@ -57,15 +59,27 @@ DRIVER = (
     "before cluster.merging:Merging.publish",
     "after cluster.merging:Merging.publish",
 )
-PLACES = {"worker": WORKER, "raylet": WORKER, "collector": COLLECTOR, "driver": DRIVER}
-"""Where each may die, in the order in which a merge comes past."""
+MERGING = WORKER[1:6]
+PLACES = {
+    "worker": WORKER,
+    "raylet": WORKER,
+    "drain": WORKER,
+    "memory": MERGING,
+    "collector": COLLECTOR,
+    "driver": DRIVER,
+}
+"""Where what may happen, in the order in which a merge comes past."""
+
+DRAIN_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kill:
-    """One death; of a raylet it is the one above the worker that comes to the place."""
+    """One death, or less than that."""
 
     victim: str
+    """``worker``, ``collector`` or ``driver``: the process itself. ``raylet``: the one of the
+    worker that comes to the place; ``drain``: its node is about to go; ``memory``: it has none."""
     place: str
     """``before`` or ``after``, a module, a function in it."""
     about: str = ""
@@ -73,7 +87,7 @@ class Kill:
     call: int = 1
     """At which of these calls in one process."""
     mark: str = ""
-    """A file that says that it has happened: whoever comes next lives."""
+    """A file that says that it has happened, and under which parent: whoever comes next lives."""
 
     @property
     def happened(self) -> bool:
@@ -102,12 +116,30 @@ class Kill:
         setattr(owner, name, call)
 
     def _strike(self) -> None:
-        with contextlib.suppress(FileExistsError):
-            os.close(os.open(self.mark, os.O_CREAT | os.O_EXCL))
-            if self.victim == "raylet":
-                os.kill(os.getppid(), signal.SIGKILL)
-                threading.Event().wait()  # a machine's processes vanish together
+        with contextlib.suppress(FileExistsError), open(self.mark, "x") as mark:
+            mark.write(str(os.getppid()))
+            mark.flush()
+            match self.victim:
+                case "drain":
+                    drain(DRAIN_SECONDS)
+                    return
+                case "memory":
+                    raise DeviceMemoryError("no room", "cpu")
+                case "raylet":  # and the worker: a machine's processes vanish together
+                    os.kill(os.getppid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def drain(seconds: float) -> None:
+    """A spot notice for this worker's node, as ``raymeld spot-notice`` passes it on."""
+    import ray
+    from ray.core.generated import autoscaler_pb2
+
+    here = ray.get_runtime_context()
+    reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline = int((time.time() + seconds) * 1000)
+    gcs = ray._raylet.GcsClient(address=here.gcs_address)
+    gcs.drain_node(here.get_node_id(), reason, "spot", deadline)
 
 
 def marked(kills: Iterable[Kill], directory: Path) -> list[Kill]:
@@ -126,7 +158,7 @@ def classes(kills: Sequence[Kill]) -> dict[str, type]:
 
     class DyingMerger(Merger):
         def __init__(self, *arguments: Any) -> None:
-            _arm(kills, "worker", "raylet")
+            _arm(kills, "worker", "raylet", "drain", "memory")
             super().__init__(*arguments)
 
     class DyingCollector(Collector):

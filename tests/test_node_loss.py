@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import faults
-import kills
 import psutil
 import pytest
 from aftermath import assert_tidy
@@ -31,7 +30,6 @@ ROOM = 3 << 30
 def nodes() -> Iterator[Any]:
     """A head that holds no worker, and two nodes for one each; a test brings the fourth."""
     faults.by_value()
-    kills.by_value()
     with cluster(cpus=0, system=NOTICED_AT_ONCE) as started:
         started.add_node(num_cpus=1)
         started.add_node(num_cpus=1)

@@ -1,0 +1,21 @@
+"""Ten merges on a cluster whose processes are killed at random: none is lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+CHAOS = Path(__file__).parent.parent / "benchmarks" / "chaos.py"
+
+
+def test_ten_merges_whose_processes_are_killed_at_random_lose_nothing() -> None:
+    ended = subprocess.run(
+        [sys.executable, CHAOS, "--rounds", "10", "--seed", "1"], capture_output=True, text=True
+    )
+
+    assert ended.returncode == 0, ended.stderr
+    numbers = json.loads(ended.stdout)
+    assert (numbers["rounds"], numbers["lost"]) == (10, 0)
+    assert numbers["happened"].keys() >= {"collector", "driver", "raylet", "worker"}
