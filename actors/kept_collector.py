@@ -70,7 +70,11 @@ class KeptCollector:
                 ray.kill(self._actor)
 
     def _start(self) -> Any:
-        """Beside the driver, without a CPU of its own: clusters may have none on the head."""
+        """Beside the driver, without a CPU of its own: clusters may have none on the head.
+
+        It asks for one byte, because Ray puts an actor that asks for nothing on any node, whatever
+        the strategy says: on a spot node, say, which then could not leave.
+        """
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        actor = ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0)(self._kind)
+        actor = ray.remote(num_cpus=0, memory=1, max_restarts=0, max_task_retries=0)(self._kind)
         return actor.options(scheduling_strategy=here).remote(self._plan, self._out, self._run)
