@@ -15,6 +15,7 @@ from pathlib import Path
 import kills
 from kills import drain
 
+from actors.collector import Collector
 from actors.greeting import Greeting
 from actors.merger import Merger
 from merge_core.errors import DeviceMemoryError
@@ -44,6 +45,30 @@ class Poisoned(Merger):
         return super().merge(shard, attempt, shrink)
 
 
+class Hangs(Merger):
+    """Goes no further in its first attempt of shard 0, once it has begun to write."""
+
+    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
+        self._hanging = shard == 0 and attempt == 1
+        return super().merge(shard, attempt, shrink)
+
+    def _note(self, done: int) -> None:
+        super()._note(done)
+        if self._hanging:
+            self._out.with_name("hangs").write_text(str(os.getpid()))
+            self._hang()
+
+    def _hang(self) -> None:
+        threading.Event().wait()
+
+
+class Stopped(Hangs):
+    """Stops its own process there: it answers nothing, and is not dead."""
+
+    def _hang(self) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
 class CannotStart(Merger):
     """Never comes up."""
 
@@ -68,10 +93,8 @@ class OnANodeThatGoes(Merger):
     """On the spot node: has it go in the middle of a shard; elsewhere it waits for that."""
 
     def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
-        import ray
-
         mark = self._out.with_name("goes")
-        if ray.get_runtime_context().get_node_labels().get("spot") == "yes":
+        if _on_spot_node():
             self._notice()
             mark.touch()
             self._when_noticed()
@@ -95,8 +118,7 @@ class FinishesInTime(OnANodeThatGoes):
         drain(seconds=1000.0)
 
     def _when_noticed(self) -> None:
-        path = Path(self._out) / ".raymeld" / "progress.json"
-        _until(lambda: path.exists() and "its node is going" in path.read_text())
+        _until_said(self._out, "its node is going")
 
 
 class CannotFinish(OnANodeThatGoes):
@@ -115,6 +137,25 @@ class Terminated(OnANodeThatGoes):
 
 class TerminatedInTime(Terminated, FinishesInTime):
     """The node waits; the shard is finished when the driver knows."""
+
+
+class OnAStoppedNode(OnANodeThatGoes):
+    """Stops the raylet of its node, and finishes its part when somebody else has the shard."""
+
+    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
+        late = self._out.with_name("late")
+        if attempt > 1:
+            _until(late.exists)
+        receipt = super().merge(shard, attempt, shrink)
+        if _on_spot_node():
+            late.write_text(receipt.part)
+        return receipt
+
+    def _notice(self) -> None:
+        os.kill(os.getppid(), signal.SIGSTOP)
+
+    def _when_noticed(self) -> None:
+        _until_said(self._out, "after failure 1 of 20")
 
 
 class EatsMemory(OnANodeThatGoes):
@@ -139,6 +180,27 @@ def _parent(process: int) -> int:
     import psutil
 
     return int(psutil.Process(process).ppid())
+
+
+class TellsItsNode(Collector):
+    """Says where it is."""
+
+    def node(self) -> str:
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+
+def _on_spot_node() -> bool:
+    import ray
+
+    return bool(ray.get_runtime_context().get_node_labels().get("spot") == "yes")
+
+
+def _until_said(out: Path, text: str) -> None:
+    """Until the driver has said so."""
+    path = out / ".raymeld" / "progress.json"
+    _until(lambda: path.exists() and text in path.read_text())
 
 
 def _until(condition: Callable[[], bool]) -> None:

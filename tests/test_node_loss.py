@@ -9,13 +9,17 @@ from typing import Any
 import faults
 import psutil
 import pytest
+import ray
 from aftermath import assert_tidy
 from clusters import NOTICED_AT_ONCE, cluster, environment, joined, until_gone
 from handmade import published
+from head import until
 from kills import Kill, classes, marked
 
+from actors.kept_collector import KeptCollector
 from actors.merger import Merger
 from cluster.driver import merge_on_ray
+from cluster.session import session
 from cluster.workers import ClusterOptions
 from merge_core.errors import RaymeldError
 from merge_core.merge import merge
@@ -90,6 +94,28 @@ def stop_after(plan: MergePlan, out: Path, shards: int) -> None:
         merge(plan, out, watch=watch)
 
 
+def test_a_node_that_cannot_be_reached_is_replaced_and_what_it_does_later_counts_for_nothing(
+    small: MergePlan, expected: dict[str, bytes], nodes: Any, tmp_path: Path
+) -> None:
+    """Its raylet is stopped, as by a network that breaks; the worker there goes on."""
+    lost = nodes.add_node(num_cpus=1, labels={"spot": "yes"})
+    raylet = psutil.Process(lost.all_processes["raylet"][0].process.pid)
+    there = [raylet, *raylet.children(recursive=True)]
+
+    said = run(small, tmp_path / "out", nodes, merger=faults.OnAStoppedNode)
+
+    assert published(tmp_path / "out") == expected
+    (retry,) = [line for line in said if "after failure 1 of 20" in line]
+    late = (tmp_path / "late").read_text()
+    assert late.startswith(retry.split()[1]), retry
+    there += raylet.children(recursive=True)
+    raylet.resume()
+    until(lost.dead_processes)  # and so reaped: its children look for it
+    until_gone(there)
+    assert published(tmp_path / "out") == expected
+    nodes.remove_node(lost, allow_graceful=False)
+
+
 @pytest.mark.parametrize(
     ("merger", "seconds", "decision"),
     [(faults.TerminatedInTime, 1000, "gets nothing after"), (faults.Terminated, 4, "gives back")],
@@ -115,6 +141,15 @@ def test_a_node_that_is_terminated_drains_and_costs_nothing(
         assert any(decision in line and "its node is going" in line for line in said), said
         assert not any("failure" in line for line in said), said
         until_gone(everything)
+
+
+def test_the_collector_is_on_the_drivers_node_whatever_others_there_are(
+    small: MergePlan, nodes: Any, tmp_path: Path
+) -> None:
+    with session(nodes.address, use_gpus=False):
+        collector = KeptCollector(small, tmp_path, "run", faults.TellsItsNode)
+
+        assert collector.call("node") == ray.get_runtime_context().get_node_id()
 
 
 def test_a_worker_that_rays_memory_monitor_kills_counts_as_an_error(
