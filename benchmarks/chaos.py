@@ -17,6 +17,7 @@ import datetime as dt
 import json
 import os
 import shlex
+import signal
 import statistics
 import sys
 from collections import Counter
@@ -69,6 +70,7 @@ def main() -> None:
     from soak import LostError, soak
 
     options = _options()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nohup leaves no other way to stop
     date = dt.datetime.now(dt.UTC).date().isoformat()
     rounds: list[Round] = []
     with soak(options.seed) as place:
