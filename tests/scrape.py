@@ -118,3 +118,8 @@ def merge_in_trouble(where: Scraped, plan: MergePlan, out: Path) -> tuple[MergeR
 def verify_there(where: Scraped, out: Path) -> VerifyReport:
     options = ClusterOptions(address=where.address, device="cpu")
     return verify_on_ray(out, "digest", options, watch=lambda _: None, say=lambda _: None)
+
+
+def verify_three_times(where: Scraped, out: Path) -> None:
+    for _ in range(3):
+        assert verify_there(where, out).ok

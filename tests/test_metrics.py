@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 from grafana import asked_for, dashboard, queries, values_of
-from scrape import Sample, Scraped, merge_in_trouble, scraped_cluster, values, verify_there
+from scrape import (
+    Sample,
+    Scraped,
+    merge_in_trouble,
+    scraped_cluster,
+    values,
+    verify_there,
+    verify_three_times,
+)
 
 from merge_core.ledger import Receipt
 from merge_core.plan import MergePlan
@@ -98,6 +106,16 @@ def test_a_file_that_is_not_as_its_ledger_says_is_refuted(
 
     assert not report.ok
     assert values(samples, "shards_total") == {("cpu", "refuted"): 1, ("cpu", "verified"): rest}
+
+
+def test_of_a_program_that_connects_again_the_first_connection_counts(
+    where: Scraped, merged: Merged, finished: Path
+) -> None:
+    files = len(list(finished.glob("*.safetensors")))
+
+    _, samples = where.drive(verify_three_times, finished)
+
+    assert values(samples, "shards_total") == {("cpu", "verified"): files}
 
 
 def test_the_documentation_names_what_is_there(merged: Merged) -> None:
