@@ -244,9 +244,10 @@ def launching() -> str:
         status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=5)
     except Exception:  # noqa: BLE001 - only talk depends on it, and it asks what may be restarting
         return ""
-    pending, failed = len(status.pending_launches), len(status.failed_launches)
-    said = [f"{counted(pending, 'launch')} under way"] * bool(pending)
+    pending = sum(launch.count for launch in status.pending_launches)
+    failed = sum(launch.count for launch in status.failed_launches)
+    said = [f"{counted(pending, 'node')} launching"] * bool(pending)
     if failed:
         why = status.failed_launches[-1].details
-        said.append(f"{counted(failed, 'launch')} failed, the last: {why}")
+        said.append(f"{counted(failed, 'node')} failed to launch, the last: {why}")
     return "; ".join(said)

@@ -182,6 +182,27 @@ def _parent(process: int) -> int:
     return int(psutil.Process(process).ppid())
 
 
+class UntilANodeLeft(Merger):
+    """Begins when two nodes are up, and ends the last shard when one of them has left."""
+
+    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
+        both = self._out.with_name("both")
+        if not both.exists():
+            _until(lambda: len(_nodes()) == 2)
+            both.write_text(" ".join(_nodes()))
+        if shard == len(self._plan.shards) - 1:
+            _until(lambda: not _nodes() >= {*both.read_text().split()})
+        return super().merge(shard, attempt, shrink)
+
+
+class UntilGivenUp(Merger):
+    """Begins when the driver waits no longer for workers of the other kind."""
+
+    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
+        _until_said(self._out, "going on without")
+        return super().merge(shard, attempt, shrink)
+
+
 class TellsItsNode(Collector):
     """Says where it is."""
 
@@ -189,6 +210,14 @@ class TellsItsNode(Collector):
         import ray
 
         return str(ray.get_runtime_context().get_node_id())
+
+
+def _nodes() -> set[str]:
+    """Those that are up, besides the head."""
+    import ray
+
+    alive = (node for node in ray.nodes() if node["Alive"])
+    return {node["NodeID"] for node in alive if "node:__internal_head__" not in node["Resources"]}
 
 
 def _on_spot_node() -> bool:

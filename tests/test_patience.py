@@ -11,11 +11,11 @@ def patience(said: list[str], timeout: float = 100.0, doing: str = "") -> Patien
 
 def test_what_is_awaited_is_said_every_half_minute() -> None:
     said: list[str] = []
-    waiting = patience(said, doing="1 launch under way")
+    waiting = patience(said, doing="1 node launching")
     for second in range(1000, 1000 + int(2.5 * SAY_SECONDS)):
         waiting.look(second, up=0, pending=3)
 
-    assert said == ["waiting for 3 x {1 GPU}; 1 launch under way"] * 2
+    assert said == ["waiting for 3 x {1 GPU}; 1 node launching"] * 2
 
 
 def test_a_worker_that_comes_up_starts_the_count_again() -> None:
@@ -40,7 +40,7 @@ def test_without_anything_pending_nothing_is_awaited() -> None:
 
 
 def test_the_end_of_patience_names_what_did_not_come() -> None:
-    waiting = patience([], doing="1 launch failed, the last: no capacity")
+    waiting = patience([], doing="1 node failed to launch, the last: no capacity")
     waiting.look(0, up=0, pending=2)
     waiting.look(99, up=0, pending=2)
 
@@ -49,5 +49,7 @@ def test_the_end_of_patience_names_what_did_not_come() -> None:
     assert end is not None
     assert end.kind == "cuda"
     assert "no worker came up in 100 s" in str(end.error)
-    assert "waiting for 2 x {1 GPU}; 1 launch failed, the last: no capacity" in str(end.error)
+    assert "waiting for 2 x {1 GPU}; 1 node failed to launch, the last: no capacity" in str(
+        end.error
+    )
     assert "--start-timeout" in str(end.error)
