@@ -21,7 +21,7 @@ class Draining:
     """
 
     def __init__(self) -> None:
-        self._deadlines: dict[str, int] = {}
+        self._deadlines: dict[str, float] = {}
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._ask, name="draining", daemon=True)
         self._thread.start()
@@ -30,7 +30,7 @@ class Draining:
     def seconds_left(self) -> dict[str, float]:
         """By Ray's id of each such node; infinite where no time was said."""
         now = time.time()
-        return {n: end / 1000 - now if end else math.inf for n, end in self._deadlines.items()}
+        return {node: end - now for node, end in self._deadlines.items()}
 
     def close(self) -> None:
         """Ask no more."""
@@ -38,9 +38,14 @@ class Draining:
         self._thread.join(LAST_ANSWER_SECONDS)
 
     def _ask(self) -> None:
-        from ray._private.state import state  # what Ray Train asks; there is no public way
-
         while not self._closed.wait(ASK_SECONDS):
             with contextlib.suppress(Exception):  # the driver hears of a dead cluster elsewhere
-                # Milliseconds since the epoch, of which 0 means never.
-                self._deadlines = state.get_draining_nodes()
+                self._deadlines = draining_nodes()
+
+
+def draining_nodes() -> dict[str, float]:
+    """When each such node goes, in seconds since the epoch; may wait for the head for a minute."""
+    from ray._private.state import state  # what Ray Train asks; there is no public way
+
+    found = state.get_draining_nodes()  # milliseconds, of which 0 means never
+    return {node: end / 1000 if end else math.inf for node, end in found.items()}

@@ -19,6 +19,12 @@ from merge_core import __version__
 
 PACKAGES = ("cluster", "actors", "merge_core")
 
+SAME_CODE = (
+    "Install the same raymeld on every node, and start the cluster from a directory that holds no"
+    " package named cluster, actors or merge_core"
+)
+"""What to do about a difference."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
@@ -36,16 +42,15 @@ class Identity:
 
     def difference(self, driver: Identity) -> str | None:
         """Why this worker cannot work for ``driver``, or None if it can."""
-        where = f"the worker on {self.host}"
         if self.raymeld != driver.raymeld:
-            return f"{where} has raymeld {self.raymeld}, the driver {driver.raymeld}"
+            return f"has raymeld {self.raymeld}, the driver {driver.raymeld}"
         if self.digest != driver.digest:
             for name, mine, theirs in zip(PACKAGES, self.paths, driver.paths, strict=True):
                 if mine != theirs:
-                    return f"{where} imports {name!r} from {mine}, the driver from {theirs}"
-            return f"{where} has other source files than the driver, in {self.paths[0]}"
+                    return f"imports {name!r} from {mine}, the driver from {theirs}"
+            return f"has other source files than the driver, in {self.paths[0]}"
         if _minor(self.torch) != _minor(driver.torch):
-            return f"{where} has torch {self.torch}, the driver {driver.torch}"
+            return f"has torch {self.torch}, the driver {driver.torch}"
         return None
 
 

@@ -28,7 +28,7 @@ from actors.events import (
     WorkerUnfit,
 )
 from actors.greeting import Greeting
-from actors.identity import Identity
+from actors.identity import SAME_CODE, Identity
 from actors.lifeline import Lifeline
 from actors.ray_errors import cause_of, first_line
 from merge_core.errors import (
@@ -209,12 +209,7 @@ class Pool:
         identity, slot.greeting, slot.answered = greeting.identity, greeting, True
         difference = identity.difference(self._driver)
         if difference:
-            raise refuse(
-                difference,
-                f"worker on {identity.host}",
-                "Install the same raymeld on every node, and start the cluster from a directory"
-                " that holds no package named cluster, actors or merge_core",
-            )
+            raise refuse(difference, f"the worker on {identity.host}", SAME_CODE)
         return WorkerReady(worker=worker)
 
     def _fence(self, worker: int) -> None:

@@ -20,9 +20,18 @@ class Gpu:
     """One GPU."""
 
     index: str
+    uuid: str
     name: str
     free: int
     """VRAM, in bytes."""
+
+    def is_visible(self, visible: str | None) -> bool:
+        """Whether CUDA_VISIBLE_DEVICES lets a process see it; None: it is not set."""
+        named = [name.strip() for name in (visible or "").split(",")]
+        return visible is None or any(
+            name == self.index or (name.startswith("GPU-") and self.uuid.startswith(name))
+            for name in named
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +50,10 @@ class GpuProcess:
 
 def list_gpus() -> list[Gpu]:
     """Every GPU of the machine, whatever CUDA_VISIBLE_DEVICES says."""
-    rows = _ask("--query-gpu=index,memory.free,name")
+    rows = _ask("--query-gpu=index,uuid,memory.free,name", columns=4)
     return [
-        Gpu(index=index, name=name, free=int(free) << 20)
-        for index, free, name in rows
+        Gpu(index=index, uuid=uuid, name=name, free=int(free) << 20)
+        for index, uuid, free, name in rows
         if free.isdigit()
     ]
 
@@ -55,7 +64,7 @@ def processes_on(uuid: str) -> list[GpuProcess]:
     Args:
         uuid: of the GPU, such as ``GPU-8932f937-d72c-4106-c12f-20bd9faed9f6``.
     """
-    rows = _ask("--query-compute-apps=pid,used_memory,process_name", f"--id={uuid}")
+    rows = _ask("--query-compute-apps=pid,used_memory,process_name", f"--id={uuid}", columns=3)
     return [
         GpuProcess(pid=int(pid), name=name, used=int(used) << 20 if used.isdigit() else None)
         for pid, used, name in rows
@@ -63,8 +72,8 @@ def processes_on(uuid: str) -> list[GpuProcess]:
     ]
 
 
-def _ask(*query: str) -> list[tuple[str, str, str]]:
-    """Rows of three columns, of which the last may hold commas."""
+def _ask(*query: str, columns: int) -> list[list[str]]:
+    """Rows of so many columns, of which the last may hold commas."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
@@ -75,5 +84,5 @@ def _ask(*query: str) -> list[tuple[str, str, str]]:
         )
     except (OSError, subprocess.SubprocessError):
         return []
-    rows = (line.split(", ", 2) for line in answer.stdout.splitlines())
-    return [(row[0], row[1], row[2]) for row in rows if len(row) == 3]
+    rows = (line.split(", ", columns - 1) for line in answer.stdout.splitlines())
+    return [row for row in rows if len(row) == columns]

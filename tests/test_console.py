@@ -98,8 +98,8 @@ def test_the_plan_says_what_becomes_what(
 ) -> None:
     plan: MergePlan = request.getfixturevalue(kind)
     pools = [
-        EligiblePool(name="cpu", eligible=True, reason="4 lanes"),
-        EligiblePool(name="cuda:0 T4", eligible=False, reason="too small"),
+        EligiblePool(name="cpu", lanes=4, reason="4 lanes"),
+        EligiblePool(name="cuda:0 T4", lanes=0, reason="too small"),
     ]
     size = sum(shard.size for shard in plan.shards) / 1e6
     lines = console.plan_lines(dataclasses.replace(plan, notes=("mind [this]",)), pools)

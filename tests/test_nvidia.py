@@ -12,7 +12,9 @@ from merge_core.nvidia import Gpu, GpuProcess, list_gpus, processes_on
 from merge_core.plan import MergePlan
 
 ANSWERS = {
-    "--query-gpu=index,memory.free,name": "0, 81037, NVIDIA H100 80GB HBM3\n1, [N/A], Broken\n",
+    "--query-gpu=index,uuid,memory.free,name": (
+        "0, GPU-1, 81037, NVIDIA H100 80GB HBM3\n1, GPU-2, [N/A], Broken\n"
+    ),
     "--query-compute-apps=pid,used_memory,process_name --id=GPU-1": (
         "4711, 70000, /usr/bin/python3\n815, [N/A], a, b\nNo running processes found\n"
     ),
@@ -34,7 +36,28 @@ def tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_gpus_are_listed_with_their_free_memory(tool: Path) -> None:
-    assert list_gpus() == [Gpu(index="0", name="NVIDIA H100 80GB HBM3", free=81037 << 20)]
+    name = "NVIDIA H100 80GB HBM3"
+    assert list_gpus() == [Gpu(index="0", uuid="GPU-1", name=name, free=81037 << 20)]
+
+
+@pytest.mark.parametrize(
+    ("visible", "seen"),
+    [
+        (None, True),
+        ("2", True),
+        ("0, 2", True),
+        ("GPU-8932", True),
+        ("", False),
+        ("1", False),
+        ("GPU-9", False),
+        ("-1", False),
+        ("MIG-1", False),
+    ],
+)
+def test_cuda_visible_devices_hides_gpus_by_number_and_by_name(
+    visible: str | None, seen: bool
+) -> None:
+    assert Gpu(index="2", uuid="GPU-8932f937", name="T4", free=1).is_visible(visible) is seen
 
 
 def test_processes_are_named_even_where_the_driver_hides_what_they_take(tool: Path) -> None:
