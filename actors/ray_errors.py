@@ -19,6 +19,11 @@ def cause_of(error: RayTaskError) -> Exception:
 
 
 def first_line(error: Exception | None) -> str:
-    """The first line of what it says, or its type."""
-    text = _COLOUR.sub("", str(error)).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    """The first line of what it says, or its type.
+
+    Of an actor that could not be made the last: below the traceback stands what was raised.
+    """
+    lines = _COLOUR.sub("", str(error)).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[-1 if getattr(error, "actor_init_failed", False) else 0]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from cluster import jobs_commands, result_commands
+from cluster import doctor_commands, jobs_commands, result_commands
 from cluster.answering import answering
 from cluster.options import (
     Adapters,
@@ -238,6 +238,7 @@ def spot_notice(
 
 result_commands.register(app)
 jobs_commands.register(app)
+doctor_commands.register(app)
 
 
 def main() -> None:

@@ -73,9 +73,9 @@ def plan_lines(plan: MergePlan, pools: Sequence[EligiblePool]) -> list[str]:
     size = sum(shard.size for shard in plan.shards)
     files = counted(len(plan.shards), "file")
     return [
-        f"base     {plan.base}: {kind}, {tensors} tensors, {_gb(plan.total_size)}",
+        f"base     {plan.base}: {kind}, {tensors} tensors, {gb(plan.total_size)}",
         *(f"adapter  {a.path}, weight {a.weight:g}" for a in plan.adapters),
-        f"result   {files}, {_gb(size)}: {merged} tensors merged, {tensors - merged} carried over",
+        f"result   {files}, {gb(size)}: {merged} tensors merged, {tensors - merged} carried over",
         *_pinned_lines(plan),
         *(f"pool     {p.name}: {'' if p.eligible else 'not eligible: '}{p.reason}" for p in pools),
         *(f"note     {note}" for note in plan.notes),
@@ -168,7 +168,7 @@ def result_lines(result: MergeResult, plan: MergePlan) -> list[str]:
     merged = counted(sum(t.action == "merged" for t in _tensors(result)), "tensor")
     return [
         *(f"{layers}: {where}" for layers, where in device_map(result, plan)),
-        f"merged   {merged}, {_gb(size)} in {result.seconds:.1f} s, plan {plan_id}",
+        f"merged   {merged}, {gb(size)} in {result.seconds:.1f} s, plan {plan_id}",
         *[f"resumed  {counted(result.resumed, 'shard')} were there, and are proven"]
         * (result.resumed > 0),
         *_change_lines(result),
@@ -220,7 +220,7 @@ def result_document(result: MergeResult, plan: MergePlan) -> dict[str, Any]:
 
 def report_lines(report: VerifyReport) -> list[str]:
     """A verification as a person reads it."""
-    size, seconds = _gb(report.bytes_read), report.seconds
+    size, seconds = gb(report.bytes_read), report.seconds
     files, tensors = counted(report.files, "file"), counted(report.tensors, "tensor")
     state = "ok" if report.ok else f"{counted(len(report.findings), 'check')} failed"
     return [
@@ -257,7 +257,8 @@ def device_map(result: MergeResult, plan: MergePlan) -> list[tuple[str, str]]:
     return rows + [("embeddings, final norm and head", "; ".join(others))] * bool(others)
 
 
-def _gb(nbytes: int) -> str:
+def gb(nbytes: int) -> str:
+    """``7.90 GB``; small amounts in MB."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10_000_000 else f"{nbytes / 1e6:.2f} MB"
 
 

@@ -1,0 +1,151 @@
+"""Examines the machine that it runs on; an actor on every node of a cluster, or one object here."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.identity import Identity, identify
+from actors.libraries import Library, find_libraries
+from merge_core.memory import free_host_memory
+from merge_core.nvidia import Gpu, GpuProcess, list_gpus, processes_on
+from merge_core.reachable import InputSight, leave_token, look_at_input
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceView:
+    """What one process sees of the GPUs."""
+
+    visible: str | None
+    """CUDA_VISIBLE_DEVICES; None: not set, so that it sees every GPU."""
+    device: str | None
+    """What torch calls the first of them; None: torch can use none."""
+    trouble: str | None
+    """Why it can use none, in the words of torch."""
+    loads: bool
+    """Whether torch can be imported at all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuSight:
+    """A GPU of the machine, and who holds memory of it."""
+
+    gpu: Gpu
+    processes: tuple[GpuProcess, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examination:
+    """What was found on one machine, its paths apart."""
+
+    identity: Identity
+    libraries: tuple[Library, ...]
+    memory: int
+    """Bytes free."""
+    gpus: tuple[GpuSight, ...]
+    """All of the machine, whatever CUDA_VISIBLE_DEVICES says."""
+    view: DeviceView
+    """Of a process that was given no GPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathSight:
+    """What was found of a merge's paths."""
+
+    inputs: tuple[InputSight, ...]
+    refusal: str | None
+    """Why nothing can be written beside OUT; None if it can, or nothing was asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Silence:
+    """Stands for an answer that did not come."""
+
+    reason: str
+    late: bool
+    """It may still come: only the time was over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExaminedNode:
+    """All that the driver learned of one node."""
+
+    name: str
+    examination: Examination | Silence | None = None
+    """None: it was not asked."""
+    paths: PathSight | Silence | None = None
+    arrived: bool = True
+    """Whether the driver sees what the node wrote beside OUT."""
+    cpus: int = 0
+    gpus: int = 0
+    """That Ray hands out there; without Ray, nobody does."""
+    taken: int = 0
+    """Of these, by others: nobody could look at them."""
+    views: tuple[DeviceView | Silence, ...] = ()
+    """One for each of the others: what a worker sees that was given it."""
+    leaves_in: float | None = None
+    """Seconds until it goes, where that has been announced; then nothing new is placed there."""
+
+
+class Examiner:
+    """Looks, and changes nothing but the driver's own trial directory.
+
+    Args:
+        name: unique among all examiners; of the file that this one leaves there.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def examine(self) -> Examination:
+        """The machine and its software. Imports torch; takes seconds."""
+        return Examination(
+            identity=identify(),
+            libraries=find_libraries(),
+            memory=free_host_memory(),
+            gpus=tuple(_look_at_gpu(gpu) for gpu in list_gpus()),
+            view=self.view_devices(),
+        )
+
+    def look(self, inputs: Sequence[Path], trial: Path | None) -> PathSight:
+        """The paths. An access to a file system whose server is gone does not return."""
+        return PathSight(
+            inputs=tuple(look_at_input(path) for path in inputs),
+            refusal=leave_token(trial, self._name) if trial is not None else None,
+        )
+
+    def view_devices(self) -> DeviceView:
+        """What torch sees in this process."""
+        device, trouble, loads = None, None, False
+        try:
+            import torch
+
+            loads = True
+            torch.cuda.init()  # type: ignore[no-untyped-call] # where ``is_available`` says only no, this says why
+            device = torch.cuda.get_device_name()
+        except Exception as error:  # noqa: BLE001 - a broken installation raises anything
+            trouble = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return DeviceView(
+            visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+            device=device,
+            trouble=trouble,
+            loads=loads,
+        )
+
+
+def examine_here(inputs: Sequence[Path], trial: Path | None) -> ExaminedNode:
+    """This machine, in this process."""
+    examiner = Examiner("here")
+    return ExaminedNode(
+        name=socket.gethostname(),
+        examination=examiner.examine(),
+        paths=examiner.look(inputs, trial),
+    )
+
+
+def _look_at_gpu(gpu: Gpu) -> GpuSight:
+    others = (process for process in processes_on(gpu.uuid) if process.pid != os.getpid())
+    return GpuSight(gpu=gpu, processes=tuple(others))

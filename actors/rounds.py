@@ -1,0 +1,122 @@
+"""The rounds of an examination: an examiner on every node, none of which can hold up the others.
+
+Examiners ask for no CPU, so that a busy cluster makes room for them; those that look at GPUs take
+only GPUs that are free.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.draining import draining_nodes
+from actors.examiner import ExaminedNode, Examiner, Silence
+from actors.ray_errors import cause_of, first_line
+from merge_core.reachable import token_arrived
+
+
+def examine_nodes(inputs: Sequence[Path], trial: Path | None, seconds: float) -> list[ExaminedNode]:
+    """Every live node of the connected cluster, by name.
+
+    Args:
+        inputs: directories that a merge reads.
+        trial: a directory that this process made beside OUT; see ``reachable``.
+        seconds: that a node may take for each of its answers.
+    """
+    nodes = _live_nodes()
+    staying = [node for node, one in nodes.items() if one.leaves_in is None]
+    with _examiners(staying) as examiners:
+        said = _ask(examiners, "examine", seconds)
+        up = {}
+        for node, examiner, answer in zip(staying, examiners, said, strict=True):
+            nodes[node] = replace(nodes[node], examination=answer)
+            if not isinstance(answer, Silence):
+                up[node] = examiner
+        if inputs or trial is not None:
+            said = _ask(list(up.values()), "look", seconds, inputs, trial)
+            for node, answer in zip(up, said, strict=True):
+                arrived = trial is None or token_arrived(trial, node)
+                nodes[node] = replace(nodes[node], paths=answer, arrived=arrived)
+    for node, one in _with_views({node: nodes[node] for node in up}, seconds):
+        nodes[node] = one
+    return sorted(nodes.values(), key=lambda one: one.name)
+
+
+def _live_nodes() -> dict[str, ExaminedNode]:
+    """By Ray's ids; two on one machine bear a piece of them in their names."""
+    alive, leaving = [node for node in ray.nodes() if node["Alive"]], draining_nodes()
+    hosts = Counter(node["NodeManagerHostname"] for node in alive)
+    found = {}
+    for node in alive:
+        host, number = node["NodeManagerHostname"], node["NodeID"]
+        found[number] = ExaminedNode(
+            name=host if hosts[host] == 1 else f"{host}/{number[:6]}",
+            cpus=int(node["Resources"].get("CPU", 0)),
+            gpus=int(node["Resources"].get("GPU", 0)),
+            leaves_in=leaving[number] - time.time() if number in leaving else None,
+        )
+    return found
+
+
+def _with_views(
+    nodes: dict[str, ExaminedNode], seconds: float
+) -> Iterator[tuple[str, ExaminedNode]]:
+    """What a worker sees that was given a GPU, for every GPU that is free.
+
+    Not even asked for where they are taken: it would wait, and an autoscaler might start a node.
+    """
+    free = ray._private.state.available_resources_per_node()  # noqa: SLF001 - no public way
+    numbers = {
+        node: min(one.gpus, int(free.get(node, {}).get("GPU", 0))) for node, one in nodes.items()
+    }
+    places = [node for node, number in numbers.items() for _ in range(number)]
+    with _examiners(places, num_gpus=1) as examiners:
+        said = _ask(examiners, "view_devices", seconds)
+    for node, one in nodes.items():
+        views = tuple(view for place, view in zip(places, said, strict=True) if place == node)
+        yield node, replace(one, taken=one.gpus - numbers[node], views=views)
+
+
+@contextlib.contextmanager
+def _examiners(nodes: Sequence[str], num_gpus: int = 0) -> Iterator[list[Any]]:
+    """One for each of ``nodes``, which may name a node several times."""
+    remote = ray.remote(num_cpus=0, num_gpus=num_gpus, max_restarts=0, max_task_retries=0)(Examiner)
+    places = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    started = [
+        remote.options(scheduling_strategy=place).remote(node)
+        for node, place in zip(nodes, places, strict=True)
+    ]
+    try:
+        yield started
+    finally:
+        for examiner in started:
+            with contextlib.suppress(Exception):  # Ray may be gone already
+                ray.kill(examiner)
+
+
+def _ask(examiners: Sequence[Any], method: str, seconds: float, *arguments: Any) -> list[Any]:
+    """What each of them answers; a Silence where one does not."""
+    if not examiners:
+        return []
+    asked = [getattr(examiner, method).remote(*arguments) for examiner in examiners]
+    ready, _ = ray.wait(asked, num_returns=len(asked), timeout=seconds)
+    late = Silence(reason=f"no answer within {seconds:g} s", late=True)
+    return [_answer(ref) if ref in ready else late for ref in asked]
+
+
+def _answer(ref: Any) -> Any:
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        return Silence(reason=first_line(cause_of(error)), late=False)
+    except RayError as error:
+        return Silence(reason=first_line(error), late=False)

@@ -1,0 +1,237 @@
+"""From what was found to what is wrong, where, and what to do. Pure: no Ray, no file, no clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from actors.examiner import DeviceView, Examination, ExaminedNode, GpuSight, PathSight, Silence
+from actors.identity import SAME_CODE
+from cluster.doctor import Checkup
+from cluster.pools import EligiblePool, cpu_pool, gpu_pool
+from merge_core.errors import counted, some_of
+from merge_core.plan import MergePlan
+
+NOT_FOR_MERGING = frozenset({"transformers", "peft", "safetensors", "huggingface_hub"})
+"""Libraries without which merge and verify do their work, up to ``--level load``. raymeld reads
+and writes adapters and checkpoints itself, so that an old PEFT costs the demo, not a merge."""
+
+_SAME_PLACE = "Mount one file system at this path on every node"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """A problem, or something worth knowing, wherever it was met."""
+
+    what: str
+    places: tuple[str, ...]
+    """Nodes mostly; paths where it is about these."""
+    remedy: str
+
+    def __str__(self) -> str:
+        sentences = [self.what.removesuffix("."), self.remedy.removesuffix(".")]
+        return f"{some_of(self.places)}: {'. '.join(filter(None, sentences))}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnosis:
+    """What is wrong, and what is not but may matter."""
+
+    problems: tuple[Finding, ...]
+    notes: tuple[Finding, ...]
+
+
+@dataclass(slots=True)
+class _Notebook:
+    """What was noted, the places of one and the same thing joined."""
+
+    _problems: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    _notes: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+
+    def problem(self, place: str, what: str, remedy: str) -> None:
+        _put(self._problems, place, what, remedy)
+
+    def note(self, place: str, what: str, remedy: str = "") -> None:
+        _put(self._notes, place, what, remedy)
+
+    def close(self) -> Diagnosis:
+        return Diagnosis(problems=_findings(self._problems), notes=_findings(self._notes))
+
+
+def diagnose(checkup: Checkup) -> Diagnosis:
+    """Judge what was found."""
+    book = _Notebook()
+    for node in checkup.nodes:
+        _judge_answers(node, book)
+        if isinstance(node.examination, Examination):
+            _judge_software(node.name, node.examination, checkup, book)
+            _judge_devices(node, node.examination, checkup, book)
+            _judge_room(node, node.examination, checkup, book)
+    _judge_inputs(checkup, book)
+    _judge_destination(checkup, book)
+    for refusal in checkup.refusals:
+        book.problem(refusal.where, refusal.what, refusal.remedy)
+    _note_the_rest(checkup, book)
+    return book.close()
+
+
+def visible_gpus(found: Examination) -> list[GpuSight]:
+    """The GPUs of a machine that Ray, or without it this process, was given."""
+    return [sight for sight in found.gpus if sight.gpu.is_visible(found.view.visible)]
+
+
+def room_on_gpu(plan: MergePlan, found: Examination, sight: GpuSight) -> EligiblePool:
+    """How a worker would fit on a GPU."""
+    return gpu_pool(plan, found.memory, sight.gpu, sight.processes)
+
+
+def _judge_answers(node: ExaminedNode, book: _Notebook) -> None:
+    if node.leaves_in is not None:
+        book.note(node.name, "is about to leave the cluster", "It was not examined")
+    match node.examination:
+        case Silence(late=True, reason=reason):
+            remedy = "See Ray's logs there; give it longer with --timeout, or take the node away"
+            book.problem(node.name, f"no examiner came up: {reason}", remedy)
+        case Silence(reason=reason):
+            book.problem(node.name, f"no worker can start there: {reason}", SAME_CODE)
+    if isinstance(node.paths, Silence):
+        remedy = "A mount whose server is gone hangs whoever looks: try ls on the paths there"
+        what = f"BASE, ADAPTER and OUT cannot be looked at: {node.paths.reason}"
+        book.problem(node.name, what, remedy)
+
+
+def _judge_software(name: str, found: Examination, checkup: Checkup, book: _Notebook) -> None:
+    difference = found.identity.difference(checkup.driver)
+    if difference:
+        book.problem(name, difference, SAME_CODE)
+    for library in found.libraries:
+        if library.fits:
+            continue
+        there = f"is {library.found}" if library.found else "is missing"
+        what = f"{library.name} {there}, and should be {library.wanted or 'there'}"
+        if library.name in NOT_FOR_MERGING:
+            book.note(name, what, "A merge does without it; --level load and the demo may not")
+        else:
+            book.problem(name, what, "Install raymeld there with all that it depends on")
+    if not found.view.loads:
+        what = f"torch cannot be imported: {found.view.trouble}"
+        book.problem(name, what, "Install it again there")
+
+
+def _judge_devices(
+    node: ExaminedNode,
+    found: Examination,
+    checkup: Checkup,
+    book: _Notebook,
+) -> None:
+    visible, hidden = visible_gpus(found), len(found.gpus) - len(visible_gpus(found))
+    if hidden:
+        what = f"CUDA_VISIBLE_DEVICES={found.view.visible} hides {counted(hidden, 'GPU')}"
+        book.note(node.name, what, "Nothing is merged on these")
+    for view in node.views:
+        _judge_gpu_worker(node, view, book)
+    if node.taken:
+        what = f"{node.taken} of its {counted(node.gpus, 'GPU')} are taken by other actors"
+        book.note(node.name, what, "No worker could look at them; a merge waits for them")
+    if checkup.on_ray and len(visible) > node.gpus:
+        what = f"Ray hands out {node.gpus} of its {counted(len(visible), 'GPU')}"
+        book.note(node.name, what, f"Start Ray there with --num-gpus={len(visible)} to use all")
+    if not checkup.on_ray and visible and found.view.loads and found.view.device is None:
+        what = f"torch cannot use its {counted(len(visible), 'GPU')}: {found.view.trouble}"
+        book.note(node.name, what, "A merge here runs on the CPU; GPUs need a torch with CUDA")
+    seen = [found.view, *(view for view in node.views if isinstance(view, DeviceView))]
+    if not found.gpus and any(view.device for view in seen):
+        book.note(node.name, "nvidia-smi is not there", "How full its GPUs are is not known")
+
+
+def _judge_gpu_worker(node: ExaminedNode, view: DeviceView | Silence, book: _Notebook) -> None:
+    if isinstance(view, Silence):
+        what, remedy = f"a worker with a GPU did not come up: {view.reason}", "See Ray's logs there"
+        book.problem(node.name, what, remedy)
+        return
+    if view.loads and view.device is None:
+        what = f"Ray hands out GPUs that torch cannot use: {view.trouble}"
+        remedy = "Install a torch with CUDA there, or a driver that it accepts"
+        book.problem(node.name, what, f"{remedy}; or start Ray there with --num-gpus=0")
+    if node.gpus > 1 and (view.visible is None or "," in view.visible):
+        what = "a worker that was given one GPU sees all, and all workers would take the first"
+        remedy = "Start Ray there without RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
+        book.problem(node.name, what, remedy)
+
+
+def _judge_room(node: ExaminedNode, found: Examination, checkup: Checkup, book: _Notebook) -> None:
+    """Whether workers fit on the devices that they would take."""
+    plan = checkup.plan
+    if plan is None:
+        return
+    if node.gpus if checkup.on_ray else found.view.device is not None:
+        remedy = "Stop what else runs there, or start Ray with a CUDA_VISIBLE_DEVICES without it"
+        for sight in visible_gpus(found):
+            room = room_on_gpu(plan, found, sight)
+            if not room.eligible:
+                book.problem(f"{node.name}, GPU {sight.gpu.index}", room.reason, remedy)
+    elif node.cpus or not checkup.on_ray:
+        room = cpu_pool(plan, found.memory)
+        if not room.eligible:
+            book.problem(node.name, room.reason, "Stop what else runs there, or take more memory")
+
+
+def _judge_inputs(checkup: Checkup, book: _Notebook) -> None:
+    remedy = "Check the path and its permissions"
+    if checkup.on_ray:
+        remedy = f"{_SAME_PLACE}, or copy it there with its times (rsync -a)"
+    for number, driver in enumerate(checkup.inputs):
+        named = f"{'ADAPTER' if number else 'BASE'} {driver.path}"
+        sights = {node.name: paths.inputs[number] for node, paths in _looked(checkup)}
+        if checkup.on_ray:
+            sights = {"the driver": driver, **sights}
+        for name, sight in sights.items():
+            if sight.error:
+                book.problem(name, f"{named} cannot be read: {sight.error}", remedy)
+            elif not driver.error and (difference := sight.difference(driver)):
+                book.problem(name, f"{named} {difference}", remedy)
+
+
+def _judge_destination(checkup: Checkup, book: _Notebook) -> None:
+    destination = checkup.destination
+    if destination is None:
+        return
+    if destination.refusal is not None:
+        refusal = destination.refusal
+        book.problem(refusal.where, f"OUT cannot be written: {refusal.what}", refusal.remedy)
+    remedy = f"{_SAME_PLACE}, writable for the user that Ray runs as"
+    for node, paths in _looked(checkup):
+        if paths.refusal:
+            what = f"OUT {destination.out} cannot be written: {paths.refusal}"
+            book.problem(node.name, what, remedy)
+        elif not node.arrived:
+            what = f"OUT {destination.out}: the driver does not see what is written there"
+            book.problem(node.name, what, remedy)
+
+
+def _note_the_rest(checkup: Checkup, book: _Notebook) -> None:
+    where = f"--address {checkup.address}"
+    if checkup.token is False:
+        remedy = "Whoever reaches its ports runs code on every node: give it a token"
+        book.note(where, "the cluster asks for no token", remedy)
+    if checkup.on_ray and not any(node.cpus or node.gpus for node in checkup.nodes):
+        remedy = "Those that an autoscaler starts can be examined once they are up"
+        book.note(where, "no node has a CPU or a GPU for workers", remedy)
+    for note in checkup.plan.notes if checkup.plan is not None else ():
+        book.note("plan", note)
+
+
+def _looked(checkup: Checkup) -> list[tuple[ExaminedNode, PathSight]]:
+    return [(node, node.paths) for node in checkup.nodes if isinstance(node.paths, PathSight)]
+
+
+def _put(findings: dict[tuple[str, str], list[str]], place: str, what: str, remedy: str) -> None:
+    places = findings.setdefault((what, remedy), [])
+    if place not in places:
+        places.append(place)
+
+
+def _findings(noted: dict[tuple[str, str], list[str]]) -> tuple[Finding, ...]:
+    return tuple(
+        Finding(what=what, places=tuple(places), remedy=remedy)
+        for (what, remedy), places in noted.items()
+    )
