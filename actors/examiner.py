@@ -79,9 +79,9 @@ class ExaminedNode:
     paths: PathSight | Silence | None = None
     arrived: bool = True
     """Whether the driver sees what the node wrote beside OUT."""
-    cpus: int = 0
-    gpus: int = 0
-    """That Ray hands out there; without Ray, nobody does."""
+    ray_cpus: int = 0
+    ray_gpus: int = 0
+    """What Ray hands out there; without Ray, nobody does."""
     taken: int = 0
     """Of these, by others: nobody could look at them."""
     views: tuple[DeviceView | Silence, ...] = ()

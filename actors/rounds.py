@@ -60,8 +60,8 @@ def _live_nodes() -> dict[str, ExaminedNode]:
         host, number = node["NodeManagerHostname"], node["NodeID"]
         found[number] = ExaminedNode(
             name=host if hosts[host] == 1 else f"{host}/{number[:6]}",
-            cpus=int(node["Resources"].get("CPU", 0)),
-            gpus=int(node["Resources"].get("GPU", 0)),
+            ray_cpus=int(node["Resources"].get("CPU", 0)),
+            ray_gpus=int(node["Resources"].get("GPU", 0)),
             leaves_in=leaving[number] - time.time() if number in leaving else None,
         )
     return found
@@ -75,15 +75,13 @@ def _with_views(
     Not even asked for where they are taken: it would wait, and an autoscaler might start a node.
     """
     free = ray._private.state.available_resources_per_node()  # noqa: SLF001 - no public way
-    numbers = {
-        node: min(one.gpus, int(free.get(node, {}).get("GPU", 0))) for node, one in nodes.items()
-    }
+    numbers = {node: int(free.get(node, {}).get("GPU", 0)) for node in nodes}
     places = [node for node, number in numbers.items() for _ in range(number)]
     with _examiners(places, num_gpus=1) as examiners:
         said = _ask(examiners, "view_devices", seconds)
     for node, one in nodes.items():
         views = tuple(view for place, view in zip(places, said, strict=True) if place == node)
-        yield node, replace(one, taken=one.gpus - numbers[node], views=views)
+        yield node, replace(one, taken=one.ray_gpus - numbers[node], views=views)
 
 
 @contextlib.contextmanager

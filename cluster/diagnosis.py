@@ -130,10 +130,10 @@ def _judge_devices(
     for view in node.views:
         _judge_gpu_worker(node, view, book)
     if node.taken:
-        what = f"{node.taken} of its {counted(node.gpus, 'GPU')} are taken by other actors"
+        what = f"GPUs are taken by other actors: {node.taken} of {node.ray_gpus}"
         book.note(node.name, what, "No worker could look at them; a merge waits for them")
-    if checkup.on_ray and len(visible) > node.gpus:
-        what = f"Ray hands out {node.gpus} of its {counted(len(visible), 'GPU')}"
+    if checkup.on_ray and len(visible) > node.ray_gpus:
+        what = f"Ray hands out {node.ray_gpus} of its {counted(len(visible), 'GPU')}"
         book.note(node.name, what, f"Start Ray there with --num-gpus={len(visible)} to use all")
     if not checkup.on_ray and visible and found.view.loads and found.view.device is None:
         what = f"torch cannot use its {counted(len(visible), 'GPU')}: {found.view.trouble}"
@@ -152,7 +152,7 @@ def _judge_gpu_worker(node: ExaminedNode, view: DeviceView | Silence, book: _Not
         what = f"Ray hands out GPUs that torch cannot use: {view.trouble}"
         remedy = "Install a torch with CUDA there, or a driver that it accepts"
         book.problem(node.name, what, f"{remedy}; or start Ray there with --num-gpus=0")
-    if node.gpus > 1 and (view.visible is None or "," in view.visible):
+    if node.ray_gpus > 1 and (view.visible is None or "," in view.visible):
         what = "a worker that was given one GPU sees all, and all workers would take the first"
         remedy = "Start Ray there without RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
         book.problem(node.name, what, remedy)
@@ -163,13 +163,13 @@ def _judge_room(node: ExaminedNode, found: Examination, checkup: Checkup, book: 
     plan = checkup.plan
     if plan is None:
         return
-    if node.gpus if checkup.on_ray else found.view.device is not None:
+    if node.ray_gpus if checkup.on_ray else found.view.device is not None:
         remedy = "Stop what else runs there, or start Ray with a CUDA_VISIBLE_DEVICES without it"
         for sight in visible_gpus(found):
             room = room_on_gpu(plan, found, sight)
             if not room.eligible:
                 book.problem(f"{node.name}, GPU {sight.gpu.index}", room.reason, remedy)
-    elif node.cpus or not checkup.on_ray:
+    elif node.ray_cpus or not checkup.on_ray:
         room = cpu_pool(plan, found.memory)
         if not room.eligible:
             book.problem(node.name, room.reason, "Stop what else runs there, or take more memory")
@@ -213,7 +213,7 @@ def _note_the_rest(checkup: Checkup, book: _Notebook) -> None:
     if checkup.token is False:
         remedy = "Whoever reaches its ports runs code on every node: give it a token"
         book.note(where, "the cluster asks for no token", remedy)
-    if checkup.on_ray and not any(node.cpus or node.gpus for node in checkup.nodes):
+    if checkup.on_ray and not any(node.ray_cpus or node.ray_gpus for node in checkup.nodes):
         remedy = "Those that an autoscaler starts can be examined once they are up"
         book.note(where, "no node has a CPU or a GPU for workers", remedy)
     for note in checkup.plan.notes if checkup.plan is not None else ():

@@ -93,7 +93,7 @@ def _node_table(checkup: Checkup) -> Table:
             continue
         if checkup.on_ray:
             code = "other" if found.identity.difference(checkup.driver) else "same"
-            cells += [code, str(node.cpus)]
+            cells += [code, str(node.ray_cpus)]
         cells.append(gb(found.memory))
         if checkup.plan:
             cells.append(_lanes(cpu_pool(checkup.plan, found.memory)))
@@ -131,11 +131,11 @@ def _device_tables(checkup: Checkup) -> Iterator[Table]:
     gpus = _table("node", "GPU", "free", *["lanes"] * bool(checkup.plan), "taken by")
     for node in checkup.nodes:
         found = node.examination
-        if not isinstance(found, Examination) or not (node.gpus or found.gpus):
+        if not isinstance(found, Examination) or not (node.ray_gpus or found.gpus):
             continue
         seen = [view for view in node.views if isinstance(view, DeviceView)]
         said = dict.fromkeys(view.device or f"no: {view.trouble}" for view in seen or [found.view])
-        number = node.gpus if checkup.on_ray else len(found.gpus)
+        number = node.ray_gpus if checkup.on_ray else len(found.gpus)
         workers = ", ".join(_visible(view) for view in seen) or "-"
         _add(views, [node.name, str(number), workers, _visible(found.view), "; ".join(said)])
         for sight in found.gpus:
@@ -210,8 +210,8 @@ def _node(node: ExaminedNode, checkup: Checkup) -> dict[str, Any]:
         "name": node.name,
         "leaving": leaves_in is not None,
         "leaves_in": leaves_in if leaves_in is not None and math.isfinite(leaves_in) else None,
-        "cpus": node.cpus,
-        "gpus_of_ray": node.gpus,
+        "cpus_of_ray": node.ray_cpus,
+        "gpus_of_ray": node.ray_gpus,
         "gpus_taken": node.taken,
         "gpu_workers": [dataclasses.asdict(view) for view in node.views],
         "silence": next((one.reason for one in (found, paths) if isinstance(one, Silence)), None),

@@ -67,16 +67,25 @@ def running_cluster(cpus: int = 4, *, spot: bool = False, **changes: str) -> Ite
 
 
 @contextlib.contextmanager
-def joined(address: str, *, cpus: int, label: str, **changes: str) -> Iterator[psutil.Process]:
-    """``ray start --block`` of one more node, as a machine's own service runs it."""
+def joined(
+    address: str, *, cpus: int, label: str, gpus: int = 0, mounts: str = "", **changes: str
+) -> Iterator[psutil.Process]:
+    """``ray start --block`` of one more node, as a machine's own service runs it.
+
+    Args:
+        mounts: shell commands that change what the node sees of the file system, and nobody else.
+    """
     ports = free_ports(3)
     names = "dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export"
     command = [
         *(Path(sys.executable).with_name("ray"), "start", "--block", f"--address={address}"),
-        *(f"--num-cpus={cpus}", f"--labels={label}", "--object-store-memory=100000000"),
+        *(f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--labels={label}"),
+        "--object-store-memory=100000000",
         *(f"--{name}-port={port}" for name, port in zip(names, ports, strict=True)),
         *("--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"),
     ]
+    if mounts:
+        command = ["unshare", "--mount", "sh", "-ec", f'{mounts}\nexec "$0" "$@"', *command]
     with environment(**changes):
         process = subprocess.Popen(
             command,
