@@ -18,11 +18,11 @@ def register(app: typer.Typer) -> None:
 
 def doctor(
     base: Annotated[
-        Path | None, typer.Argument(metavar="[BASE]", help="Directory of the base checkpoint.")
+        Path | None, typer.Argument(metavar="BASE", help="Directory of the base checkpoint.")
     ] = None,
     adapters: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[ADAPTER[@WEIGHT]]...", help="Directories of PEFT adapters."),
+        typer.Argument(metavar="ADAPTER[@WEIGHT]", help="Directories of PEFT adapters."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to merge to.")] = None,
     address: Annotated[
