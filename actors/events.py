@@ -11,6 +11,8 @@ class WorkerReady:
     """A worker answered its first call and may be given work."""
 
     worker: int
+    node: str = ""
+    """Where it is: what fails there may well fail for its neighbours."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +21,8 @@ class WorkerStartFailed:
 
     worker: int
     reason: str
+    cause: Exception | None = None
+    """What it raised, if it could."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

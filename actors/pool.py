@@ -35,6 +35,7 @@ from merge_core.errors import (
     DeviceMemoryError,
     InputError,
     NonFiniteError,
+    RaymeldError,
     counted,
     refuse,
 )
@@ -102,8 +103,8 @@ class Pool:
         """Workers of a kind that have come up, and those that were asked for and have not."""
         slots = [slot for slot in self._slots.values() if slot.kind == kind]
         due = sum(kind == other for _, _, other in self._due)
-        up = sum(slot.answered for slot in slots)
-        return up, due + len(slots) - up
+        up = sum(slot.greeting is not None for slot in slots)
+        return up, due + sum(not slot.answered for slot in slots)
 
     def start(self, worker: int, kind: str, delay: float) -> None:
         """Start a worker after ``delay`` seconds; an event says how that went."""
@@ -203,14 +204,15 @@ class Pool:
             self._slots[worker].answered = True
             return WorkerUnfit(worker=worker, reason=cause.what)
         self._fence(worker)
-        return WorkerStartFailed(worker=worker, reason=str(cause))
+        reason = f"{cause.where}: {cause.what}" if isinstance(cause, RaymeldError) else str(cause)
+        return WorkerStartFailed(worker=worker, reason=reason, cause=cause)
 
     def _greet(self, worker: int, slot: _Slot, greeting: Greeting) -> Event:
         identity, slot.greeting, slot.answered = greeting.identity, greeting, True
         difference = identity.difference(self._driver)
         if difference:
             raise refuse(difference, f"the worker on {identity.host}", SAME_CODE)
-        return WorkerReady(worker=worker)
+        return WorkerReady(worker=worker, node=greeting.node)
 
     def _fence(self, worker: int) -> None:
         """Make sure that a worker that is said to be gone is gone: it may only be unreachable."""

@@ -24,6 +24,7 @@ from cluster.options import (
     Level,
     Quiet,
     ShardSize,
+    StartTimeout,
     Workers,
     bytes_a_second,
     node_counts,
@@ -58,9 +59,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
         int, typer.Option(min=0, help="CPU workers beside the GPU workers.")
     ] = 0,
     gpus_per_worker: Annotated[float, typer.Option(min=0.01, help="GPUs a worker.")] = 1.0,
-    start_timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait for the first worker.")
-    ] = 1800.0,
+    start_timeout: StartTimeout = 1800.0,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.AUTO,
     dtype: DtypeOption = None,
     shard_size: ShardSize = "2GB",

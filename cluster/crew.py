@@ -43,11 +43,17 @@ class Crew:
     """Of those that run: they get nothing more."""
     left: set[int] = field(default_factory=set)
     """Up, but of no use where they are: kept, so that Ray does not hand out their GPU again."""
+    late: set[int] = field(default_factory=set)
+    """Of those that run: they take far longer than is usual, and may never be through."""
     failed_starts: int = 0
-    """In a row."""
+    """In a row; of those that were started together, as on a node that dies, one counts."""
     closed: str | None = None
     """Why no more workers are started; None while they are."""
     cause: Exception | None = None
+    latest: int = -1
+    """The last that was started."""
+    _counted: int = -1
+    """Failures of those that were started up to this one are counted."""
     _paces: dict[int, list[float]] = field(default_factory=dict)
 
     @property
@@ -69,9 +75,22 @@ class Crew:
 
     def forget(self, worker: int) -> Run | None:
         """Strike a worker off; what it was at, if anything."""
-        for group in (self.starting, self.idle, self.left, self.draining):
+        for group in (self.starting, self.idle, self.left, self.draining, self.late):
             group.discard(worker)
         return self.running.pop(worker, None)
+
+    @property
+    def hands(self) -> int:
+        """How many of it will take something soon."""
+        return len(self.idle) + len(self.running.keys() - self.draining - self.late)
+
+    def start_failed(self, worker: int) -> bool:
+        """Note that a worker did not come up; whether that counts as one more in a row."""
+        if worker <= self._counted:
+            return False
+        self._counted = self.latest
+        self.failed_starts += 1
+        return True
 
     def close(self, reason: str, cause: Exception | None = None) -> None:
         """Start no more workers; those that work go on."""

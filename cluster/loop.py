@@ -132,10 +132,17 @@ class Loop:
         if isinstance(abort.cause, InputError):
             return abort.cause
         if abort.item is None:
-            remedy = "Ray's logs of that worker say more."
-            return abort.cause or RaymeldError(abort.reason, "workers", remedy)
+            return self._no_workers(abort)
         kind = type(abort.cause) if isinstance(abort.cause, RaymeldError) else RaymeldError
         return kind(abort.reason, self.tasks[abort.item].name, "Nothing was published.")
+
+    def _no_workers(self, abort: Abort) -> Exception:
+        cause, remedy = abort.cause, "Ray's logs of that worker say more."
+        if isinstance(cause, RaymeldError):
+            if str(cause) == abort.reason:
+                return cause
+            remedy = cause.remedy or remedy
+        return RaymeldError(abort.reason, "workers", remedy)
 
     def _look(self) -> None:
         """What happens once a second, whatever the workers do."""

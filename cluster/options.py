@@ -47,6 +47,7 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Most workers at a time
 DeviceMapFile = Annotated[
     Path | None, typer.Option("--device-map", help="JSON of module names and cuda or cpu.")
 ]
+StartTimeout = Annotated[float, typer.Option(min=0, help="Seconds to wait for the first worker.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No talk on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

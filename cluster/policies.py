@@ -79,7 +79,7 @@ def leave_to_faster(
     here = pace_of(crew, rank, others)
     for other in others:
         there = pace_of(other, rank, (crew,))
-        hands = len(other.idle) + len(other.running) - len(other.draining)
+        hands = other.hands
         if hands and there < here and cost * here > waiting * there / hands:
             reason = f"{other.kind.name} workers would finish it sooner"
             return Decision(yes=True, reason=reason)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cluster.answering import answering
-from cluster.options import Debug, Json, Level, Quiet, Workers, refuse_workers
+from cluster.options import Debug, Json, Level, Quiet, StartTimeout, Workers, refuse_workers
 from merge_core.errors import VerificationError
 
 
@@ -26,9 +26,13 @@ def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
         list[str] | None, typer.Option(metavar="ADAPTER[@WEIGHT]", help="An adapter, for numeric.")
     ] = None,
     address: Annotated[
-        str, typer.Option(help="A Ray cluster to read with; 'inline': this process, no Ray.")
+        str,
+        typer.Option(
+            help="A Ray cluster to read with; 'inline' (whatever RAY_ADDRESS is): no Ray."
+        ),
     ] = "inline",
     workers: Workers = None,
+    start_timeout: StartTimeout = 1800.0,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -51,7 +55,9 @@ def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
             from cluster.talk import Talk
             from cluster.workers import ClusterOptions
 
-            options = ClusterOptions(address=address, device="cpu", workers=workers)
+            options = ClusterOptions(
+                address=address, device="cpu", workers=workers, start_timeout=start_timeout
+            )
             talk = Talk(quiet=quiet, out=out)
             with talk.progress():
                 report = verify_on_ray(

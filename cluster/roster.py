@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from cluster import policies
-from cluster.attempts import Attempts
+from cluster.attempts import Attempts, Place
 from cluster.backlog import Backlog, Item
 from cluster.commands import Assign, Command, Release, Start
 from cluster.crew import Crew, Run
@@ -20,6 +20,8 @@ class Roster:
     crews: list[Crew]
     crew_of: dict[int, Crew] = field(default_factory=dict)
     """By worker."""
+    nodes: dict[int, str] = field(default_factory=dict)
+    """Of every worker that came up."""
     items: dict[int, Item] = field(default_factory=dict)
     attempts: dict[int, Attempts] = field(default_factory=dict)
     backlog: Backlog = field(default_factory=Backlog)
@@ -63,16 +65,23 @@ class Roster:
             (
                 number
                 for number in self.backlog.waiting(crew.kind.name)
-                if (self.attempts[number].avoid != worker or self._is_alone(worker, number))
-                and self._is_for(crew, number)
+                if self._is_for(crew, number) and self._suits(worker, number)
             ),
             None,
         )
 
-    def _is_alone(self, worker: int, number: int) -> bool:
-        """Whether no other worker that is up would do the item."""
+    def _suits(self, worker: int, number: int) -> bool:
+        """Whether nobody else that is up should rather try the item next."""
+        attempts = self.attempts[number]
+        if not attempts.tried:
+            return True
         able = (crew for crew in self.able(self.items[number].device) if self._is_for(crew, number))
-        return not any(crew.idle - {worker} or crew.running for crew in able)
+        up = {one for crew in able for one in (*crew.idle, *crew.running)}
+        return attempts.suits(self.place_of(worker), [self.place_of(one) for one in up - {worker}])
+
+    def place_of(self, worker: int) -> Place:
+        """A worker that is up, and its node."""
+        return Place(worker, self.nodes[worker])
 
     def _is_for(self, crew: Crew, number: int) -> bool:
         item = self.items[number]
@@ -98,6 +107,7 @@ class Roster:
             for _ in itertools.islice(suitable, spare, wanted):
                 worker = next(self._numbers)
                 crew.starting.add(worker)
+                crew.latest = worker
                 self.crew_of[worker] = crew
                 delay = 2.0**crew.failed_starts - 1
                 yield Start(worker=worker, kind=crew.kind.name, delay=delay)
@@ -109,8 +119,8 @@ class Roster:
         for crew in self.crews:
             surplus = len(crew.starting) - self.backlog.count(crew.kind.name)
             gone = sorted(crew.starting)[-surplus:] if surplus > 0 else []
-            if crew.closed is None or not self.backlog:  # or nobody might be left to do it
-                gone += sorted(crew.idle)
+            if not any(self._is_for(crew, n) for n in self.backlog.waiting(crew.kind.name)):
+                gone += sorted(crew.idle)  # or they wait until somebody else has tried it
             if not self.backlog:
                 gone += sorted(crew.left)
             for worker in gone:

@@ -105,13 +105,14 @@ class Schedule:
         if crew is None:
             return []  # about a worker that was let go: it came too late
         match event:
-            case WorkerReady(worker=worker) if worker in crew.starting:
+            case WorkerReady(worker=worker, node=node) if worker in crew.starting:
                 crew.starting.discard(worker)
                 crew.idle.add(worker)
                 crew.failed_starts = 0
-            case WorkerStartFailed(worker=worker, reason=reason) if worker in crew.starting:
+                self._roster.nodes[worker] = node
+            case WorkerStartFailed(worker=worker) if worker in crew.starting:
                 self._roster.strike_off(worker)
-                self._start_failed(crew, reason)
+                self._start_failed(crew, worker, event.reason, event.cause)
             case WorkerUnfit(worker=worker, reason=reason) if worker in crew.starting:
                 self._leave_alone(crew, worker, reason)
             case WorkerLost():
@@ -141,6 +142,7 @@ class Schedule:
 
     def _free(self, crew: Crew, worker: int) -> list[Command]:
         run = crew.running.pop(worker)
+        crew.late.discard(worker)
         self._roster.attempts[run.item].workers.discard(worker)
         if worker in crew.draining:  # its node waits for nothing else
             self._roster.strike_off(worker)
@@ -167,13 +169,16 @@ class Schedule:
             self.log.append(f"worker-{worker} gets nothing after {name}: {decision.reason}")
         return []
 
-    def _start_failed(self, crew: Crew, reason: str) -> None:
-        crew.failed_starts += 1
+    def _start_failed(
+        self, crew: Crew, worker: int, reason: str, cause: Exception | None = None
+    ) -> None:
+        if not crew.start_failed(worker):
+            return
         decision = policies.start_again(crew.failed_starts, reason)
         if decision.yes:
             self.log.append(f"starting another worker; {decision.reason}")
         elif crew.closed is None:
-            crew.close(decision.reason)
+            crew.close(decision.reason, cause)
             self.log.append(f"no more {crew.kind.name} workers are started: {decision.reason}")
 
     def _leave_alone(self, crew: Crew, worker: int, reason: str) -> None:
@@ -197,17 +202,21 @@ class Schedule:
         starting, draining = event.worker in crew.starting, event.worker in crew.draining
         run = self._roster.strike_off(event.worker)
         if starting:
-            self._start_failed(crew, event.reason)
+            self._start_failed(crew, event.worker, event.reason)
         if run is None:
             return []
         if draining:  # foretold, and so no sign that the item is to blame
             self._roster.wait_again(run.item)
             self.log.append(f"worker-{event.worker} is gone with {self._name_of(run.item)}")
             return []
-        return self._retry(run.item, self._roster.attempts[run.item].lost(event), None)
+        place = self._roster.place_of(event.worker)
+        return self._retry(run.item, self._roster.attempts[run.item].lost(event, place), None)
 
     def _failed(self, event: ItemFailed) -> list[Command]:
-        return self._retry(event.item, self._roster.attempts[event.item].failed(event), event.error)
+        decision = self._roster.attempts[event.item].failed(
+            event, self._roster.place_of(event.worker)
+        )
+        return self._retry(event.item, decision, event.error)
 
     def _retry(
         self, number: int, decision: policies.Decision, cause: Exception | None
@@ -229,19 +238,20 @@ class Schedule:
         return []
 
     def _find_stragglers(self, now: float) -> None:
-        """Have items that take far longer than others did wait once more, if nothing else does."""
-        if self._roster.backlog:
-            return
+        """Note which items take far longer than others did; have them wait once more, if nothing
+        else does.
+        """
         usual = {rank: self._usual(rank) for rank in {item.rank for item in self._running()}}
         for crew in self._roster.crews:
             for worker, run in crew.running.items():
                 item = self._roster.items[run.item]
-                if self._roster.attempts[run.item].workers != {worker}:
-                    continue
                 decision = policies.give_out_again(now - run.since, item.cost, *usual[item.rank])
                 if not decision.yes:
                     continue
-                self._roster.attempts[run.item].avoid = worker
+                crew.late.add(worker)
+                if self._roster.backlog or self._roster.attempts[run.item].workers != {worker}:
+                    continue
+                self._roster.attempts[run.item].tried.append(self._roster.place_of(worker))
                 self._roster.backlog.add(run.item, item)
                 name = f"{self._name_of(run.item)} to a second worker beside worker-{worker}"
                 self.log.append(f"giving {name}: {decision.reason}")

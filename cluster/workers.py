@@ -114,10 +114,11 @@ def _refuse_cpu_workers(options: ClusterOptions) -> None:
 
 
 def _no_room(options: ClusterOptions, worker: WorkerOptions) -> Problem:
+    remedy = "Give --workers to wait for nodes that an autoscaler starts"
     return Problem(
         f"no node that is up can hold a worker with {amounts(worker.resources)}",
         f"--address {options.address}",
-        "Give --workers to wait for nodes that an autoscaler starts, or another --device",
+        remedy + ", or merge with --device cpu" * (worker.device == "cuda"),
     )
 
 
@@ -151,10 +152,15 @@ def _cpu_workers(
 def _kind(
     options: ClusterOptions, device: str, wanted: int | None, room: int, handicap: float = 1.0
 ) -> WorkerKind:
-    """No more than were asked for; none where there is no room and none can be made."""
+    """No more than were asked for; none where there is no room and none can be made.
+
+    In the place of those that are of no use where they are others may come up: there are as many as
+    there is room for, and where an autoscaler brings nodes, once more as many as were asked for.
+    """
     grows = options.address != LOCAL and wanted is not None
     number = (wanted or room) if room or grows else 0
-    return WorkerKind(name=device, most=number, ceiling=number, handicap=handicap)
+    ceiling = max(room, number * (2 if grows else 1)) if number else 0
+    return WorkerKind(name=device, most=number, ceiling=ceiling, handicap=handicap)
 
 
 def _cpu_share(cpus: Sequence[int], workers: int | None) -> float:

@@ -55,6 +55,10 @@ class Rehearsal:
     errors: dict[int, int] = field(default_factory=dict)
     losses: dict[int, int] = field(default_factory=dict)
     failed_starts: Counter[str] = field(default_factory=Counter)
+    latest: dict[str, int] = field(default_factory=dict)
+    """The last worker of each kind that was started."""
+    counted: dict[str, int] = field(default_factory=dict)
+    """Failures of workers up to this one are counted: those of one round are one."""
     closed: set[str] = field(default_factory=set)
     abort: Abort | None = None
     past: list[Event] = field(default_factory=list)
@@ -159,7 +163,10 @@ class Rehearsal:
                 self.closed.add(kind)
 
     def _lose(self, worker: int) -> None:
-        self.failed_starts[self.kind_of[worker]] += worker in self.starting
+        kind = self.kind_of[worker]
+        if worker in self.starting and worker > self.counted.get(kind, -1):
+            self.failed_starts[kind] += 1
+            self.counted[kind] = self.latest[kind]
         self._leave(worker)
 
     def _leave(self, worker: int) -> None:
@@ -183,6 +190,7 @@ class Rehearsal:
         worker = command.worker
         assert worker not in self.kind_of
         self.kind_of[worker] = command.kind
+        self.latest[command.kind] = worker
         assert command.kind not in self.closed
         assert command.delay == 2 ** self.failed_starts[command.kind] - 1
         self.starting.add(worker)

@@ -237,15 +237,41 @@ def test_a_worker_that_comes_up_forgives_those_that_did_not() -> None:
 def test_those_that_are_up_go_on_when_no_more_come_up() -> None:
     pool = Rehearsal(SIZES, 4)
     pool.tell(WorkerReady(worker=0))
-    pool.tell(WorkerStartFailed(worker=1, reason="pip"))
-    pool.tell(WorkerStartFailed(worker=2, reason="pip"))
-    pool.tell(WorkerStartFailed(worker=3, reason="pip"))
+    while pool.starting:
+        pool.tell(WorkerStartFailed(worker=min(pool.starting), reason="pip"))
 
     while not pool.over:
         pool.tell(ItemDone(worker=0, item=pool.running[0]))
 
     assert (pool.abort, pool.done) == (None, [1, 2, 0])
     assert pool.schedule.log[-1].startswith("no more cuda workers are started: 3 workers in a row")
+
+
+def test_workers_that_start_together_on_a_node_that_dies_count_as_one_failure() -> None:
+    pool = Rehearsal(dict.fromkeys(range(6), 1), 6)
+    for worker in range(6):
+        pool.tell(WorkerLost(worker=worker, reason="node died"))
+
+    assert pool.failed_starts == {"cuda": 1}
+    assert pool.starting == set(range(6, 12))
+    assert len(pool.schedule.log) == 1
+
+
+def test_a_node_whose_workers_all_fail_at_once_does_not_use_up_the_attempts() -> None:
+    """Two workers of a node with a bad mount, beside one that is busy for long."""
+    pool = Rehearsal({0: 9, 1: 5, 2: 5, 3: 5}, 3)
+    for worker, node in enumerate(["good", "bad", "bad"]):
+        pool.tell(WorkerReady(worker=worker, node=node))
+
+    while pool.running.keys() & {1, 2}:
+        for worker in sorted(pool.running.keys() & {1, 2}):
+            fail(pool, worker)
+
+    assert pool.running == {0: 0}
+    assert pool.errors == {1: 1, 2: 1, 3: 1}
+    while not pool.over:
+        pool.tell(ItemDone(worker=0, item=pool.running[0]))
+    assert (pool.abort, sorted(pool.done)) == (None, [0, 1, 2, 3])
 
 
 def test_while_more_is_to_come_idle_workers_stay_and_are_replaced_only_when_needed() -> None:

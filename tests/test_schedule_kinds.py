@@ -50,6 +50,28 @@ def test_a_slow_worker_leaves_what_the_fast_ones_are_through_with_sooner(
     assert sorted(pool.done) == list(range(items))
 
 
+def test_slow_workers_do_not_leave_items_to_a_fast_one_that_hangs() -> None:
+    pool = both(8)
+    for _ in range(3):
+        finish(pool, 0)
+    finish(pool, 1)
+    assert pool.gone == {1}
+    assert len(pool.waiting) == 3
+
+    pool.pass_time(STRAGGLER_SECONDS + 1)
+    assert pool.starting == {2}
+    pool.tell(WorkerReady(worker=2))
+    while pool.waiting:
+        finish(pool, 2, 4)
+    finish(pool, 2, 4)
+    pool.pass_time(1)  # nothing waits any more: the slow one gets what the fast one hangs in
+    up(pool)
+    finish(pool, max(pool.running), 4)
+
+    assert (pool.over, pool.abort) == (True, None)
+    assert sorted(pool.done) == list(range(8))
+
+
 def test_slow_workers_do_all_of_it_where_no_fast_one_comes() -> None:
     pool = Rehearsal(dict.fromkeys(range(3), GB), 2, 1)
     assert [pool.kind_of[w] for w in sorted(pool.starting)] == [FAST, FAST, SLOW]
