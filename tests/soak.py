@@ -24,6 +24,7 @@ from handmade import published, small_merge
 from head import until
 from kills import PLACES, Kill
 
+from cluster.scratch import scratch_directory
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
 
@@ -146,11 +147,21 @@ class Soak:
         Ray takes a moment to end those of a driver that was killed.
         """
         assert_tidy(out)
+        self._sweep()
         left = [path for name in ("home/.ray", "t") for path in (self._where / name).glob("*")]
         with contextlib.suppress(AssertionError):
             until(lambda: not actors_of(str(self._where)))
         left += actors_of(str(self._where))
         assert not left, left
+
+    def _sweep(self) -> None:
+        """As the next merge does that needs Ray: the last one may have found everything done."""
+        before, tempfile.tempdir = tempfile.tempdir, f"{self._where}/t"
+        try:
+            with scratch_directory():
+                pass
+        finally:
+            tempfile.tempdir = before
 
     def _repair(self, deaths: Sequence[Kill]) -> None:
         """Put a new node in the place of each that was killed or drained."""
