@@ -58,11 +58,9 @@ def cluster(
 
 
 @contextlib.contextmanager
-def running_cluster(cpus: int = 4, *, spot: bool = False, **changes: str) -> Iterator[str]:
-    """A head node in processes of its own, and perhaps a spot node; yields its address."""
+def running_cluster(cpus: int = 4, **changes: str) -> Iterator[str]:
+    """A head node in processes of its own; yields its address."""
     with environment(**changes), cluster(cpus=cpus) as nodes:
-        if spot:
-            nodes.add_node(num_cpus=cpus, labels={"spot": "yes"})
         yield nodes.address
 
 

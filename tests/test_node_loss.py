@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from kills import Kill, classes, marked
 
 from actors.kept_collector import KeptCollector
 from actors.merger import Merger
+from cluster import policies
 from cluster.driver import merge_on_ray
 from cluster.session import session
 from cluster.workers import ClusterOptions
@@ -45,6 +47,12 @@ def expected(small: MergePlan, tmp_path_factory: pytest.TempPathFactory) -> dict
     out = tmp_path_factory.mktemp("inline") / "out"
     merge(small, out)
     return published(out)
+
+
+@pytest.fixture(autouse=True)
+def _nobody_is_a_straggler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or whoever waits for the end of its node would get company on a busy machine."""
+    monkeypatch.setattr(policies, "STRAGGLER_SECONDS", math.inf)
 
 
 def run(plan: MergePlan, out: Path, nodes: Any, **actors: type) -> list[str]:
@@ -141,6 +149,31 @@ def test_a_node_that_is_terminated_drains_and_costs_nothing(
         assert any(decision in line and "its node is going" in line for line in said), said
         assert not any("failure" in line for line in said), said
         until_gone(everything)
+
+
+@pytest.mark.parametrize(
+    ("merger", "decision"),
+    [(faults.FinishesInTime, "gets nothing after"), (faults.CannotFinish, "gives back")],
+    ids=["enough time", "too little time"],
+)
+def test_a_node_that_is_drained_costs_nothing(
+    small: MergePlan,
+    expected: dict[str, bytes],
+    nodes: Any,
+    tmp_path: Path,
+    merger: type[Merger],
+    decision: str,
+) -> None:
+    """As ``raymeld spot-notice`` has it."""
+    spot = nodes.add_node(num_cpus=1, labels={"spot": "yes"})
+
+    said = run(small, tmp_path / "out", nodes, merger=merger)
+
+    assert published(tmp_path / "out") == expected
+    assert any(decision in line and "its node is going" in line for line in said), said
+    assert not any("failure" in line for line in said), said
+    until(spot.dead_processes)
+    nodes.remove_node(spot, allow_graceful=False)
 
 
 def test_the_collector_is_on_the_drivers_node_whatever_others_there_are(

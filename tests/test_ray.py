@@ -152,26 +152,6 @@ def test_workers_that_cannot_start_end_the_merge_with_the_reason(
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("merger", "decision"),
-    [(faults.FinishesInTime, "gets nothing after"), (faults.CannotFinish, "gives back")],
-)
-def test_a_node_that_is_drained_costs_nothing(
-    plan: MergePlan,
-    expected: dict[str, bytes],
-    tmp_path: Path,
-    merger: type[Merger],
-    decision: str,
-) -> None:
-    faults.by_value()
-    with running_cluster(cpus=2, spot=True) as at:
-        said = run(plan, tmp_path / "out", at, merger=merger)
-
-    assert published(tmp_path / "out") == expected
-    assert any(decision in line and "its node is going" in line for line in said), said
-    assert not any("failure" in line for line in said), said
-
-
 def test_a_cluster_that_imports_a_users_own_package_called_cluster_is_refused(
     plan: MergePlan, tmp_path: Path
 ) -> None:
