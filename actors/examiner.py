@@ -7,6 +7,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from actors.identity import Identity, identify
 from actors.libraries import Library, find_libraries
@@ -65,8 +66,9 @@ class Silence:
     """Stands for an answer that did not come."""
 
     reason: str
-    late: bool
-    """It may still come: only the time was over."""
+    kind: Literal["late", "raised", "died"]
+    """Late: it may still come. Raised: by the code there, mostly because that is not ours.
+    Died: the process or its node."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -107,7 +107,7 @@ def _ask(examiners: Sequence[Any], method: str, seconds: float, *arguments: Any)
         return []
     asked = [getattr(examiner, method).remote(*arguments) for examiner in examiners]
     ready, _ = ray.wait(asked, num_returns=len(asked), timeout=seconds)
-    late = Silence(reason=f"no answer within {seconds:g} s", late=True)
+    late = Silence(reason=f"no answer within {seconds:g} s", kind="late")
     return [_answer(ref) if ref in ready else late for ref in asked]
 
 
@@ -115,6 +115,7 @@ def _answer(ref: Any) -> Any:
     try:
         return ray.get(ref)
     except RayTaskError as error:
-        return Silence(reason=first_line(cause_of(error)), late=False)
+        return Silence(reason=first_line(cause_of(error)), kind="raised")
     except RayError as error:
-        return Silence(reason=first_line(error), late=False)
+        raised = getattr(error, "actor_init_failed", False)
+        return Silence(reason=first_line(error), kind="raised" if raised else "died")

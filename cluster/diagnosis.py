@@ -88,11 +88,14 @@ def _judge_answers(node: ExaminedNode, book: _Notebook) -> None:
     if node.leaves_in is not None:
         book.note(node.name, "is about to leave the cluster", "It was not examined")
     match node.examination:
-        case Silence(late=True, reason=reason):
+        case Silence(kind="late", reason=reason):
             remedy = "See Ray's logs there; give it longer with --timeout, or take the node away"
             book.problem(node.name, f"no examiner came up: {reason}", remedy)
-        case Silence(reason=reason):
+        case Silence(kind="raised", reason=reason):
             book.problem(node.name, f"no worker can start there: {reason}", SAME_CODE)
+        case Silence(reason=reason):
+            remedy = "See Ray's logs there; workers also die that send a token where none is known"
+            book.problem(node.name, f"its examiner died: {reason}", remedy)
     if isinstance(node.paths, Silence):
         remedy = "A mount whose server is gone hangs whoever looks: try ls on the paths there"
         what = f"BASE, ADAPTER and OUT cannot be looked at: {node.paths.reason}"

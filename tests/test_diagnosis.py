@@ -10,14 +10,7 @@ from typing import Any
 
 import pytest
 
-from actors.examiner import (
-    DeviceView,
-    Examination,
-    ExaminedNode,
-    GpuSight,
-    PathSight,
-    Silence,
-)
+from actors.examiner import DeviceView, Examination, ExaminedNode, GpuSight, PathSight, Silence
 from actors.identity import Identity
 from actors.libraries import Library
 from cluster.diagnosis import Diagnosis, diagnose
@@ -50,7 +43,7 @@ CONFIG = FileSight(
 )
 BASE = InputSight(path=Path("/m/base"), files=(CONFIG,), error=None)
 LOOKED = PathSight(inputs=(BASE,), refusal=None)
-LATE = Silence(reason="no answer within 9 s", late=True)
+LATE = Silence(reason="no answer within 9 s", kind="late")
 OUT = Destination(out=Path("/m/out"), place=Path("/m"), free=10**12)
 
 
@@ -107,8 +100,12 @@ def test_nothing_is_said_of_nodes_that_are_well(small: MergePlan) -> None:
             "n1: no examiner came up: no answer within 9 s. See Ray's logs there",
         ),
         (
-            {"examination": Silence(reason="RuntimeError: not ours", late=False), "paths": None},
+            {"examination": Silence(reason="RuntimeError: not ours", kind="raised"), "paths": None},
             "n1: no worker can start there: RuntimeError: not ours. Install the same raymeld",
+        ),
+        (
+            {"examination": Silence(reason="killed", kind="died"), "paths": None},
+            "n1: its examiner died: killed. See Ray's logs there",
         ),
         (
             {"paths": LATE},
