@@ -53,7 +53,8 @@ def examine_nodes(inputs: Sequence[Path], trial: Path | None, seconds: float) ->
 
 def _live_nodes() -> dict[str, ExaminedNode]:
     """By Ray's ids; two on one machine bear a piece of them in their names."""
-    alive, leaving = [node for node in ray.nodes() if node["Alive"]], draining_nodes()
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    leaving = draining_nodes()
     hosts = Counter(node["NodeManagerHostname"] for node in alive)
     found = {}
     for node in alive:
