@@ -41,6 +41,7 @@ from cluster.crew import WorkerKind
 from cluster.loop import Loop
 from cluster.tasks import MERGING, VERIFYING, Task
 from cluster.workers import Fleet
+from merge_core.lease import Lease
 from merge_core.progress import ProgressFile
 
 SIZE = 2_000_000_000
@@ -175,7 +176,11 @@ def run(shards: int, workers: int, stretch: int, out: Path) -> dict[str, Any]:
 
     kinds = (WorkerKind(name="cpu", most=workers, ceiling=workers),)
     fleet = Fleet(workers=(WorkerOptions(device="cpu", resources={"num_cpus": 4}),), kinds=kinds)
-    with mock.patch.object(loop_module, "time", pool), ProgressFile(out, _ignore, say) as progress:
+    with (
+        mock.patch.object(loop_module, "time", pool),
+        Lease(out, say) as lease,
+        ProgressFile(out, lease.holder.run, _ignore, say) as progress,
+    ):
         loop = Loop(pool, fleet, 1800.0, settle, progress.say, progress.watch)  # type: ignore[arg-type]
         pool.tasks = loop.tasks
         clock = time.process_time()

@@ -103,6 +103,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
                     device=device,
                     overwrite=overwrite,
                     watch=talk.watch,
+                    say=talk.say,
                 )
             else:
                 from cluster.driver import merge_on_ray

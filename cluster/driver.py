@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from actors.identity import identify
@@ -13,6 +14,7 @@ from cluster.loop import Loop
 from cluster.merging import Merging
 from cluster.session import LOCAL, session
 from cluster.workers import ClusterOptions, size_fleet
+from merge_core.lease import is_held
 from merge_core.merge import MergeResult, begin, claim, result_of
 from merge_core.output import check_usable, is_finished, parts_directory
 from merge_core.plan import MergePlan
@@ -46,28 +48,38 @@ def merge_on_ray(
     say("starting Ray" if options.address == LOCAL else f"connecting to {options.address}")
     with session(options.address, use_gpus=options.device != "cpu"):
         fleet = size_fleet(options, node_resources(), len(plan.shards), plan.pinned)
-        with (
-            claim(plan, target, overwrite=overwrite) as run_id,
-            ProgressFile(target, watch, say) as progress,
-        ):
-            if run_id is None:  # somebody else has finished it in between
+        with claim(plan, target, overwrite=overwrite, say=say) as run:
+            if run is None:  # somebody else has finished it in between
                 return result_of(plan, target, {}, verify_deeper(target, level), clock)
-            for line in fleet.lines:
-                progress.say(line)
-            collector = KeptCollector(plan, target, run_id, options.collector)
-            pool = Pool(identify(), fleet.workers, options.merger, (plan, target))
-            merging = Merging(plan, target, level, collector, progress.say)
-            loop = Loop(
-                pool, fleet, options.start_timeout, merging.settle, progress.say, progress.watch
-            )
-            try:
+            with (
+                ProgressFile(target, run, watch, say) as progress,
+                _stopped_parts(target, run),
+                closing(KeptCollector(plan, target, run, options.collector)) as collector,
+                closing(Pool(identify(), fleet.workers, options.merger, (plan, target))) as pool,
+            ):
+                for line in fleet.lines:
+                    progress.say(line)
+                merging = Merging(plan, target, level, collector, progress.say)
+                loop = Loop(
+                    pool, fleet, options.start_timeout, merging.settle, progress.say, progress.watch
+                )
                 resumed = merging.run(loop)
                 report = merging.verify(loop)
                 receipts = collector.call("receipts")  # publishing removes them
                 conclude(merging, report)
-            finally:
-                pool.close()
-                collector.close()
-                for part in parts_directory(target).glob("*.part"):  # of workers that were stopped
-                    part.unlink(missing_ok=True)
     return result_of(plan, target, receipts, report, clock, resumed)
+
+
+@contextmanager
+def _stopped_parts(out: Path, run: str) -> Iterator[None]:
+    """Removes, at the end, the parts of workers that were stopped.
+
+    Not without the lease: the parts there would be those of the merge that took it over.
+    """
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # the next merge removes them too
+            if is_held(out, run):
+                for part in parts_directory(out).glob("*.part"):
+                    part.unlink(missing_ok=True)

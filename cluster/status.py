@@ -11,7 +11,8 @@ from typing import Any
 from cluster.console import duration
 from merge_core.checkpoint import CONFIG
 from merge_core.errors import refuse
-from merge_core.lease import Holder, live_holder
+from merge_core.holder import Holder
+from merge_core.lease import live_holder
 from merge_core.output import receipts_directory, state_directory
 from merge_core.progress import read_progress
 
@@ -86,7 +87,7 @@ def status_lines(status: Status) -> list[str]:
     if status.state == "stopped":
         lines.append("next     the same merge command again goes on from here")
     if status.holder is not None:
-        lines.insert(1, f"by       process {status.holder.pid} on {status.holder.host}")
+        lines.insert(1, f"by       {status.holder}")
         lines += _running_lines(status)
     for when, line in status.progress.get("lines", [])[-SHOWN_LINES:]:
         lines.append(f"{time.strftime('%H:%M:%S', time.localtime(when))} {line}")

@@ -19,7 +19,7 @@ from typing import Any
 from merge_core import __version__
 from merge_core.checkpoint import CONFIG, INDEX
 from merge_core.errors import RaymeldError
-from merge_core.lease import holder_of, taken_over
+from merge_core.lease import is_held, taken_over
 from merge_core.ledger import Receipt, TensorRecord, write_ledger
 from merge_core.output import (
     config_to_publish,
@@ -132,6 +132,7 @@ class Assembly:
 
         Raises:
             StorageError: an input changed during the merge.
+            LeaseLostError: another merge has taken OUT over.
         """
         self._check_run()
         for file in (*self._plan.base_files, *self._plan.side_files):
@@ -141,6 +142,7 @@ class Assembly:
             adapter.config_file.check(adapter.path)
         state = state_directory(self._out)
         write_durably(state / "verified.json", json.dumps(verified, indent=1).encode())
+        self._check_run()  # again: looking at the inputs may have taken long
         write_durably(self._out / CONFIG, (state / CONFIG).read_bytes())
         for leftover in (parts_directory(self._out), receipts_directory(self._out)):
             shutil.rmtree(leftover, ignore_errors=True)  # it is published: nothing may fail now
@@ -151,8 +153,7 @@ class Assembly:
             part.unlink(missing_ok=True)
 
     def _check_run(self) -> None:
-        holder = holder_of(self._out)
-        if holder is None or holder.run != self._run:
+        if not is_held(self._out, self._run):
             raise taken_over(self._out)
 
     def _read_receipt(self, index: int) -> Receipt | None:

@@ -6,6 +6,7 @@
     |-- NonFiniteError           1  a merged value is NaN or infinite
     |-- DeviceMemoryError        1  the device or the machine ran out of memory
     |-- StorageError             1  a read or write failed (disk full, permission, vanished file)
+    |-- LeaseLostError           1  another merge has taken OUT over
     `-- InterruptedMergeError  130  Ctrl-C or SIGTERM
 
 All of them cross process borders, so each keeps its constructor's positional arguments in
@@ -95,6 +96,10 @@ class StorageError(RaymeldError, OSError):
         RaymeldError.__init__(self, what, where, remedy)
 
     __str__ = RaymeldError.__str__
+
+
+class LeaseLostError(RaymeldError):
+    """Another merge works in OUT by now: this one may write nothing more there."""
 
 
 class InterruptedMergeError(RaymeldError):

@@ -9,19 +9,18 @@ needs nothing of the store but "create if absent" and a list of names with their
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
+import errno
 import os
 import secrets
-import socket
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from merge_core.errors import RaymeldError, StorageError, refuse
+from merge_core.errors import InputError, LeaseLostError, refuse
+from merge_core.holder import UNKNOWN, Holder, read_holder, write_holder
 from merge_core.storage import reported
 
 LEASE_SECONDS = 45.0
@@ -31,58 +30,34 @@ enough for a job that is started again on another machine after its first one di
 RENEW_SECONDS = 10.0
 """Four renewals may fail before anybody else can take over."""
 
+LOOK_SECONDS = 1.0
+"""Between two looks at the lease of somebody who may be gone."""
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Holder:
-    """Who has a lease."""
+LISTINGS = 5
+"""Of the lease's directory, until its last name can be opened: each renewal removes one name, but
+not several in a row, and a link that leads nowhere stays."""
 
-    run: str
-    """Unique to this merge."""
-    host: str
-    machine: str
-    """Tells this start of this machine, and its numbering of processes, from all others."""
-    pid: int
-    born: float
-    """When the process started, in seconds since the epoch: numbers of processes come again."""
-
-    @classmethod
-    def this_process(cls) -> Holder:
-        """A new run, in this process."""
-        import psutil
-
-        return cls(
-            run=secrets.token_hex(16),
-            host=socket.gethostname(),
-            machine=_machine(),
-            pid=os.getpid(),
-            born=psutil.Process().create_time(),
-        )
-
-    def is_gone(self) -> bool:
-        """Whether this machine knows that the process has ended."""
-        import psutil
-
-        if self.machine != _machine():
-            return False
-        try:
-            return bool(psutil.Process(self.pid).create_time() != self.born)
-        except psutil.NoSuchProcess:
-            return True
+_VANISHED = (errno.ENOENT, errno.ESTALE)
+"""What a renewed file answers, on this machine's disks and on NFS."""
 
 
 class Lease:
     """The lease of one destination, renewed by a thread of its own while it is held.
 
+    Who holds it may have died with its machine. So a lease that nobody renews is waited for: a job
+    that is started again at once would otherwise use up its retries.
+
     Args:
         out: the destination; made if it is missing.
+        say: told that the lease is waited for.
 
     Raises:
         InputError: another merge holds it.
         StorageError: it cannot be written.
     """
 
-    def __init__(self, out: Path) -> None:
-        self._out, self._directory = out, lease_directory(out)
+    def __init__(self, out: Path, say: Callable[[str], None]) -> None:
+        self._out, self._directory, self._say = out, lease_directory(out), say
         self.holder = Holder.this_process()
         self._number = self._take()
         self._ended = threading.Event()
@@ -104,7 +79,7 @@ class Lease:
         """Make it young again.
 
         Raises:
-            RaymeldError: another merge has taken it.
+            LeaseLostError: another merge has taken it.
         """
         if not _advance(self._directory, self._number, self.holder):
             raise taken_over(self._out)
@@ -123,20 +98,37 @@ class Lease:
     def _take(self) -> int:
         with reported(self._directory):
             self._directory.mkdir(parents=True, exist_ok=True)
-            number, holder, age = _latest(self._directory)
-            if holder is not None and not holder.is_gone() and age < LEASE_SECONDS:
-                raise held(self._out, holder, LEASE_SECONDS - age)
+            number = self._await_free()
             if not _advance(self._directory, number, self.holder):
-                raise held(self._out, _latest(self._directory)[1], LEASE_SECONDS)
+                raise _held(self._out, _newest(self._directory)[1])
         return number + 1
+
+    def _await_free(self) -> int:
+        """The number to go on from, once nobody holds the lease."""
+        first, holder, age = _latest(self._directory)
+        if holder is None or not _is_live(holder, age):
+            return first
+        if holder.is_alive():
+            raise _held(self._out, holder)
+        left = LEASE_SECONDS - age
+        self._say(f"waiting {left:.0f} s for the lease of {holder} to expire")
+        end = time.monotonic() + left
+        while time.monotonic() < end:
+            time.sleep(LOOK_SECONDS)
+            number, holder, _ = _newest(self._directory)
+            if holder is None:
+                return number
+            if number != first or holder.is_alive():
+                raise _held(self._out, holder)
+        return first
 
     def _keep(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):
             try:
                 self.renew()
-            except (OSError, StorageError):
+            except OSError:
                 continue  # a full disk or a store that stalls; the next one may pass
-            except RaymeldError:
+            except LeaseLostError:
                 return  # whoever publishes next looks at the lease, and stops there
 
 
@@ -149,7 +141,13 @@ def holder_of(out: Path) -> Holder | None:
     """Who has the lease of ``out``, old or not; None if nobody."""
     with reported(out):
         directory = lease_directory(out)
-        return _latest(directory)[1] if directory.is_dir() else None
+        return _newest(directory)[1] if directory.is_dir() else None
+
+
+def is_held(out: Path, run: str) -> bool:
+    """Whether ``run`` has the lease of ``out``, and nobody took it over."""
+    holder = holder_of(out)
+    return holder is not None and holder.run == run
 
 
 def live_holder(out: Path) -> Holder | None:
@@ -159,54 +157,62 @@ def live_holder(out: Path) -> Holder | None:
         if not directory.is_dir():
             return None
         _, holder, age = _latest(directory)
-        return holder if holder and age < LEASE_SECONDS and not holder.is_gone() else None
+        return holder if holder is not None and _is_live(holder, age) else None
 
 
-def held(out: Path, holder: Holder | None, seconds: float) -> Exception:
-    """The refusal of a second merge."""
-    who = f"process {holder.pid} on {holder.host}" if holder else "another merge"
-    return refuse(
-        f"{who} is merging into it",
-        str(out),
-        "Wait for it (raymeld status shows it) or stop it; if its machine is gone, try again in"
-        f" {seconds:.0f} s",
-    )
-
-
-def taken_over(out: Path) -> RaymeldError:
+def taken_over(out: Path) -> LeaseLostError:
     """What a merge ends with that lost its lease."""
-    return RaymeldError(
+    return LeaseLostError(
         "another merge has taken this directory over",
         str(out),
         "Let only one run, and give each its own --out.",
     )
 
 
+def _held(out: Path, holder: Holder | None) -> InputError:
+    """The refusal of a second merge."""
+    return refuse(
+        f"{holder or 'another merge'} is merging into it",
+        str(out),
+        "Wait for it (raymeld status shows it) or stop it",
+    )
+
+
+def _is_live(holder: Holder, age: float) -> bool:
+    return age < LEASE_SECONDS and holder.is_alive() is not False
+
+
 def _latest(directory: Path) -> tuple[int, Holder | None, float]:
-    """The highest number, its holder, and the seconds since it was written."""
-    for path in sorted(directory.glob("*.json"), key=_number, reverse=True):
+    """The highest number, its holder, and the seconds since it was written.
+
+    A file from the future counts as new: clocks were set, and only a renewal would tell more.
+    """
+    number, holder, written = _newest(directory)
+    return number, holder, 0.0 if written is None else max(0.0, _now(directory) - written)
+
+
+def _newest(directory: Path) -> tuple[int, Holder | None, float | None]:
+    """The highest number, its holder, and when it was written, if that can be known."""
+    number = 0
+    for _ in range(LISTINGS):
+        path = max(directory.glob("*.json"), key=_number, default=None)
+        if path is None:
+            return 0, None, None
+        number = _number(path)
         try:
-            return _number(path), _holder(path.read_bytes()), _now(directory) - _mtime(path)
-        except FileNotFoundError:
-            return _latest(directory)  # renewed in this moment
-    return 0, None, 0.0
-
-
-def _holder(content: bytes) -> Holder | None:
-    """None for a lease that was released."""
-    if not content:  # being written in this moment, or by somebody who died in it
-        return Holder(run="", host="an unknown machine", machine="", pid=0, born=0.0)
-    fields = json.loads(content)
-    return Holder(**fields) if fields else None
+            return number, read_holder(path.read_bytes()), _mtime(path)
+        except OSError as error:  # renewed in this moment
+            if error.errno not in _VANISHED:
+                raise
+    return number, UNKNOWN, None
 
 
 def _advance(directory: Path, number: int, holder: Holder | None) -> bool:
     """Put ``holder`` behind ``number``, unless somebody else is there or further."""
     mine = _path(directory, number + 1)
-    content = dataclasses.asdict(holder) if holder else None
-    if not _create(mine, json.dumps(content).encode()):
+    if not _create(mine, write_holder(holder)):
         return False
-    if _latest(directory)[0] != number + 1:
+    if _newest(directory)[0] != number + 1:
         mine.unlink(missing_ok=True)
         return False
     for path in directory.glob("*.json"):
@@ -237,7 +243,7 @@ def _path(directory: Path, number: int) -> Path:
 
 
 def _number(path: Path) -> int:
-    return int(path.stem) if path.stem.isdigit() else 0
+    return int(path.stem) if path.stem.isdecimal() else 0
 
 
 def _mtime(path: Path) -> float:
@@ -255,12 +261,3 @@ def _now(directory: Path) -> float:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
-
-
-def _machine() -> str:
-    """The boot and the process namespace; the host's name where Linux's /proc is missing."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()

@@ -67,6 +67,7 @@ def merge(
     overwrite: bool = False,
     choice: LaneChoice | None = None,
     watch: Watch | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> MergeResult:
     """Merge ``plan`` into directory ``out``, verify it, and publish it.
 
@@ -78,13 +79,14 @@ def merge(
         overwrite: replace an earlier merge in ``out``.
         choice: lanes and size of reads; None lets the free memory decide.
         watch: called several times a second; what it raises stops the merge.
+        say: called with what a person may want to know while it happens.
 
     Raises:
         InputError: the adapters hold NaN or infinity, or ``out`` cannot be used.
         VerificationError: the result failed a check and was not published.
         RaymeldError: the merge failed; nothing that loads as a checkpoint is left.
     """
-    clock, watch = time.perf_counter(), watch or _unwatched
+    clock, watch, say = time.perf_counter(), watch or _unwatched, say or _unheard
     target = Path(out).absolute()
     _check_device(plan, device)
     with ThreadPoolExecutor(1) as pool:
@@ -93,11 +95,11 @@ def merge(
             importing.result().pick_device("cuda")
         plan = begin(plan, target, level)
         module = importing.result()
-    with claim(plan, target, overwrite=overwrite) as run:
+    with claim(plan, target, overwrite=overwrite, say=say) as run:
         if run is None:
             return result_of(plan, target, {}, verify_deeper(target, level), clock)
         assembly = Assembly(plan, target, run)
-        with ProgressFile(target, watch, _unheard) as progress:
+        with ProgressFile(target, run, watch, say) as progress:
             resumed = _resume(assembly, plan, progress.watch)
             with contextlib.ExitStack() as stack:
 
@@ -143,8 +145,13 @@ def begin(plan: MergePlan, out: Path, level: str) -> MergePlan:
 
 
 @contextlib.contextmanager
-def claim(plan: MergePlan, out: Path, *, overwrite: bool) -> Iterator[str | None]:
+def claim(
+    plan: MergePlan, out: Path, *, overwrite: bool, say: Callable[[str], None]
+) -> Iterator[str | None]:
     """Make ``out`` ready for ``plan``, which must be sealed, and keep every other merge off it.
+
+    Args:
+        say: told that the lease of a merge that is perhaps gone is waited for.
 
     Yields:
         The run of the lease, or None if ``out`` holds this very result already.
@@ -157,9 +164,12 @@ def claim(plan: MergePlan, out: Path, *, overwrite: bool) -> Iterator[str | None
         yield None
         return
     check_usable(out, plan, overwrite=overwrite)
-    with Lease(out) as lease:
-        prepare(out, plan, overwrite=overwrite)
-        yield lease.holder.run
+    with Lease(out, say) as lease:
+        if not overwrite and is_finished(out, plan):  # by the merge that was waited for
+            yield None
+        else:
+            prepare(out, plan, overwrite=overwrite)
+            yield lease.holder.run
 
 
 def _resume(assembly: Assembly, plan: MergePlan, watch: Watch) -> int:
@@ -176,7 +186,7 @@ def _unwatched(progress: Progress) -> None:
 
 
 def _unheard(line: str) -> None:
-    """A merge in one process decides nothing on the way that its result does not say."""
+    """What ``say`` is when nobody listens."""
 
 
 def _merge_shard(

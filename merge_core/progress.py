@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from merge_core.lease import is_held
+
 KEPT_LINES = 50
 """Decisions that the file remembers: the last ones explain why a merge is slow or stopped."""
 
@@ -54,10 +56,13 @@ class ProgressFile:
 
     As a context it also keeps what the merge ended with. Not durable: after a crash of the machine
     the receipts tell what is done.
+
+    Args:
+        run: of the lease under which it writes; once another merge has it, nothing is kept.
     """
 
-    def __init__(self, out: Path, watch: Watch, say: Callable[[str], None]) -> None:
-        self._path = progress_path(out)
+    def __init__(self, out: Path, run: str, watch: Watch, say: Callable[[str], None]) -> None:
+        self._out, self._run, self._path = out, run, progress_path(out)
         self._watch, self._say = watch, say
         self._lines: deque[tuple[float, str]] = deque(maxlen=KEPT_LINES)
         self._last = Progress(phase="starting", done=0, total=0, workers=())
@@ -104,8 +109,9 @@ class ProgressFile:
         }
         temporary = self._path.with_suffix(".tmp")
         with contextlib.suppress(OSError):  # a full disk ends the merge where it matters
-            temporary.write_text(json.dumps(content))
-            os.replace(temporary, self._path)
+            if is_held(self._out, self._run):
+                temporary.write_text(json.dumps(content))
+                os.replace(temporary, self._path)
 
 
 def read_progress(out: Path) -> dict[str, Any] | None:

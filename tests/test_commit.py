@@ -27,11 +27,12 @@ from handmade import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from leases import take_over, unheard
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from merge_core import commit
 from merge_core.commit import Assembly
-from merge_core.errors import RaymeldError, StorageError, VerificationError
+from merge_core.errors import LeaseLostError, RaymeldError, StorageError, VerificationError
 from merge_core.factors import seal
 from merge_core.lease import holder_of
 from merge_core.ledger import Receipt, TensorRecord
@@ -55,7 +56,7 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> MergePlan:
 
 @pytest.fixture
 def worker(sealed: MergePlan, out: Path) -> Iterator[ShardWorker]:
-    with claim(sealed, out, overwrite=False):
+    with claim(sealed, out, overwrite=False, say=unheard):
         worker = ShardWorker(sealed, out, "cpu", "worker-0", TWO_LANES)
         yield worker
         worker.close()
@@ -192,6 +193,25 @@ def test_the_record_is_not_written_while_shards_are_missing(
 
     assert caught.value.what == f"shards {others} are missing"
     assert set(published(out)) == {sealed.shards[1].name}
+
+
+def test_a_lease_that_is_lost_while_the_inputs_are_looked_at_publishes_nothing(
+    sealed: MergePlan, worker: ShardWorker, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assembly, write = assemble(sealed, out), commit.write_durably
+    for shard in sealed.shards:
+        assembly.accept(worker.merge(shard.index, 1, ignore_progress))
+    assembly.write_record()
+
+    def write_and_lose(path: Path, data: bytes) -> None:
+        write(path, data)
+        if path.name == "verified.json":
+            take_over(out).release()
+
+    monkeypatch.setattr(commit, "write_durably", write_and_lose)
+    with pytest.raises(LeaseLostError, match="another merge has taken this directory over"):
+        assembly.publish({})
+    assert not (out / "config.json").exists()
 
 
 def breaking(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, fatal: int) -> Iterator[int]:

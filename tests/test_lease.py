@@ -3,57 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import errno
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from leases import age, move_elsewhere, take, take_over, unheard
 
 from merge_core import lease
-from merge_core.errors import InputError, RaymeldError
+from merge_core.errors import InputError, LeaseLostError
 from merge_core.lease import LEASE_SECONDS, Lease, holder_of, lease_directory, live_holder
 
 
 @pytest.fixture
 def held(tmp_path: Path) -> Iterator[Lease]:
-    with Lease(tmp_path) as one:
+    with take(tmp_path) as one:
         yield one
-
-
-def newest(out: Path) -> Path:
-    return max(lease_directory(out).glob("*.json"))
-
-
-def age(out: Path, seconds: float) -> None:
-    """Make the lease look as if nobody had renewed it for so long."""
-    then = newest(out).stat().st_mtime - seconds
-    os.utime(newest(out), (then, then))
-
-
-def move_elsewhere(out: Path) -> None:
-    """Make the lease look as if another machine held it."""
-    fields = json.loads(newest(out).read_bytes())
-    newest(out).write_text(json.dumps({**fields, "machine": "another", "host": "far"}))
 
 
 def test_a_second_merge_is_refused_and_told_who_is_at_work(held: Lease, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"process {os.getpid()} on .* is merging into it"):
-        Lease(tmp_path)
+        take(tmp_path)
 
     assert holder_of(tmp_path) == live_holder(tmp_path) == held.holder
 
 
 def test_a_released_lease_is_free_at_once(tmp_path: Path) -> None:
     for _ in range(3):
-        with Lease(tmp_path) as one:
+        with take(tmp_path) as one:
             assert holder_of(tmp_path) == one.holder
         assert holder_of(tmp_path) is None
 
@@ -62,35 +48,42 @@ def test_a_released_lease_is_free_at_once(tmp_path: Path) -> None:
 
 def test_a_merge_that_was_killed_on_this_machine_blocks_nobody(tmp_path: Path) -> None:
     code = "import sys, time; from pathlib import Path; from merge_core.lease import Lease\n"
-    code += "Lease(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    code += "Lease(Path(sys.argv[1]), print); print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"held\n"
         with pytest.raises(InputError, match=f"process {process.pid} "):
-            Lease(tmp_path)
+            take(tmp_path)
         process.send_signal(signal.SIGKILL)
 
-    with Lease(tmp_path) as one:
+    with take(tmp_path) as one:
         assert holder_of(tmp_path) == one.holder
 
 
 def test_a_process_of_the_same_number_is_not_the_one_that_held_it(held: Lease) -> None:
-    assert not held.holder.is_gone()
-    assert dataclasses.replace(held.holder, born=held.holder.born - 1).is_gone()
+    earlier = dataclasses.replace(held.holder, started=held.holder.started - 1)
+
+    assert held.holder.is_alive() is True
+    assert earlier.is_alive() is False
+    assert dataclasses.replace(earlier, machine="another").is_alive() is None
 
 
-def test_a_lease_of_another_machine_is_free_only_when_nobody_renews_it(
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no other clock there")
+def test_a_clock_that_is_set_makes_no_live_process_look_gone(
+    held: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    created = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: created(process) + 3600)
+
+    assert held.holder.is_alive() is True
+
+
+def test_a_lease_of_another_machine_that_is_old_is_free_at_once(
     held: Lease, tmp_path: Path
 ) -> None:
-    move_elsewhere(tmp_path)
-    age(tmp_path, LEASE_SECONDS / 2)
-    with pytest.raises(InputError, match=r"on far .* try again in 2\d s"):
-        Lease(tmp_path)
-    age(tmp_path, LEASE_SECONDS)
-
-    with Lease(tmp_path) as later:
-        with pytest.raises(RaymeldError, match="another merge has taken this directory over"):
+    with take_over(tmp_path) as later:
+        with pytest.raises(LeaseLostError, match="another merge has taken this directory over"):
             held.renew()
         assert holder_of(tmp_path) == later.holder
 
@@ -98,14 +91,11 @@ def test_a_lease_of_another_machine_is_free_only_when_nobody_renews_it(
 def test_one_that_slept_cannot_renew_behind_the_back_of_its_successor(
     held: Lease, tmp_path: Path
 ) -> None:
-    age(tmp_path, LEASE_SECONDS + 1)
-    move_elsewhere(tmp_path)
-    age(tmp_path, LEASE_SECONDS + 1)
-    with Lease(tmp_path) as later:
+    with take_over(tmp_path) as later:
         for _ in range(3):  # the numbers that the sleeper would take next are free again
             later.renew()
 
-        with pytest.raises(RaymeldError, match="taken this directory over"):
+        with pytest.raises(LeaseLostError, match="taken this directory over"):
             held.renew()
         later.renew()
         assert holder_of(tmp_path) == later.holder
@@ -130,20 +120,147 @@ def test_it_is_renewed_while_it_is_held(tmp_path: Path, monkeypatch: pytest.Monk
             super().renew()
             renewed.set()
 
-    with Watched(tmp_path) as one:
+    with Watched(tmp_path, unheard) as one:
         assert renewed.wait(30)
         assert holder_of(tmp_path) == one.holder
 
 
-def test_a_lease_whose_writing_was_cut_short_counts_until_it_is_old(tmp_path: Path) -> None:
-    lease_directory(tmp_path).mkdir(parents=True)
-    (lease_directory(tmp_path) / "00000003.json").touch()
-    with pytest.raises(InputError, match="unknown machine"):
-        Lease(tmp_path)
-    age(tmp_path, LEASE_SECONDS + 1)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """What a lease that waits takes for the time."""
+    clock = Clock()
+    monkeypatch.setattr(lease, "time", clock)
+    return clock
 
-    with Lease(tmp_path) as one:
+
+class Clock:
+    """Passes only while somebody sleeps; ``events`` happen when their time has come."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.events: dict[float, Callable[[], object]] = {}
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        for due in [at for at in self.events if at <= self.now]:
+            self.events.pop(due)()
+
+
+@pytest.fixture
+def heard() -> list[str]:
+    return []
+
+
+def test_a_lease_that_nobody_renews_is_waited_for(
+    held: Lease, tmp_path: Path, clock: Clock, heard: list[str]
+) -> None:
+    move_elsewhere(tmp_path)
+    age(tmp_path, LEASE_SECONDS - 20)
+
+    with take(tmp_path, heard.append) as later:
+        assert holder_of(tmp_path) == later.holder
+    assert heard == [f"waiting 20 s for the lease of process {os.getpid()} on far to expire"]
+    assert 19 <= clock.now <= 21
+
+
+def test_whoever_waits_is_refused_at_the_first_renewal(
+    held: Lease, tmp_path: Path, clock: Clock, heard: list[str]
+) -> None:
+    def renew() -> None:
+        held.renew()
+        move_elsewhere(tmp_path)
+
+    move_elsewhere(tmp_path)
+    clock.events[7.0] = renew
+
+    with pytest.raises(InputError, match=r"process \d+ on far is merging into it"):
+        take(tmp_path, heard.append)
+    assert len(heard) == 1
+    assert clock.now == 7
+
+
+def test_whoever_waits_gets_a_lease_that_is_released(
+    held: Lease, tmp_path: Path, clock: Clock
+) -> None:
+    move_elsewhere(tmp_path)
+    clock.events[3.0] = held.release
+
+    with take(tmp_path) as later:
+        assert holder_of(tmp_path) == later.holder
+    assert clock.now == 3
+
+
+def test_a_lease_from_the_future_counts_as_just_renewed(
+    held: Lease, tmp_path: Path, clock: Clock, heard: list[str]
+) -> None:
+    move_elsewhere(tmp_path)
+    age(tmp_path, -204_337_353)
+
+    with take(tmp_path, heard.append) as later:
+        assert holder_of(tmp_path) == later.holder
+    assert heard[0].startswith(f"waiting {LEASE_SECONDS:.0f} s for")
+    assert clock.now == LEASE_SECONDS
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\0" * 160,
+        b"\xff\xfe\xfd",
+        b'{"run": "a", "ho',
+        b"[]",
+        b"7",
+        b"{}",
+        b'{"run": "a", "host": "b", "machine": "c", "pid": 1}',
+        b'{"run": "a", "host": "b", "machine": "c", "pid": 1, "started": 1.0, "more": 2}',
+    ],
+)
+def test_a_lease_that_cannot_be_read_counts_until_it_is_old(
+    tmp_path: Path, clock: Clock, heard: list[str], content: bytes
+) -> None:
+    lease_directory(tmp_path).mkdir(parents=True)
+    (lease_directory(tmp_path) / "00000003.json").write_bytes(content)
+    age(tmp_path, 5)
+    seen = live_holder(tmp_path)
+
+    with take(tmp_path, heard.append) as one:
         assert holder_of(tmp_path) == one.holder
+    assert str(seen) == "an unknown machine"
+    assert heard == ["waiting 40 s for the lease of an unknown machine to expire"]
+
+
+@pytest.mark.parametrize("below", [False, True], ids=["alone", "above a lease"])
+def test_a_name_that_cannot_be_opened_blocks_nobody(
+    tmp_path: Path, clock: Clock, heard: list[str], below: bool
+) -> None:
+    if below:
+        take(tmp_path).release()
+    lease_directory(tmp_path).mkdir(parents=True, exist_ok=True)
+    (lease_directory(tmp_path) / "00000009.json").symlink_to("nowhere")
+
+    with take(tmp_path, heard.append) as one:
+        assert holder_of(tmp_path) == one.holder
+    assert heard == ["waiting 45 s for the lease of an unknown machine to expire"]
+    assert len(list(lease_directory(tmp_path).iterdir())) == 1
+
+
+def test_a_file_handle_that_is_stale_is_looked_at_anew(
+    held: Lease, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = iter([True] * (lease.LISTINGS - 1) + [False])
+    read = Path.read_bytes
+
+    def read_bytes(path: Path) -> bytes:
+        if next(stale):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert holder_of(tmp_path) == held.holder
 
 
 @given(st.integers(2, 6))
@@ -156,11 +273,15 @@ def test_of_several_at_once_exactly_one_gets_it(
     def attempt(_: int) -> Lease | None:
         start.wait()
         try:
-            return Lease(out)
+            return take(out)
         except InputError:
             return None
 
-    with ThreadPoolExecutor(rivals) as pool:
+    with (
+        ThreadPoolExecutor(rivals) as pool,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(lease, "LOOK_SECONDS", 0.001)  # a file that is half written is looked at anew
         winners = [one for one in pool.map(attempt, range(rivals)) if one is not None]
     assert [holder_of(out)] == [one.holder for one in winners]
     for one in winners:

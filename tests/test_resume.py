@@ -21,9 +21,11 @@ from handmade import (
     write_base,
 )
 from kills import Kill, command, marked
+from leases import move_elsewhere, take, take_over
 
-from merge_core.errors import InputError, RaymeldError
-from merge_core.lease import LEASE_SECONDS, Lease, lease_directory
+from merge_core import lease
+from merge_core.errors import InputError, LeaseLostError, RaymeldError
+from merge_core.lease import Lease
 from merge_core.merge import MergeResult, merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
@@ -188,11 +190,31 @@ def test_a_merge_that_was_killed_goes_on_wherever_it_was(
 
 def test_a_second_merge_into_the_same_directory_is_refused(plan: MergePlan, out: Path) -> None:
     before: set[Path] = set()
-    with Lease(out):
+    with take(out):
         before = set(out.rglob("*"))
         with pytest.raises(InputError, match="is merging into it"):
             go_on(plan, out)
         assert set(out.rglob("*")) == before
+
+
+def test_a_merge_that_is_finished_while_another_waits_for_its_lease_is_not_done_again(
+    plan: MergePlan, expected: dict[str, bytes], out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+    first = take(out)
+    move_elsewhere(out)
+
+    def finish(line: str) -> None:
+        heard.append(line)
+        first.release()
+        assert len(go_on(plan, out).receipts) == len(plan.shards)
+
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.001)
+    result = merge(plan, out, choice=TWO_LANES, say=finish)
+
+    assert len(heard) == 1
+    assert result.receipts == ()
+    assert published(out) == expected
 
 
 def test_a_merge_whose_lease_was_taken_over_publishes_nothing_more(
@@ -203,14 +225,9 @@ def test_a_merge_whose_lease_was_taken_over_publishes_nothing_more(
 
     def watch(progress: Progress) -> None:
         if progress.phase == "merging" and progress.done > plan.shards[0].size and not taken:
-            newest = max(lease_directory(out).glob("*.json"))
-            holder = {**json.loads(newest.read_bytes()), "machine": "another"}
-            newest.write_text(json.dumps(holder))
-            then = newest.stat().st_mtime - LEASE_SECONDS - 1
-            os.utime(newest, (then, then))
-            taken.append(Lease(out))
+            taken.append(take_over(out))
 
-    with pytest.raises(RaymeldError, match="another merge has taken this directory over"):
+    with pytest.raises(LeaseLostError, match="another merge has taken this directory over"):
         merge(plan, out, choice=TWO_LANES, watch=watch)
 
     assert (out / plan.shards[0].name).exists()

@@ -25,6 +25,7 @@ from handmade import (
     write_base,
     write_raw,
 )
+from leases import unheard
 from merged_by_hand import NAMES, naive_digest, raw
 from models import assert_same_tensors, read_tensors
 from oracles import merged_like_peft
@@ -155,7 +156,7 @@ def test_any_order_of_shards_gives_the_same_checkpoint(plan: MergePlan, tmp_path
     worker: ShardWorker | None = None
     for number, order in enumerate(itertools.permutations(range(4))):
         out = tmp_path / str(number)
-        with claim(sealed, out, overwrite=False) as run:
+        with claim(sealed, out, overwrite=False, say=unheard) as run:
             assert run is not None
             assembly = Assembly(sealed, out, run)
             worker = ShardWorker(sealed, out, "cpu", choice=TWO_LANES)
@@ -178,7 +179,7 @@ def test_a_shard_that_failed_half_way_is_the_same_when_tried_again(
     held: contextlib.ExitStack,
 ) -> None:
     sealed = seal(large)
-    run = held.enter_context(claim(sealed, out, overwrite=False))
+    run = held.enter_context(claim(sealed, out, overwrite=False, say=unheard))
     assert run is not None
     assembly = Assembly(sealed, out, run)
     worker = ShardWorker(sealed, out, "cpu", choice=TWO_LANES)

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 from handmade import TWO_LANES, small_merge
+from leases import take, take_over, unheard
 
 from cluster.status import Status, read_status, status_document, status_lines
 from merge_core import progress
 from merge_core.errors import InputError, RaymeldError
-from merge_core.lease import Lease
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, ProgressFile, WorkerProgress
@@ -81,12 +81,12 @@ def test_the_time_left_follows_the_pace_of_this_phase(
 ) -> None:
     clock = iter([1000.0, 1000.0, 1000.0, 1060.0, 1060.0])
     merge(plan, out, choice=TWO_LANES)
-    with Lease(out), monkeypatch.context() as patch:
+    with take(out) as lease, monkeypatch.context() as patch:
         patch.setattr(progress, "time", SimpleNamespace(time=lambda: next(clock)))
-        file = ProgressFile(out, lambda _: None, lambda _: None)
+        file = ProgressFile(out, lease.holder.run, lambda _: None, unheard)
         file.watch(progress_of(2_000_000_000))  # what an earlier run has done is no pace
         file.watch(progress_of(3_000_000_000))
-    with Lease(out):
+    with take(out):
         status = read_status(out)
 
     assert status.seconds_left == pytest.approx(120)
@@ -98,7 +98,10 @@ def test_the_time_left_follows_the_pace_of_this_phase(
 def test_decisions_are_kept_and_the_last_ones_shown(plan: MergePlan, out: Path) -> None:
     merge(plan, out, choice=TWO_LANES)
     heard: list[str] = []
-    with ProgressFile(out, lambda _: None, heard.append) as file:
+    with (
+        take(out) as lease,
+        ProgressFile(out, lease.holder.run, lambda _: None, heard.append) as file,
+    ):
         for number in range(60):
             file.say(f"decision {number}")
     status = read_status(out)
@@ -108,6 +111,18 @@ def test_decisions_are_kept_and_the_last_ones_shown(plan: MergePlan, out: Path) 
     assert kept == [f"decision {n}" for n in range(10, 60)]
     assert "decision 50" in said(status)
     assert "decision 49" not in said(status)
+
+
+def test_a_merge_that_lost_its_lease_leaves_its_successors_progress_alone(
+    plan: MergePlan, out: Path
+) -> None:
+    merge(plan, out, choice=TWO_LANES)
+    with take(out) as lost, ProgressFile(out, lost.holder.run, lambda _: None, unheard) as file:
+        file.watch(progress_of(1))
+        with take_over(out) as later:
+            ProgressFile(out, later.holder.run, lambda _: None, unheard).watch(progress_of(2))
+
+    assert read_status(out).progress["done"] == 2
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"shards": 1}'])
