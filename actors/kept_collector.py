@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.collector import Collector
@@ -18,6 +18,10 @@ from merge_core.plan import MergePlan
 
 STARTS = 3
 """Collectors that may die in a row over one call: more means that the call kills them."""
+
+WAIT_SECONDS = 1.0
+"""For an answer, until the driver looks whether its cluster is still there. The answer itself may
+take any time: storage that stalls for hours may come back."""
 
 
 class KeptCollector:
@@ -49,7 +53,7 @@ class KeptCollector:
             if self._actor is None:
                 self._actor = self._start()
             try:
-                return ray.get(getattr(self._actor, method).remote(*args))
+                return self._answer(getattr(self._actor, method).remote(*args))
             except RayTaskError as error:
                 raise cause_of(error) from None
             except RayError as error:
@@ -68,6 +72,13 @@ class KeptCollector:
         if self._actor is not None:
             with contextlib.suppress(Exception):  # Ray may be gone already
                 ray.kill(self._actor)
+
+    def _answer(self, ref: Any) -> Any:
+        while True:
+            try:
+                return ray.get(ref, timeout=WAIT_SECONDS)
+            except GetTimeoutError:
+                self._lifeline.look()
 
     def _start(self) -> Any:
         """Beside the driver, without a CPU of its own: clusters may have none on the head.
