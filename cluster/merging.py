@@ -12,7 +12,7 @@ from actors.kept_collector import KeptCollector
 from cluster.loop import Loop
 from cluster.tasks import PROVING, VERIFYING, checking, merging
 from merge_core.commit import check_of
-from merge_core.errors import InputError, RaymeldError, counted
+from merge_core.errors import InputError, LeaseLostError, RaymeldError, counted
 from merge_core.ledger import Receipt
 from merge_core.plan import MergePlan
 from merge_core.verify import FileCheck, FileResult, VerifyReport, verify
@@ -90,7 +90,7 @@ class Merging:
         receipt: Receipt = event.result
         try:
             self._call("accept", receipt)
-        except InputError:
+        except (InputError, LeaseLostError):  # no other attempt would change it
             raise
         except RaymeldError as error:
             return ItemFailed(worker=event.worker, item=event.item, error=error)

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import kills
+import leases
 from kills import drain
+from leases import take_over
 
 from actors.collector import Collector
 from actors.greeting import Greeting
@@ -203,6 +205,25 @@ class UntilGivenUp(Merger):
         return super().merge(shard, attempt, shrink)
 
 
+class LosesTheLease(Collector):
+    """Another merge takes over before the first part is accepted, and begins a part of its own."""
+
+    def accept(self, receipt: Receipt) -> bool:
+        self._successor = take_over(self._out)
+        state = self._out / ".raymeld"
+        (state / "progress.json").write_text("the successor's")
+        (state / "parts" / "successor.part").touch()
+        return super().accept(receipt)
+
+
+class NeverAnswers(Collector):
+    """As if it read from a network file system that is gone."""
+
+    def receipts(self) -> dict[int, Receipt]:
+        threading.Event().wait()
+        return {}
+
+
 class TellsItsNode(Collector):
     """Says where it is."""
 
@@ -276,4 +297,5 @@ def by_value() -> None:
     import ray
 
     kills.by_value()
+    ray.cloudpickle.register_pickle_by_value(leases)
     ray.cloudpickle.register_pickle_by_value(faults)

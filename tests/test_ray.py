@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import faults
@@ -11,10 +12,16 @@ import ray
 from clusters import running_cluster
 from models import assert_same_tensors, make_adapter, make_base, oracle, read_tensors
 
+from actors import kept_collector
+from actors.kept_collector import KeptCollector
+from actors.lifeline import Lifeline
 from actors.merger import Merger
+from actors.pool import Pool
+from cluster import driver
 from cluster.driver import merge_on_ray
+from cluster.session import session
 from cluster.workers import ClusterOptions
-from merge_core.errors import InputError, RaymeldError
+from merge_core.errors import InputError, LeaseLostError, RaymeldError
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
@@ -141,6 +148,67 @@ def test_what_a_stopped_merge_has_done_is_proven_by_the_workers_and_not_merged_a
     assert f"2 of {len(plan.shards)} shards were there and are proven" in said
     assert published(out) == expected
     assert [(out / name).stat().st_mtime_ns for name in done[1:]] == times
+
+
+def test_a_driver_that_lost_its_lease_ends_at_once_and_leaves_what_is_its_successors(
+    plan: MergePlan, address: str, tmp_path: Path
+) -> None:
+    out, said = tmp_path / "out", list[str]()
+    options = ClusterOptions(address=address, workers=2, collector=faults.LosesTheLease)
+
+    with pytest.raises(LeaseLostError, match="another merge has taken this directory over"):
+        merge_on_ray(plan, out, options, watch=lambda _: None, say=said.append)
+
+    assert not any("failure" in line or "another collector" in line for line in said), said
+    assert (out / ".raymeld" / "progress.json").read_text() == "the successor's"
+    assert (out / ".raymeld" / "parts" / "successor.part").exists()
+
+
+def test_a_collector_that_never_answers_is_waited_for_as_long_as_the_cluster_is_there(
+    plan: MergePlan, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[Lifeline] = []
+
+    def look(lifeline: Lifeline) -> None:
+        looks.append(lifeline)
+        if len(looks) == 3:
+            raise RaymeldError("the cluster is gone")
+
+    monkeypatch.setattr(kept_collector, "WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(Lifeline, "look", look)
+    with (
+        session(address, use_gpus=False),
+        closing(KeptCollector(plan, tmp_path, "run", faults.NeverAnswers)) as collector,
+        pytest.raises(RaymeldError, match="the cluster is gone"),
+    ):
+        collector.call("receipts")
+    assert collector.log == []
+
+
+def test_an_interrupt_while_the_workers_are_ended_ends_the_rest_too(
+    plan: MergePlan, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+
+    class InterruptedPool(Pool):
+        def close(self) -> None:
+            super().close()
+            (tmp_path / "out" / ".raymeld" / "parts").mkdir(exist_ok=True)  # published by now
+            (tmp_path / "out" / ".raymeld" / "parts" / "left.part").touch()
+            raise KeyboardInterrupt
+
+    class Watched(KeptCollector):
+        def close(self) -> None:
+            super().close()
+            closed.append("collector")
+
+    monkeypatch.setattr(driver, "Pool", InterruptedPool)
+    monkeypatch.setattr(driver, "KeptCollector", Watched)
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, tmp_path / "out", address)
+
+    assert closed == ["collector"]
+    assert not list((tmp_path / "out" / ".raymeld" / "parts").iterdir())
 
 
 def test_workers_that_cannot_start_end_the_merge_with_the_reason(
