@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from actors.identity import identify
 from actors.kept_collector import KeptCollector
 from actors.pool import Pool, node_resources
+from cluster.checking import verify_on_ray
 from cluster.loop import Loop
 from cluster.merging import Merging
 from cluster.session import LOCAL, session
@@ -42,8 +45,10 @@ def merge_on_ray(
     """
     clock, target = time.perf_counter(), Path(out).absolute()
     plan = begin(plan, target, level)
-    if not overwrite and is_finished(target, plan):  # it needs no Ray
-        return result_of(plan, target, {}, verify_deeper(target, level), clock)
+    if not overwrite and is_finished(target, plan):  # it needs no Ray, unless it is read back
+        readers = replace(options, device="cpu", cpu_workers=0)
+        spread = partial(verify_on_ray, options=readers, watch=watch, say=say)
+        return result_of(plan, target, {}, verify_deeper(target, level, spread), clock)
     check_usable(target, plan, overwrite=overwrite)
     say("starting Ray" if options.address == LOCAL else f"connecting to {options.address}")
     with session(options.address, use_gpus=options.device != "cpu"):

@@ -102,6 +102,21 @@ def test_a_shard_that_fails_is_merged_again(
     assert not (tmp_path / "out" / ".raymeld" / "parts").exists()
 
 
+def test_a_finished_merge_is_verified_deeper_by_the_workers(
+    plan: MergePlan, expected: dict[str, bytes], address: str, tmp_path: Path
+) -> None:
+    merge(plan, tmp_path / "out", level="structure")
+    said: list[str] = []
+    options = ClusterOptions(address=address, workers=2)
+
+    result = merge_on_ray(plan, tmp_path / "out", options, watch=lambda _: None, say=said.append)
+
+    assert result.verified is not None
+    assert (result.verified.level, result.verified.ok) == ("digest", True)
+    assert "workers: at most 2 on cpu, each with 2 CPU" in said
+    assert published(tmp_path / "out") == expected
+
+
 def test_a_token_that_the_cluster_knows_nothing_of_does_no_harm(
     plan: MergePlan,
     expected: dict[str, bytes],
