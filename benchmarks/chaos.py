@@ -70,10 +70,11 @@ def main() -> None:
     from soak import LostError, soak
 
     options = _options()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nohup leaves no other way to stop
     date = dt.datetime.now(dt.UTC).date().isoformat()
     rounds: list[Round] = []
     with soak(options.seed) as place:
+        # nohup leaves no other way to stop; and Ray has just put a handler of its own there
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         facts = {**machine.describe(Path("/tmp")), "command": f"python {shlex.join(sys.argv)}"}
         watch = MemoryWatch(os.getpid(), interval=1.0)
         try:

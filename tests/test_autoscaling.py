@@ -77,7 +77,7 @@ def test_without_any_gpu_a_merge_goes_on_with_the_cpu_workers_beside_them(
 
     def watch(progress: Progress) -> None:
         """Half an hour goes by once the first worker is up."""
-        passed[0] = options.start_timeout if progress.workers else 0.0
+        passed[0] = options.start_timeout if progress.workers else passed[0]
 
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed[0])
     monkeypatch.setattr(loop, "time", clock)
