@@ -24,6 +24,9 @@ WAIT_SECONDS = 0.25
 LOOK_SECONDS = 1.0
 """How often the driver looks at what no event tells: draining nodes, stragglers, progress."""
 
+STATUS_SECONDS = 5.0
+"""Between two looks at how far the workers are, at most: who watches wants to see it move."""
+
 STATUS_SHARE = 0.1
 """Of the driver's time, at most, for asking the workers how far they are. It takes 0.4 ms a worker,
 and half a second where one does not answer: of a thousand, each is asked every four seconds."""
@@ -162,7 +165,8 @@ class Loop:
         began = time.monotonic()
         if began >= self._ask:
             self._report()
-            self._ask = began + (time.monotonic() - began) / STATUS_SHARE
+            spent = time.monotonic() - began
+            self._ask = began + min(spent / STATUS_SHARE, STATUS_SECONDS)
 
     def _show(self) -> None:
         kinds = [kind.name for kind in self.fleet.kinds]
