@@ -204,8 +204,9 @@ def _stop_own(jobs: Jobs, watch: Watch, printer: LogPrinter, name: str, submissi
     try:
         if jobs.find(name).submission != submission:  # Ctrl-C came first, and then another
             return _INTERRUPTED
-        _say(f"{_stopping(name)}; Ctrl-C again leaves without waiting for that")
+        _say(_stopping(name))
         watch.stop()
+        _say("Ctrl-C again leaves without waiting for that")
         return _see_through(watch, printer)
     except InputError:
         _say("interrupted; nothing was submitted")
