@@ -21,6 +21,7 @@ from cluster.options import (
     DeviceMapFile,
     DtypeOption,
     Json,
+    KeepTied,
     Level,
     Quiet,
     ShardSize,
@@ -64,6 +65,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
     dtype: DtypeOption = None,
     shard_size: ShardSize = "2GB",
     device_map: DeviceMapFile = None,
+    keep_tied: KeepTied = False,
     verify: Annotated[
         Level, typer.Option(help="What to verify before the result is published.")
     ] = Level.DIGEST,
@@ -88,6 +90,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
             dtype=dtype,
             shard_bytes=size_in_bytes(shard_size),
             device_map=device_map,
+            keep_tied=keep_tied,
         )
         for line in console.plan_lines(plan, find_pools(plan)):
             talk.say(line)
@@ -141,6 +144,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
     dtype: DtypeOption = None,
     shard_size: ShardSize = "2GB",
     device_map: DeviceMapFile = None,
+    keep_tied: KeepTied = False,
     nodes: Annotated[
         str, typer.Option(help="Estimate the time on so many equal nodes, such as 1,8,64.")
     ] = "1",
@@ -184,6 +188,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
             dtype=dtype,
             shard_bytes=size_in_bytes(shard_size),
             device_map=device_map,
+            keep_tied=keep_tied,
         )
         if out is not None:
             check_destination(out.absolute(), planned)

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from cluster.estimate import Estimate, Machines
+from cluster.explain import adapter_documents, adapter_lines, counts_of, summary
 from cluster.log_lines import log, logs_json
 from cluster.pools import EligiblePool
 from merge_core.errors import RaymeldError, counted
@@ -66,16 +67,15 @@ def _print(text: str) -> None:
 
 def plan_lines(plan: MergePlan, pools: Sequence[EligiblePool]) -> list[str]:
     """The plan as a person reads it."""
-    merged = sum(task.action == "merged" for task in plan.tasks)
     tensors = sum(1 for _ in plan.tasks)
     named = plan.config.get("architectures")
     kind = named[0] if isinstance(named, list) and named else "unknown architecture"
     size = sum(shard.size for shard in plan.shards)
     files = counted(len(plan.shards), "file")
     return [
-        f"base     {plan.base}: {kind}, {tensors} tensors, {gb(plan.total_size)}",
-        *(f"adapter  {a.path}, weight {a.weight:g}" for a in plan.adapters),
-        f"result   {files}, {gb(size)}: {merged} tensors merged, {tensors - merged} carried over",
+        f"base     {plan.base}: {kind}, {tensors - len(plan.added)} tensors",
+        *adapter_lines(plan),
+        f"result   {files}, {gb(size)}: {summary(plan)}",
         *_pinned_lines(plan),
         *(f"pool     {p.name}: {'' if p.eligible else 'not eligible: '}{p.reason}" for p in pools),
         *(f"note     {note}" for note in plan.notes),
@@ -96,7 +96,8 @@ def plan_document(plan: MergePlan, pools: Sequence[EligiblePool]) -> dict[str, A
     return {
         "ok": True,
         "base": str(plan.base),
-        "adapters": [{"path": str(a.path), "weight": a.weight} for a in plan.adapters],
+        "adapters": adapter_documents(plan),
+        "tensors": counts_of(plan),
         "bytes": sum(shard.size for shard in plan.shards),
         "shards": [
             {

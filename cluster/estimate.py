@@ -188,10 +188,10 @@ def _merges(plan: MergePlan, arithmetic: Arithmetic) -> Iterator[_Item]:
     for shard in _in_order(plan):
         read, products = 0, 0
         for task in shard.tasks:
-            read += task.source.nbytes
+            read += task.source.tensor.nbytes
             for update in task.updates:
-                read += update.a.nbytes + update.b.nbytes
-                products += 2 * update.a.shape[0] * math.prod(task.target.shape)
+                read += sum(tensor.nbytes for tensor in update.tensors)
+                products += 2 * update.rank * math.prod(task.target.shape)
         busy = shard.size / arithmetic.passes + products / arithmetic.products
         last = min(CELL_BYTES, max(task.target.nbytes for task in shard.tasks))
         yield _Item(read=read, written=shard.size, last=last, busy=busy)
@@ -203,7 +203,7 @@ def _checks(plan: MergePlan, level: str) -> Iterator[_Item]:
         if level != "structure":
             read, busy = shard.size, shard.size / (CORES * DIGEST_SPEED)
         if level == "numeric":  # on top of the digests, once more and beside the base
-            read += shard.size + sum(task.source.nbytes for task in shard.tasks)
+            read += shard.size + sum(task.source.tensor.nbytes for task in shard.tasks)
             busy += shard.size / (CORES * NUMERIC_SPEED)
         yield _Item(read=read, busy=busy)
 

@@ -82,12 +82,13 @@ def recipe_digest(parameters: Mapping[str, Any]) -> str:
     """The same for the same base, adapters, OUT and byte-changing options, however fast they run.
 
     Everything counts as it was written: no path is resolved, and 1000MB is not 1GB. What was not
-    given does not count, so that an option that is new changes no name.
+    given does not count, nor does a flag that is off, so that an option that is new changes no
+    name.
     """
     said = {
         name: [str(part) for part in value] if isinstance(value, list | tuple) else str(value)
         for name, value in parameters.items()
-        if name not in SPEED and value is not None
+        if name not in SPEED and value is not None and value is not False
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -47,6 +47,13 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Most workers at a time
 DeviceMapFile = Annotated[
     Path | None, typer.Option("--device-map", help="JSON of module names and cuda or cpu.")
 ]
+KeepTied = Annotated[
+    bool,
+    typer.Option(
+        "--keep-tied",
+        help="Leave tied embeddings and head one tensor, whatever was trained of either.",
+    ),
+]
 StartTimeout = Annotated[float, typer.Option(min=0, help="Seconds to wait for the first worker.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No talk on stderr.")]

@@ -5,41 +5,23 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_core.adapter_config import MAX_SCALE, LoraConfig, read_config
+from merge_core.adapter_config import AdapterConfig, read_config
 from merge_core.checkpoint import read_header, read_json
-from merge_core.errors import InputError, Problem, counted, gathered, refuse, some_of
+from merge_core.config_values import MAX_SCALE
+from merge_core.errors import InputError, Problem, gathered, refuse, some_of
 from merge_core.layout import TensorSpec
-from merge_core.peft_fields import FEATURE_KEYS
 from merge_core.storage import FileIdentity
+from merge_core.trained import Trained, read_trained
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
-FACTOR_DTYPES = frozenset({"F32", "F16", "BF16"})
-
-_PREFIX = "base_model.model."
-_COPY = re.compile(r"base_model\.model\.(?P<module>.+)\.base_layer\.weight")
-_FACTOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 _WEIGHT = re.compile(r"^(?P<path>.+)@(?P<weight>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)$")
 _REPAIR = "Save the adapter again with PEFT; the file is damaged or incomplete"
-_NOT_YET = "Merge this adapter with PEFT's merge_and_unload for now"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LowRankPair:
-    """The two factors of one module: delta = scaling * B @ A."""
-
-    a: TensorSpec
-    """[rank, in_features]"""
-    b: TensorSpec
-    """[out_features, rank]"""
-    scaling: float
-    """alpha / r (or alpha / sqrt(r)), without the adapter's weight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +32,8 @@ class Adapter:
     weight: float
     file: FileIdentity
     config_file: FileIdentity
-    config: LoraConfig
-    pairs: Mapping[str, LowRankPair]
-    """By module path, such as ``model.layers.0.self_attn.q_proj``."""
-    copies: Mapping[str, TensorSpec]
-    """Base weights that PEFT saved beside the factors, by module: it does so when lm_head is a
-    target, in case the vocabulary was resized. They must equal the base's own."""
+    config: AdapterConfig
+    trained: Trained
     notes: tuple[str, ...]
 
 
@@ -76,7 +54,7 @@ def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
     if not os.path.isfile(path / CONFIG):
         raise _no_adapter(path)
     problems: list[Problem] = []
-    config: LoraConfig | None = None
+    config: AdapterConfig | None = None
     tensors: tuple[TensorSpec, ...] = ()
     if not 0 < abs(weight) <= MAX_SCALE:
         what = f"weight {weight} merges nothing sensible"
@@ -88,11 +66,12 @@ def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
         name = _weights_file(path)
         file = FileIdentity.of(path, name)  # before the header: a file put there later differs
         tensors = _list_tensors(path / name)
-        _refuse_strange_keys(tensors, path / name)
-    pairs = {} if config is None else _pairs(tensors, config, str(path), problems)
-    if config is None or problems:
+    trained: Trained | None = None
+    with gathered(problems):
+        trained = read_trained(tensors, config, str(path / name)) if tensors else None
+    if config is None or trained is None or problems:
         raise InputError(problems)
-    notes = [f"{path}: {slip} matches no module" for slip in config.idle_patterns(pairs)]
+    notes = [f"{path}: {slip} matches no module" for slip in config.idle_patterns(trained.pairs)]
     if name == SAFETENSORS and (path / PICKLE).exists():
         notes.append(f"{path}: {PICKLE} is left out, as PEFT does beside {SAFETENSORS}")
     return Adapter(
@@ -101,8 +80,7 @@ def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
         file=file,
         config_file=config_file,
         config=config,
-        pairs=pairs,
-        copies=_copies(tensors),
+        trained=trained,
         notes=tuple(notes),
     )
 
@@ -160,8 +138,13 @@ def _weights_file(path: Path) -> str:
 
 
 def _list_tensors(path: Path) -> tuple[TensorSpec, ...]:
-    if path.name == SAFETENSORS:
-        return read_header(path).tensors
+    tensors = read_header(path).tensors if path.name == SAFETENSORS else _list_pickle(path)
+    if not tensors:
+        raise refuse("the adapter is empty: it holds no tensor", str(path), _REPAIR)
+    return tensors
+
+
+def _list_pickle(path: Path) -> tuple[TensorSpec, ...]:
     names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
     return tuple(
         TensorSpec(
@@ -173,80 +156,3 @@ def _list_tensors(path: Path) -> tuple[TensorSpec, ...]:
         )
         for name, tensor in load_pickle(path).items()
     )
-
-
-def _refuse_strange_keys(tensors: tuple[TensorSpec, ...], path: Path) -> None:
-    """One problem a feature that is not merged yet, one an unknown key."""
-    if not tensors:
-        raise refuse("the adapter is empty: it holds no tensor", str(path), _REPAIR)
-    by_feature: dict[str, list[str]] = {}
-    problems: list[Problem] = []
-    copied = {f"{_PREFIX}{module}.lora_A.weight" for module in _copies(tensors)}
-    alone = copied - {tensor.name for tensor in tensors}
-    problems += [
-        Problem(f"{copy.name!r} is {copy.dtype}, not F32, F16 or BF16", str(path), _REPAIR)
-        for copy in _copies(tensors).values()
-        if copy.dtype not in FACTOR_DTYPES
-    ]
-    if alone:
-        what = f"base_layer.weight stands alone; {min(alone)!r} is missing"
-        problems.append(Problem(what, str(path), _REPAIR))
-    for name in (t.name for t in tensors if not _COPY.fullmatch(t.name)):
-        feature = next((label for regex, label in FEATURE_KEYS if regex.search(name)), None)
-        if feature:
-            by_feature.setdefault(feature, []).append(name)
-        elif not _FACTOR.fullmatch(name):
-            what = f"key {name!r} is not known, and nothing is dropped silently"
-            problems.append(Problem(what, str(path), _REPAIR))
-    for feature, names in by_feature.items():
-        which = f"{counted(len(names), 'tensor')}, such as {names[0]!r}"
-        what = f"{feature} is not merged yet ({which})"
-        problems.append(Problem(what, str(path), _NOT_YET))
-    if problems:
-        raise InputError(problems)
-
-
-def _copies(tensors: tuple[TensorSpec, ...]) -> dict[str, TensorSpec]:
-    matches = ((tensor, _COPY.fullmatch(tensor.name)) for tensor in tensors)
-    return {match["module"]: tensor for tensor, match in matches if match}
-
-
-def _pairs(
-    tensors: tuple[TensorSpec, ...], config: LoraConfig, where: str, problems: list[Problem]
-) -> dict[str, LowRankPair]:
-    sides: dict[str, dict[str, TensorSpec]] = {}
-    for tensor in tensors:
-        match = _FACTOR.fullmatch(tensor.name)
-        if match:
-            sides.setdefault(match["module"], {})[match["side"]] = tensor
-    pairs = {}
-    for module, found in sides.items():
-        with gathered(problems):
-            pairs[module] = _pair(module, found, config, where)
-    return pairs
-
-
-def _pair(
-    module: str, found: Mapping[str, TensorSpec], config: LoraConfig, where: str
-) -> LowRankPair:
-    at = f"{where}, module {module}"
-    if len(found) == 1:
-        (side,) = found
-        other = "B" if side == "A" else "A"
-        raise refuse(f"has lora_{side} but no lora_{other}", at, _REPAIR)
-    a, b = found["A"], found["B"]
-    for factor in (a, b):
-        if len(factor.shape) != 2 or 0 in factor.shape:
-            what = f"{factor.name} has shape {list(factor.shape)}, not two sizes above 0"
-            raise refuse(what, at, _REPAIR)
-        if factor.dtype not in FACTOR_DTYPES:
-            raise refuse(
-                f"{factor.name} is {factor.dtype}, not F32, F16 or BF16",
-                at,
-                "Cast the adapter to one of them",
-            )
-    rank, scaling = config.resolve(module)
-    if not a.shape[0] == b.shape[1] == rank:
-        what = f"lora_A has rank {a.shape[0]}, lora_B {b.shape[1]}, the config says {rank}"
-        raise refuse(what, at, "Use the adapter_config.json that was saved with these weights")
-    return LowRankPair(a=a, b=b, scaling=scaling)

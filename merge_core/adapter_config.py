@@ -2,58 +2,78 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from merge_core.config_values import are_names, at_end, is_regex, malformed, whole
 from merge_core.errors import InputError, Problem, shortened
 from merge_core.peft_fields import (
     FEATURE_FIELDS,
     INERT_FIELDS,
     PLAIN_INITS,
     READ_FIELDS,
+    TOKEN_FIELDS,
     TUNERS,
 )
 
 T = TypeVar("T")
 
-MAX_RANK, MAX_SCALE = 10**6, 10**9
-"""Beyond anything that was ever trained; keeps hostile numbers out of the arithmetic below."""
-
-_REPEATED_GROUP = re.compile(r"\)[+*{]")
-_UNBOUNDED = re.compile(r"(?<!\\)[+*{]")
-_OPTIONAL = re.compile(r"(?<![\\(+*}])\?")
-MAX_PATTERN, MAX_UNBOUNDED, MAX_OPTIONAL = 1000, 3, 10
-"""A pattern may take for ever to match if it repeats a group, and its time grows with the length
-of a module's path to the power of its unbounded quantifiers. What selects modules needs neither."""
-
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 _NOT_YET = "Merge this adapter with PEFT's merge_and_unload for now"
-_REPAIR = "Correct the value, or save the adapter again with PEFT"
+_REPAIR = "Save the adapter again with PEFT"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoraConfig:
-    """The fields of a plain LoRA that decide its delta."""
+class AdapterConfig:
+    """The fields that decide what an adapter does."""
 
+    peft_type: str
+    """``LORA`` or ``TRAINABLE_TOKENS``."""
     rank: int
     alpha: float
     rslora: bool
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
     fan_in_fan_out: bool
+    dora: bool = False
+    lora_bias: bool = False
+    """Whether B has a bias."""
+    bias: str = "none"
+    """Which biases of the base were trained: ``none``, ``all`` or ``lora_only``."""
+    saved: tuple[str, ...] = ()
+    """``modules_to_save``: names of modules that were trained as a whole."""
+    tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Trained rows of embeddings, by the end of the module's path; the empty one is any."""
+    ensures_tying: bool = False
+    """Whether what was trained of tied embeddings was trained of the head as well."""
     targets: str | tuple[str, ...] = ()
     """``target_modules``; empty where other fields narrow it down, so that it says nothing."""
 
     def is_target(self, module: str) -> bool:
         """Whether the config says that ``module`` was trained (PEFT: a regex, or suffixes)."""
         if isinstance(self.targets, str):
-            return self.targets != "" and _whole(self.targets).match(module) is not None
+            return self.targets != "" and whole(self.targets).match(module) is not None
         return any(module == name or module.endswith(f".{name}") for name in self.targets)
+
+    def is_saved(self, module: str) -> bool:
+        """Whether ``module`` was trained as a whole."""
+        return any(saves(name, module) for name in self.saved)
+
+    def trains_bias(self, *, beside_factors: bool) -> bool:
+        """Whether the bias of a module that has factors, or has none, was trained."""
+        return self.bias == "all" or (self.bias == "lora_only" and beside_factors)
+
+    def tokens_of(self, module: str) -> tuple[int, ...] | None:
+        """The rows of ``module`` that were trained; None if the config names none."""
+        for name, tokens in self.tokens.items():
+            if name in ("", module) or module.endswith(f".{name}"):
+                return tokens
+        if self.peft_type == "TRAINABLE_TOKENS":  # those of a tied head are saved, and not named
+            return next(iter(self.tokens.values()), None)
+        return None
 
     def resolve(self, module: str) -> tuple[int, float]:
         """Rank and scaling of ``module``, a path such as ``model.layers.0.self_attn.q_proj``.
@@ -75,11 +95,20 @@ class LoraConfig:
                 ("alpha_pattern", self.alpha_pattern),
             )
             for key in pattern
-            if not any(map(_at_end(key).match, paths))
+            if not any(map(at_end(key).match, paths))
         ]
 
 
-def read_config(fields: Mapping[str, Any], where: str) -> LoraConfig:
+def saves(name: str, module: str) -> bool:
+    """Whether a name in ``modules_to_save`` is that of ``module``, or of one around it.
+
+    PEFT wraps every module whose path ends with the name.
+    """
+    paths = module.split(".")
+    return any(".".join(paths[: n + 1]).endswith(name) for n in range(len(paths)))
+
+
+def read_config(fields: Mapping[str, Any], where: str) -> AdapterConfig:
     """The config that ``fields`` describe.
 
     Raises:
@@ -87,20 +116,38 @@ def read_config(fields: Mapping[str, Any], where: str) -> LoraConfig:
             raymeld does not merge yet.
     """
     kind = fields.get("peft_type")
-    if kind != "LORA":
+    if kind not in ("LORA", "TRAINABLE_TOKENS"):
         raise InputError([_other_tuner(kind, where)])
-    problems = [*_unsupported(fields, where), *_unknown(fields, where), *_malformed(fields, where)]
+    problems = [*_unsupported(fields, where), *_unknown(fields, where), *malformed(fields, where)]
     if problems:
         raise InputError(problems)
-    return LoraConfig(
+    return AdapterConfig(
+        peft_type=str(kind),
         rank=fields.get("r", 8),
         alpha=fields.get("lora_alpha", 8),
         rslora=fields.get("use_rslora") or False,
         rank_pattern=fields.get("rank_pattern") or {},
         alpha_pattern=fields.get("alpha_pattern") or {},
         fan_in_fan_out=fields.get("fan_in_fan_out") or False,
-        targets=_targets(fields),
+        dora=fields.get("use_dora") or False,
+        lora_bias=fields.get("lora_bias") or False,
+        bias=fields.get("bias") or "none",
+        saved=tuple(fields.get("modules_to_save") or ()),
+        tokens=_tokens(fields),
+        ensures_tying=fields.get("ensure_weight_tying") or False,
+        targets=_targets(fields) if kind == "LORA" else (),
     )
+
+
+def _tokens(fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """By the end of a module's path: a list without names is of the embeddings."""
+    if fields.get("peft_type") == "TRAINABLE_TOKENS":
+        modules = fields.get("target_modules")
+        names = modules if isinstance(modules, list) and are_names(modules) else [""]
+        return dict.fromkeys(names, tuple(fields.get("token_indices") or ()))
+    given = fields.get("trainable_token_indices") or {}
+    named = given if isinstance(given, dict) else {"": given}
+    return {name: tuple(tokens) for name, tokens in named.items()}
 
 
 def _targets(fields: Mapping[str, Any]) -> str | tuple[str, ...]:
@@ -109,7 +156,7 @@ def _targets(fields: Mapping[str, Any]) -> str | tuple[str, ...]:
     if narrowed or not targets:
         return ()
     if isinstance(targets, str):
-        return targets if _is_regex(targets) and targets != "all-linear" else ()
+        return targets if is_regex(targets) and targets != "all-linear" else ()
     return tuple(str(name) for name in targets) if isinstance(targets, list) else ()
 
 
@@ -118,25 +165,14 @@ def _first_match(pattern: Mapping[str, T], module: str, default: T) -> T:
     must match the whole path or a suffix of it that starts behind a dot.
     """
     for key, value in pattern.items():
-        if _at_end(key).match(module):
+        if at_end(key).match(module):
             return value
     return default
 
 
-@functools.cache
-def _at_end(key: str) -> re.Pattern[str]:
-    """Kept, since some adapters have a key for each of a thousand modules: re keeps only 512."""
-    return re.compile(rf"(.*\.)?({key})$")
-
-
-@functools.cache
-def _whole(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(?:{pattern})\Z")
-
-
 def _other_tuner(kind: Any, where: str) -> Problem:
     if isinstance(kind, str) and kind in TUNERS:
-        return Problem(f"peft_type {kind} is not merged yet, only LORA is", where, _NOT_YET)
+        return Problem(f"peft_type {kind} is not merged yet", where, _NOT_YET)
     return Problem(f"peft_type is {shortened(kind)}, which is no PEFT type", where, _REPAIR)
 
 
@@ -146,9 +182,6 @@ def _unsupported(fields: Mapping[str, Any], where: str) -> list[Problem]:
         for name, feature in FEATURE_FIELDS.items()
         if fields.get(name)
     ]
-    if fields.get("bias", "none") != "none":
-        what = f"trained biases (bias={shortened(fields['bias'])}) are not merged yet"
-        problems.append(Problem(what, where, _NOT_YET))
     init = fields.get("init_lora_weights", True)
     if str(init).lower() not in PLAIN_INITS:
         said = f"init_lora_weights={shortened(init)}"
@@ -162,7 +195,8 @@ def _unsupported(fields: Mapping[str, Any], where: str) -> list[Problem]:
 
 
 def _unknown(fields: Mapping[str, Any], where: str) -> list[Problem]:
-    known = READ_FIELDS | INERT_FIELDS | FEATURE_FIELDS.keys()
+    read = READ_FIELDS if fields.get("peft_type") == "LORA" else TOKEN_FIELDS
+    known = read | INERT_FIELDS | FEATURE_FIELDS.keys()
     return [
         Problem(
             f"field {shortened(name)} = {shortened(value)} is not known and could change the"
@@ -176,49 +210,3 @@ def _unknown(fields: Mapping[str, Any], where: str) -> list[Problem]:
         and value is not False
         and value not in ("", [], {})
     ]
-
-
-def _malformed(fields: Mapping[str, Any], where: str) -> list[Problem]:
-    checks: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
-        ("r", 8, _is_rank, "a whole number above 0"),
-        ("lora_alpha", 8, _is_number, "a number other than 0"),
-        ("use_rslora", False, _is_flag, "true or false"),
-        ("fan_in_fan_out", False, _is_flag, "true or false"),
-        ("rank_pattern", {}, lambda v: _is_pattern(v, _is_rank), "a map of regexes to ranks"),
-        ("alpha_pattern", {}, lambda v: _is_pattern(v, _is_number), "a map of regexes to numbers"),
-    )
-    return [
-        Problem(f"{name} is {shortened(fields[name])}, not {expected}", where, _REPAIR)
-        for name, default, is_valid, expected in checks
-        if not is_valid(fields.get(name, default))
-    ]
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and 0 < value <= MAX_RANK
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < abs(value) <= MAX_SCALE
-
-
-def _is_flag(value: Any) -> bool:
-    return value is None or type(value) is bool
-
-
-def _is_pattern(value: Any, is_valid: Any) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, dict) and all(_is_regex(k) and is_valid(v) for k, v in value.items())
-
-
-def _is_regex(text: str) -> bool:
-    if len(text) > MAX_PATTERN or _REPEATED_GROUP.search(text):
-        return False
-    if len(_UNBOUNDED.findall(text)) > MAX_UNBOUNDED or len(_OPTIONAL.findall(text)) > MAX_OPTIONAL:
-        return False
-    try:
-        _at_end(text)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return True

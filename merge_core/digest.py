@@ -24,6 +24,11 @@ def new_cell() -> xxhash.xxh3_128:
     return xxhash.xxh3_128()
 
 
+def cell_digest(data: memoryview) -> bytes:
+    """Digest of a cell that is at hand as a whole."""
+    return xxhash.xxh3_128_digest(data)
+
+
 def tensor_digest(cells: Iterable[bytes]) -> str:
     """Digest of a tensor from its cells' digests, in order."""
     return xxhash.xxh3_128_hexdigest(b"".join(cells))
@@ -33,6 +38,4 @@ def bytes_digest(data: bytes | memoryview) -> str:
     """Digest of bytes that are at hand as a whole, such as a header or a factor."""
     view = memoryview(data).cast("B")
     starts = range(0, len(view), CELL_BYTES)
-    return tensor_digest(
-        xxhash.xxh3_128_digest(view[start : start + CELL_BYTES]) for start in starts
-    )
+    return tensor_digest(cell_digest(view[start : start + CELL_BYTES]) for start in starts)

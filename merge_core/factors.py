@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from merge_core.adapter import load_pickle
-from merge_core.digest import bytes_digest
+from merge_core.digest import CELL_BYTES, bytes_digest, cell_digest, tensor_digest
 from merge_core.errors import InputError, Problem
 from merge_core.layout import DTYPE_BYTES, TensorSpec
 from merge_core.plan import AdapterInput, MergePlan
@@ -27,9 +30,8 @@ _EXPONENTS = {
 """Integer view and exponent mask of each dtype: all exponent bits set means NaN or infinity.
 numpy has no bfloat16, and torch is still being imported when the factors are checked."""
 
-
-_COMPARED_ELEMENTS = 4 << 20
-"""Of a saved copy and the base at a time: 16 MB of float32 each."""
+_COMPARED = 4 << 20
+"""Elements of twins that are compared at a time: 16 MB each, where a whole one may have 5 GB."""
 
 
 def seal(plan: MergePlan) -> MergePlan:
@@ -41,18 +43,16 @@ def seal(plan: MergePlan) -> MergePlan:
     """
     problems: list[Problem] = []
     adapters = []
-    for index, adapter in enumerate(plan.adapters):
-        source = FactorSource(adapter)
-        digests = {}
-        for factor in _factors_of(plan, index):
-            raw = source.raw(factor)
-            digests[factor.name] = bytes_digest(raw)
-            bad = _first_non_finite(raw, factor)
-            if bad is not None:
-                problems.append(bad_factor(factor, bad, adapter.path))
-        problems += _changed_copies(plan, adapter, source)
-        source.close()
-        adapters.append(dataclasses.replace(adapter, factor_digests=digests))
+    with contextlib.ExitStack() as opened:
+        sources = [opened.enter_context(closing(FactorSource(one))) for one in plan.adapters]
+        for index, (adapter, source) in enumerate(zip(plan.adapters, sources, strict=True)):
+            digests = {}
+            for tensor in _used_of(plan, index):
+                digests[tensor.name], bad = _examine(source, tensor)
+                if bad is not None:
+                    problems.append(bad_factor(tensor, bad, adapter.path))
+            adapters.append(dataclasses.replace(adapter, digests=digests))
+        problems += _unequal(plan, sources)
     if problems:
         raise InputError(problems)
     return dataclasses.replace(plan, adapters=tuple(adapters))
@@ -86,7 +86,8 @@ class FactorSource:
         return self.part(factor, 0, factor.nbytes)
 
     def part(self, tensor: TensorSpec, first: int, behind: int) -> memoryview:
-        """Bytes ``first`` ... ``behind`` of a tensor."""
+        """Bytes ``first`` ... ``behind`` of a tensor, or to its end."""
+        behind = min(behind, tensor.nbytes)
         if self._reader is None:
             return memoryview(_as_bytes(self._state[tensor.name]))[first:behind]
         return self._reader.read_cached(tensor.offset + first, behind - first)
@@ -100,7 +101,7 @@ class FactorSource:
         import torch
 
         raw = self.raw(factor)
-        if bytes_digest(raw) != self._adapter.factor_digests[factor.name]:
+        if bytes_digest(raw) != self._adapter.digests[factor.name]:
             raise replaced(self._path)
         stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[factor.dtype]
         flat = torch.frombuffer(raw, dtype=stored)
@@ -112,45 +113,65 @@ class FactorSource:
             self._reader.close()
 
 
-def _factors_of(plan: MergePlan, adapter: int) -> Iterator[TensorSpec]:
+def _used_of(plan: MergePlan, adapter: int) -> Iterable[TensorSpec]:
+    """Every tensor of an adapter that some task reads, once."""
+    used: dict[str, TensorSpec] = {}
     for task in plan.tasks:
+        if task.source.adapter == adapter:
+            used[task.source.tensor.name] = task.source.tensor
         for update in task.updates:
             if update.adapter == adapter:
-                yield update.a
-                yield update.b
+                used |= {tensor.name: tensor for tensor in update.tensors}
+    for twins in plan.twins:
+        used |= {t.name: t for number, t in (twins.one, twins.other) if number == adapter}
+    return used.values()
 
 
-def _first_non_finite(raw: memoryview, factor: TensorSpec) -> int | None:
-    integers, mask = _EXPONENTS[factor.dtype]
-    rows = np.frombuffer(raw, dtype=integers).reshape(factor.shape)
-    bad = np.flatnonzero(((rows & mask) == mask).any(axis=1))
-    return int(bad[0]) if bad.size else None
+def _examine(source: FactorSource, tensor: TensorSpec) -> tuple[str, int | None]:
+    """Digest of a tensor, and its first row with a NaN or an infinity; a cell at a time."""
+    integers, mask = _EXPONENTS[tensor.dtype]
+    cells, bad = [], None
+    for first in range(0, tensor.nbytes, CELL_BYTES):
+        raw = source.part(tensor, first, min(first + CELL_BYTES, tensor.nbytes))
+        cells.append(cell_digest(raw))
+        found = np.flatnonzero((np.frombuffer(raw, dtype=integers) & mask) == mask)
+        if found.size and bad is None:
+            element = first // DTYPE_BYTES[tensor.dtype] + int(found[0])
+            bad = element // max(1, math.prod(tensor.shape[1:]))
+    return tensor_digest(cells), bad
 
 
-def _changed_copies(plan: MergePlan, adapter: AdapterInput, source: FactorSource) -> list[Problem]:
-    """The base tensors that the adapter carries along must be the base's own, value by value."""
-    problems = []
-    for saved in adapter.copies:
-        reader = RangeReader(plan.base / plan.base_files[saved.source_file].name)
-        elements = saved.copy.nbytes // DTYPE_BYTES[saved.copy.dtype]
-        for first in range(0, elements, _COMPARED_ELEMENTS):
-            behind = min(first + _COMPARED_ELEMENTS, elements)
-            item = DTYPE_BYTES[saved.copy.dtype]
-            mine = as_float32(source.part(saved.copy, first * item, behind * item), saved.copy)
-            item = DTYPE_BYTES[saved.source.dtype]
-            raw = reader.read_cached(saved.source.offset + first * item, (behind - first) * item)
-            if not np.array_equal(mine, as_float32(raw, saved.source), equal_nan=True):
-                problems.append(
-                    Problem(
-                        f"carries its own copy of {saved.source.name!r}, which differs from the"
-                        " base's: trained or resized weights are not merged yet",
-                        f"{adapter.path}, tensor {saved.copy.name!r}",
-                        "Give the base that it was trained on, or merge it with PEFT",
-                    )
-                )
-                break
-        reader.close()
-    return problems
+def _unequal(plan: MergePlan, sources: Sequence[FactorSource]) -> Iterator[Problem]:
+    """Tensors that must hold the same values, and do not."""
+    for twins in plan.twins:
+        (one, mine), (two, its) = twins.one, twins.other
+        if not _same_values(sources[one], mine, sources[two], its, transposed=twins.transposed):
+            yield Problem(
+                f"{its.name!r} should hold the values of {mine.name!r}, and does not",
+                str(plan.adapters[two].path),
+                "Merge adapters that agree on it, or without tied weights",
+            )
+
+
+def _same_values(
+    one: FactorSource, mine: TensorSpec, two: FactorSource, its: TensorSpec, *, transposed: bool
+) -> bool:
+    if mine.shape != (its.shape[::-1] if transposed else its.shape):
+        return False
+    if transposed:  # factors, of some megabytes
+        a = as_float32(one.raw(mine), mine).reshape(mine.shape)
+        return np.array_equal(a, as_float32(two.raw(its), its).reshape(its.shape).T)
+    for first in range(0, math.prod(mine.shape), _COMPARED):
+        a, b = (
+            as_float32(source.part(tensor, first * size, (first + _COMPARED) * size), tensor)
+            for source, tensor, size in (
+                (one, mine, DTYPE_BYTES[mine.dtype]),
+                (two, its, DTYPE_BYTES[its.dtype]),
+            )
+        )
+        if not np.array_equal(a, b):
+            return False
+    return True
 
 
 def as_float32(raw: memoryview, tensor: TensorSpec) -> np.ndarray[Any, np.dtype[np.float32]]:

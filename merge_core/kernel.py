@@ -8,84 +8,103 @@ does the shape of the product, so rows are multiplied in the fixed blocks of ``m
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from merge_core.blocks import blocks_over
 from merge_core.errors import NonFiniteError
+from merge_core.updates import Update
+from merge_core.updates.dora import LoadedDora
+from merge_core.updates.loading import Loading
+from merge_core.updates.low_rank import LoadedLowRank
+from merge_core.updates.piece import Change, Piece
+from merge_core.updates.rows import LoadedRows
+from merge_core.updates.shift import LoadedShift
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedUpdate:
-    """A low-rank update whose factors are on the device, in float32."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedUpdates:
+    """The updates of one tensor, on the device."""
 
-    a: torch.Tensor
-    """[rank, in_features]"""
-    b: torch.Tensor
-    """[out_features, rank]"""
-    scaling: float
-    transposed: bool
+    deltas: tuple[LoadedLowRank | LoadedShift, ...] = ()
+    """To be summed, in this order."""
+    dora: tuple[LoadedDora, ...] = ()
+    rows: tuple[LoadedRows, ...] = ()
 
+    @classmethod
+    def of(cls, updates: Iterable[Update], inputs: Loading) -> LoadedUpdates:
+        """Load them."""
+        loaded = [update.load(inputs) for update in updates]
+        return cls(
+            deltas=tuple(one for one in loaded if isinstance(one, (LoadedLowRank, LoadedShift))),
+            dora=tuple(one for one in loaded if isinstance(one, LoadedDora)),
+            rows=tuple(one for one in loaded if isinstance(one, LoadedRows)),
+        )
 
-@dataclass(slots=True)
-class Change:
-    """How much a tensor changed, summed over the pieces that were merged."""
+    @property
+    def adds(self) -> bool:
+        """Whether all elements may change, and not only some rows."""
+        return bool(self.deltas or self.dora)
 
-    base_square: float = 0.0
-    delta_square: float = 0.0
-    largest: float = 0.0
-    """Largest absolute element of the delta."""
-
-    def add(self, other: Change) -> None:
-        """Include the figures of another piece."""
-        self.base_square += other.base_square
-        self.delta_square += other.delta_square
-        self.largest = max(self.largest, other.largest)
+    @property
+    def is_lone_dora(self) -> bool:
+        """Whether the result is that of one DoRA adapter as it is: then nothing is added up, and
+        the last bit is PEFT's.
+        """
+        return len(self.dora) == 1 and not self.deltas and self.dora[0].weight == 1
 
 
 class MergeKernel:
-    """Merges runs of elements of a tensor; owns the scratch that it needs, allocated once."""
+    """Merges pieces of a tensor; owns the scratch that it needs, allocated once.
 
-    def __init__(self, scratch_elements: int, device: torch.device) -> None:
+    Args:
+        block: elements of the largest block of rows.
+        scratch: how many such blocks there is room for: two, or four for DoRA.
+    """
+
+    def __init__(self, block: int, scratch: int, device: torch.device) -> None:
         self._device = device
-        self._delta = torch.empty(scratch_elements, dtype=torch.float32, device=device)
-        self._work = torch.empty(scratch_elements, dtype=torch.float32, device=device)
+        blocks = [torch.empty(block, dtype=torch.float32, device=device) for _ in range(scratch)]
+        self._delta, self._work, *self._spare = blocks or [torch.empty(0), torch.empty(0)]
         self._figures: list[_Figures] = []
-        self._cached: tuple[Sequence[LoadedUpdate], int] = ((), 0)
+        self._cached: tuple[LoadedUpdates | None, int] = (None, 0)
 
     def merge(
-        self,
-        updates: Sequence[LoadedUpdate],
-        shape: tuple[int, ...],
-        first: int,
-        source: torch.Tensor,
-        target: torch.Tensor,
+        self, updates: LoadedUpdates, piece: Piece, source: torch.Tensor, target: torch.Tensor
     ) -> Change:
-        """Write the merged elements ``first`` ... ``first + len(source)`` into ``target``.
+        """Write the merged elements of ``piece`` into ``target``.
 
         Args:
-            updates: the deltas to sum, in this order; all of them of the tensor's shape.
-            shape: [rows, width] of the whole tensor.
-            first: index of the first element in the flattened tensor.
-            source: [n] elements of the base, F32, F16 or BF16, on the device.
-            target: [n] elements of the result, in the output dtype, on the device.
+            updates: all of them of the tensor's shape.
+            source: the elements of the base from ``piece.source_first`` on, F32, F16 or BF16, on
+                the device; whole rows for DoRA.
+            target: the elements of the result, in the output dtype, on the device.
 
         Raises:
             NonFiniteError: a merged element is NaN or infinite; ``where`` names the row.
         """
-        rows, width = shape
-        behind = first + source.numel()
+        (rows, width), first, behind = piece.matrix, piece.first, piece.behind
         blocks = list(blocks_over(rows, width, self._device.type, first, behind))
         while len(self._figures) < len(blocks):
             self._figures.append(_Figures(self._device))
         for figures, (top, bottom) in zip(self._figures, blocks, strict=False):
             low, high = max(first, top * width), min(behind, bottom * width)
-            delta = self._block(updates, top, bottom, width)[low - top * width : high - top * width]
-            run = slice(low - first, high - first)
-            self._add(delta, source[run], target[run], figures)
-        change, bounds = _summarise(self._figures[: len(blocks)])
+            into = target[low - first : high - first]
+            if updates.dora:
+                self._decompose(updates, piece, (top, bottom), source, into, figures)
+                continue
+            base = source[low - piece.source_first : high - piece.source_first]
+            if updates.deltas:
+                delta = self._block(updates, top, bottom, width)
+                self._add(delta[low - top * width : high - top * width], base, into, figures)
+            else:
+                into.copy_(base)
+        change, bounds = _summarise(self._figures[: len(blocks)] if updates.adds else ())
+        for rows_ in updates.rows:
+            change.add(rows_.put(piece, source, target))
+            bounds.append(math.inf)  # of what was carried over nothing is known
         if not all(bound <= torch.finfo(target.dtype).max / 2 for bound in bounds):  # nor is NaN
             _check_finite(target, first, width)
         return change
@@ -96,41 +115,63 @@ class MergeKernel:
         if not float(_peak(target)) <= torch.finfo(target.dtype).max:
             _check_finite(target, first, width)
 
-    def _block(
-        self, updates: Sequence[LoadedUpdate], top: int, bottom: int, width: int
-    ) -> torch.Tensor:
+    def _block(self, updates: LoadedUpdates, top: int, bottom: int, width: int) -> torch.Tensor:
         """The summed delta of rows ``top`` ... ``bottom``, flattened; kept for the next piece."""
         delta = self._delta[: (bottom - top) * width]
         if self._cached[0] is updates and self._cached[1] == top:
             return delta
-        self._cached = ((), 0)
-        for number, update in enumerate(updates):
-            if number == 0 and not update.transposed:
-                torch.mm(update.b[top:bottom], update.a, out=delta.view(-1, width))
-                delta.mul_(update.scaling)
-                continue
-            product = self._work[: delta.numel()]
-            if update.transposed:
-                product = product.view(width, -1)
-                torch.mm(update.b, update.a[:, top:bottom], out=product)
-                product = product.mul_(update.scaling).t()
-            else:
-                product = product.view(-1, width)
-                torch.mm(update.b[top:bottom], update.a, out=product).mul_(update.scaling)
-            into = delta.view(-1, width)
-            into.copy_(product) if number == 0 else into.add_(product)
+        self._cached = (None, 0)
+        for number, update in enumerate(updates.deltas):
+            update.write(delta.view(-1, width), top, self._work, add=number > 0)
         self._cached = (updates, top)
         return delta
+
+    def _decompose(
+        self,
+        updates: LoadedUpdates,
+        piece: Piece,
+        block: tuple[int, int],
+        source: torch.Tensor,
+        target: torch.Tensor,
+        figures: _Figures,
+    ) -> None:
+        """Merge DoRA: on whole rows, of which ``target`` takes what lies in the piece."""
+        width, (top, bottom) = piece.matrix[1], block
+        low, high = max(top, piece.first // width), min(bottom, -(-piece.behind // width))
+        start, size = low * width, (high - low) * width
+        base, result = self._work[:size], self._delta[:size]
+        base.copy_(source[start - piece.source_first :][:size])
+        self._cached = (None, 0)
+        whole, room = self._spare[0][: (bottom - top) * width], self._spare[1]
+        rows = whole[start - top * width :][:size]
+        result.copy_(base)
+        for update in updates.deltas:
+            update.write(whole.view(-1, width), top, room, add=False)
+            result.add_(rows)
+        for dora in updates.dora:
+            dora.delta.write(whole.view(-1, width), top, room, add=False)
+            dora.decompose(rows.view(-1, width), base.view(-1, width), low)
+            if updates.is_lone_dora:
+                result.copy_(rows)
+            else:
+                result.add_(rows.sub_(base), alpha=dora.weight)
+        inside = slice(max(piece.first - start, 0), min(piece.behind - start, size))
+        target.copy_(result[inside])
+        _measure(base[inside], result.sub_(base)[inside], figures)
 
     def _add(
         self, delta: torch.Tensor, source: torch.Tensor, target: torch.Tensor, figures: _Figures
     ) -> None:
         work = self._work[: delta.numel()]
         work.copy_(source)
-        torch.dot(work, work, out=figures.base_square)
-        torch.dot(delta, delta, out=figures.delta_square)
-        torch.aminmax(delta, out=figures.delta_range)
+        _measure(work, delta, figures)
         target.copy_(work.add_(delta))
+
+
+def _measure(base: torch.Tensor, delta: torch.Tensor, figures: _Figures) -> None:
+    torch.dot(base, base, out=figures.base_square)
+    torch.dot(delta, delta, out=figures.delta_square)
+    torch.aminmax(delta, out=figures.delta_range)
 
 
 class _Figures:
@@ -150,7 +191,9 @@ def _summarise(figures: Sequence[_Figures]) -> tuple[Change, list[float]]:
     No element is larger than the norm of its block, so base and delta together stay below
     norm + |least| + |most|. That is NaN or infinite where a NaN or an infinity went in.
     """
-    change, bounds = Change(), []
+    change, bounds = Change(), list[float]()
+    if not figures:
+        return change, bounds
     for base, delta, low, high in torch.stack([f.values for f in figures]).tolist():
         change.add(Change(base_square=base, delta_square=delta, largest=max(-low, high)))
         bounds.append(math.sqrt(base) + abs(low) + abs(high))

@@ -9,15 +9,16 @@ copies and products of the lanes overlap.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
 from merge_core.errors import DeviceMemoryError
-from merge_core.kernel import Change, LoadedUpdate, MergeKernel
+from merge_core.kernel import LoadedUpdates, MergeKernel
 from merge_core.layout import ALIGNMENT
 from merge_core.memory import LaneNeed
 from merge_core.plan import TensorTask
+from merge_core.updates.piece import Change, Piece
 
 TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -31,9 +32,9 @@ class Lane:
 
     def __init__(self, need: LaneNeed, device: torch.device) -> None:
         with out_of_memory_reported(device):
-            self.inbox = _aligned(need.inbox, device)
-            self._outbox = _aligned(need.outbox, device)
-            self._kernel = MergeKernel(need.scratch // 8, device)
+            self.inbox = aligned(need.inbox, device)
+            self._outbox = aligned(need.outbox, device)
+            self._kernel = MergeKernel(need.block, need.scratch, device)
             self._on_gpu = device.type == "cuda"
             if self._on_gpu:
                 self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -42,48 +43,36 @@ class Lane:
         self.inbox_view = self.inbox.numpy().data
 
     def transform(
-        self, task: TensorTask, updates: Sequence[LoadedUpdate], first: int, data: memoryview
+        self, task: TensorTask, updates: LoadedUpdates, piece: Piece, data: memoryview
     ) -> tuple[memoryview, Change]:
-        """The output bytes that the base bytes ``data`` become, and how much they changed.
+        """The output bytes of ``piece``, and how much they changed.
 
         Args:
             task: what to do.
             updates: the task's updates, loaded.
-            first: index of the first element of ``data`` in the flattened tensor.
-            data: a view inside ``inbox``.
+            data: the base's bytes from ``piece.source_first`` on, as a view inside ``inbox``.
 
         Returns:
             A view that starts on a page, valid until the next call.
         """
         lead = _address(data) - self.inbox.data_ptr()
-        if task.action == "copied":
+        if task.as_bytes:
             if lead % ALIGNMENT == 0:
                 return data, Change()
             target = self._outbox[: len(data)]
             target.copy_(self.inbox[lead : lead + len(data)])
             return target.numpy().data, Change()
-        elements = len(data) // TORCH_DTYPES[task.source.dtype].itemsize
-        nbytes = elements * TORCH_DTYPES[task.target.dtype].itemsize
+        nbytes = (piece.behind - piece.first) * TORCH_DTYPES[task.target.dtype].itemsize
         with self._streamed():
-            source = self._upload(lead, len(data)).view(TORCH_DTYPES[task.source.dtype])
+            source = self._upload(lead, len(data)).view(TORCH_DTYPES[task.source.tensor.dtype])
             target = self._result(nbytes).view(TORCH_DTYPES[task.target.dtype])
-            change = self._compute(task, updates, first, source, target)
+            if task.updates:
+                change = self._kernel.merge(updates, piece, source, target)
+            else:
+                change = Change()
+                self._kernel.convert(piece.first, piece.matrix[1], source, target)
             self._download(nbytes)
         return self._outbox[:nbytes].numpy().data, change
-
-    def _compute(
-        self,
-        task: TensorTask,
-        updates: Sequence[LoadedUpdate],
-        first: int,
-        source: torch.Tensor,
-        target: torch.Tensor,
-    ) -> Change:
-        if updates:
-            return self._kernel.merge(updates, task.target.shape, first, source, target)
-        width = task.target.shape[-1] if task.target.shape else 1
-        self._kernel.convert(first, width, source, target)
-        return Change()
 
     @contextlib.contextmanager
     def _streamed(self) -> Iterator[None]:
@@ -133,7 +122,7 @@ def is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _aligned(nbytes: int, device: torch.device) -> torch.Tensor:
+def aligned(nbytes: int, device: torch.device) -> torch.Tensor:
     """``nbytes`` of host memory that start on a page, pinned where a GPU copies from it."""
     raw = torch.empty(
         nbytes + ALIGNMENT, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda"

@@ -29,6 +29,11 @@ SHARE = 0.8
 """Of the free memory, what a worker plans to use: the rest is for who else is there."""
 
 
+NORM_BYTES = 4 * 4 + 2 * 8
+"""For an element of a block whose columns' squares are summed up: the base as it is stored and in
+float32, the delta, its product, and the sum and its square in float64."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """Bytes free on a worker."""
@@ -46,20 +51,24 @@ class LaneNeed:
 
     inbox: int
     outbox: int
+    block: int
+    """Elements of the largest block of rows."""
     scratch: int
-    """Two float32 blocks, on the device."""
+    """How many such blocks in float32 a lane needs on the device: none where nothing is merged,
+    two, or four for DoRA."""
     factors: int
     """Of the tensor with the largest factors, in float32. Each lane holds on to those of its last
     block, and one more tensor's are being loaded."""
 
     def on_host(self, lanes: int, device: str) -> int:
         """Host memory for that many lanes, without the runtime."""
-        each = self.inbox + self.outbox + (self.scratch if device == "cpu" else 0)
+        each = self.inbox + self.outbox + (4 * self.scratch * self.block if device == "cpu" else 0)
         return lanes * each + (lanes + 1) * self.factors
 
     def on_device(self, lanes: int) -> int:
         """VRAM for that many lanes."""
-        return lanes * (self.inbox + self.outbox + self.scratch) + (lanes + 1) * self.factors
+        each = self.inbox + self.outbox + 4 * self.scratch * self.block
+        return lanes * each + (lanes + 1) * self.factors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,17 +86,24 @@ def lane_need(plan: MergePlan, device: str, read_bytes: int) -> LaneNeed:
     Args:
         device: ``cpu`` or ``cuda``; the blocks of the product differ.
     """
-    widening, scratch, factors = 1.0, 0, 0
+    widening, rest, block, scratch, factors = 1.0, 0, 0, 0, 0
     for task in plan.tasks:
-        ratio = DTYPE_BYTES[task.source.dtype] / DTYPE_BYTES[task.target.dtype]
+        ratio = task.source.dtype_bytes / DTYPE_BYTES[task.target.dtype]
         widening = max(widening, ratio)
         if task.updates:
-            rows, width = task.target.shape
-            scratch = max(scratch, 2 * 4 * largest_block(rows, width, device))
-            factors = max(factors, sum(4 * _elements(u.a, u.b) for u in task.updates))
+            rows, width = task.matrix
+            block = max(block, largest_block(rows, width, device))
+            scratch = max(scratch, 4 if task.whole_rows else 2)
+            loaded = sum(4 * _elements(*update.tensors) for update in task.updates)
+            if task.column_norms:
+                loaded += NORM_BYTES * largest_block(rows, width, device)
+            factors = max(factors, loaded)
+        if task.whole_rows:  # a piece may begin and end inside of one
+            rest = max(rest, 2 * width * task.source.dtype_bytes)
     return LaneNeed(
-        inbox=int(read_bytes * widening) + SLACK,
+        inbox=int(read_bytes * widening) + rest + SLACK,
         outbox=read_bytes + SLACK,
+        block=block,
         scratch=scratch,
         factors=factors,
     )

@@ -17,6 +17,17 @@ CONV1D_MODELS = frozenset({"decision_transformer", "gpt2", "imagegpt", "openai-g
 """Models whose layers are transformers' Conv1D, which stores [in, out]."""
 
 
+def check_mergeable(base: TensorSpec, at: str) -> None:
+    """Make sure that a tensor can be changed.
+
+    Raises:
+        InputError: its dtype takes no delta.
+    """
+    if base.dtype not in MERGEABLE:
+        remedy = "Use a base in bf16, fp16 or fp32"
+        raise refuse(f"the base tensor is {base.dtype}, which takes no delta", at, remedy)
+
+
 def is_transposed(
     base: TensorSpec,
     a: TensorSpec,
@@ -31,9 +42,6 @@ def is_transposed(
     models of linear layers alone: PEFT corrects it while it wraps layers, so in a model of both
     kinds the adapter carries what the last of them was.
     """
-    if base.dtype not in MERGEABLE:
-        remedy = "Use a base in bf16, fp16 or fp32"
-        raise refuse(f"the base tensor is {base.dtype}, which takes no delta", at, remedy)
     delta, model = (b.shape[0], a.shape[1]), checkpoint.config.get("model_type")
     flag = adapter.config.fan_in_fan_out and model not in LINEAR_MODELS
     square, conv1d = delta[0] == delta[1], model in CONV1D_MODELS

@@ -20,10 +20,18 @@ READ_FIELDS = frozenset(
         "alpha_pattern",
         "fan_in_fan_out",
         "bias",
+        "lora_bias",
+        "use_dora",
+        "modules_to_save",
+        "trainable_token_indices",
+        "ensure_weight_tying",
         "init_lora_weights",
     }
 )
-"""Fields that decide what a plain LoRA merge computes; ``adapter_config`` reads each of them."""
+"""Fields that decide what a LoRA merge computes; ``adapter_config`` reads each of them."""
+
+TOKEN_FIELDS = frozenset({"peft_type", "token_indices"})
+"""Fields that decide it for TRAINABLE_TOKENS."""
 
 INERT_FIELDS = frozenset(
     {
@@ -49,50 +57,38 @@ INERT_FIELDS = frozenset(
         "megatron_core",
         "runtime_config",
         "qalora_group_size",
+        "velora_config",
+        "monteclora_config",
+        "init_weights",
     }
 )
 """Fields that cannot change what a merge computes, whatever they hold."""
 
 FEATURE_FIELDS = MappingProxyType(
     {
-        "use_dora": "DoRA",
-        "lora_bias": "a bias on lora_B (lora_bias)",
-        "modules_to_save": "fully trained modules (modules_to_save)",
-        "trainable_token_indices": "trainable tokens",
         "target_parameters": "LoRA on parameters (target_parameters)",
         "layer_replication": "layer replication",
         "use_bdlora": "BD-LoRA",
         "kasa_config": "KaSA",
-        "velora_config": "VeLoRA",
-        "monteclora_config": "MonteCLoRA",
         "alora_invocation_tokens": "aLoRA",
         "arrow_config": "Arrow",
         "use_qalora": "QALoRA",
-        "ensure_weight_tying": "weight tying (ensure_weight_tying)",
     }
 )
 """Fields of features that are not merged yet: refused by name unless they are off."""
 
 FEATURE_KEYS = (
-    (re.compile(r"\.lora_magnitude_vector(\.weight)?\Z"), "DoRA"),
-    (re.compile(r"\.lora_B\.bias\Z"), "a bias on lora_B (lora_bias)"),
-    (re.compile(r"\.lora_embedding_[AB]\Z"), "LoRA on embeddings"),
-    (re.compile(r"\.token_adapter\.|\.trainable_tokens_delta\Z"), "trainable tokens"),
-    (re.compile(r"\.modules_to_save\."), "fully trained modules (modules_to_save)"),
-    (re.compile(r"\.lora_velora_embed"), "VeLoRA"),
-    (re.compile(r"\.lora_monteclora_sampler\."), "MonteCLoRA"),
     (re.compile(r"\.lora_diag\Z"), "KaSA"),
     (re.compile(r"\.base_layer\.lora_[AB]\.weight\Z"), "LoRA on parameters (target_parameters)"),
-    (re.compile(r"\.bias\Z"), "trained biases (bias)"),
     (re.compile(r"\.lora_E\Z|\.ranknum\Z"), "AdaLoRA"),
-    (
-        re.compile(r"(?<!\.lora_A)(?<!\.lora_B)(?<!\.default)\.weight\Z"),
-        "fully trained modules (modules_to_save)",
-    ),
 )
-"""Kinds of keys that are not merged yet, first match wins."""
+"""Kinds of keys that are not merged yet."""
 
-PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "orthogonal"})
+TRAINING_KEYS = re.compile(r"\.(lora_velora_embed|lora_monteclora_sampler\.)[^/]*\Z")
+"""Tensors that only steered the training (VeLoRA, MonteCLoRA); PEFT merges such adapters as plain
+LoRA and ignores them, ``tuners/lora/variants.py``."""
+
+PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "mica", "orthogonal"})
 """``init_lora_weights`` that leave the base as it is, lower-cased."""
 
 # fmt: off

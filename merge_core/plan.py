@@ -8,27 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_core.layout import FileLayout, TensorSpec, lay_out
+from merge_core.layout import DTYPE_BYTES, FileLayout, TensorSpec, lay_out
 from merge_core.storage import FileIdentity
+from merge_core.updates import Update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LowRankUpdate:
-    """Adds scaling * B @ A to a tensor."""
+class Source:
+    """Where a tensor's values come from, before any update."""
 
-    adapter: int
-    """Index into ``MergePlan.adapters``."""
-    a: TensorSpec
-    b: TensorSpec
-    scaling: float
-    """alpha / r (or alpha / sqrt(r)) times the adapter's weight."""
-    transposed: bool
-    """The base stores [in, out] (a Conv1D layer), so the delta is transposed."""
+    tensor: TensorSpec
+    file: int | None
+    """Index into ``MergePlan.base_files``; None: an adapter brings the whole tensor."""
+    adapter: int | None = None
+    """Index into ``MergePlan.adapters``, then."""
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes an element."""
+        return DTYPE_BYTES[self.tensor.dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,17 +40,42 @@ class TensorTask:
     """How one output tensor comes about."""
 
     target: TensorSpec
-    source: TensorSpec
-    source_file: int
-    """Index into ``MergePlan.base_files``."""
-    updates: tuple[LowRankUpdate, ...]
+    source: Source
+    updates: tuple[Update, ...]
 
     @property
     def action(self) -> str:
-        """``merged``, ``converted`` to another dtype, or ``copied`` as bytes."""
+        """``merged``, ``replaced`` by the adapter's, ``converted`` to another dtype, or ``copied``
+        as bytes.
+        """
         if self.updates:
             return "merged"
-        return "copied" if self.source.dtype == self.target.dtype else "converted"
+        if self.source.adapter is not None:
+            return "replaced"
+        return "copied" if self.as_bytes else "converted"
+
+    @property
+    def as_bytes(self) -> bool:
+        """Whether it is carried over undecoded."""
+        return not self.updates and self.source.tensor.dtype == self.target.dtype
+
+    @property
+    def whole_rows(self) -> bool:
+        """Whether an element depends on all others of its row."""
+        return any(update.kind == "dora" for update in self.updates)
+
+    @property
+    def column_norms(self) -> bool:
+        """Whether the norm of each column is taken before the first element is merged."""
+        return any(update.kind == "dora" and update.delta.transposed for update in self.updates)
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and width of the target, of which a vector is a column and the experts of a fused
+        tensor lie one below the other.
+        """
+        *rows, width = self.target.shape or (1,)
+        return (math.prod(rows), width) if rows else (width, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +97,14 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SavedCopy:
-    """A base tensor that an adapter carries along, and where the base itself holds it."""
+class Twins:
+    """Two tensors of adapters that must hold the same values."""
 
-    copy: TensorSpec
-    source: TensorSpec
-    source_file: int
-    """Index into ``MergePlan.base_files``."""
+    one: tuple[int, TensorSpec]
+    """Index into ``MergePlan.adapters``, and the tensor there."""
+    other: tuple[int, TensorSpec]
+    transposed: bool = False
+    """The other one is the transpose."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,11 +113,12 @@ class AdapterInput:
 
     path: Path
     weight: float
+    peft_type: str
     file: FileIdentity
     config_file: FileIdentity
-    factor_digests: Mapping[str, str]
-    """By tensor name; empty until ``factors.seal`` has read and checked the whole file."""
-    copies: tuple[SavedCopy, ...] = ()
+    digests: Mapping[str, str]
+    """Of the tensors that are used, by name; empty until ``factors.seal`` has read and checked
+    them all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +134,11 @@ class MergePlan:
     """Fields of config.json that the merge changes; empty means: copied byte for byte."""
     side_files: tuple[FileIdentity, ...]
     adapters: tuple[AdapterInput, ...]
+    twins: tuple[Twins, ...]
+    keep_tied: bool
+    """Whether tied embeddings and head were to stay one tensor, whatever was trained of either."""
+    added: tuple[str, ...]
+    """Tensors that the base does not have: a head that is untied."""
     shards: tuple[Shard, ...]
     notes: tuple[str, ...]
 
@@ -124,14 +160,14 @@ class MergePlan:
     @property
     def fingerprint(self) -> str:
         """sha256 over everything that changes bytes. Needs a sealed plan."""
-        if not all(adapter.factor_digests for adapter in self.adapters):
+        if not all(adapter.digests for adapter in self.adapters):
             raise ValueError("the plan is not sealed: its adapters have not been read")
         covered = {
             "base": [[f.name, f.size] for f in self.base_files],
             "headers": self.header_digests,
             "config": [self.config, self.config_changes],
             "side_files": [[f.name, f.size] for f in self.side_files],
-            "adapters": [[a.weight, dict(a.factor_digests)] for a in self.adapters],
+            "adapters": [[a.weight, dict(a.digests)] for a in self.adapters],
             "shards": [asdict(shard) for shard in self.shards],
         }
         text = json.dumps(covered, sort_keys=True, separators=(",", ":"))

@@ -17,12 +17,17 @@ import torch
 
 from merge_core.digest import CELL_BYTES, new_cell, tensor_digest
 from merge_core.errors import NonFiniteError
-from merge_core.kernel import Change, LoadedUpdate
+from merge_core.kernel import LoadedUpdates
 from merge_core.lanes import Lane
 from merge_core.layout import DTYPE_BYTES
 from merge_core.ledger import TensorRecord
 from merge_core.plan import Shard, TensorTask
-from merge_core.storage import PartFile, RangeReader
+from merge_core.storage import PartFile
+from merge_core.updates.piece import Change, Piece
+
+Read = Callable[[TensorTask, int, int, memoryview], memoryview]
+"""Fetches bytes of a task's source, from one to behind another, into a page aligned buffer with
+SLACK to spare, and returns the view of them in there."""
 
 TICK_SECONDS = 0.2
 """How often the waiting thread reports progress; also the longest that Ctrl-C has to wait."""
@@ -33,25 +38,25 @@ class TensorWork:
     """One tensor under way, shared by the lanes that work on its cells."""
 
     task: TensorTask
-    load: Callable[[TensorTask], Sequence[LoadedUpdate]]
+    load: Callable[[TensorTask], LoadedUpdates]
     cells: list[bytes] = field(init=False)
     """Digests, filled in as cells finish, in any order."""
     change: Change = field(default_factory=Change)
     seconds: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     """Reading, merging, writing."""
     _left: int = field(init=False)
-    _updates: Sequence[LoadedUpdate] | None = None
+    _updates: LoadedUpdates | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self._left = -(-self.task.target.nbytes // CELL_BYTES)
         self.cells = [b""] * self._left
 
-    def updates(self) -> Sequence[LoadedUpdate]:
-        """The factors, loaded by the first lane that asks and freed with the last cell."""
+    def updates(self) -> LoadedUpdates:
+        """Them, loaded by the first lane that asks and freed with the last cell."""
         with self._lock:
             if self._updates is None:
-                self._updates = self.load(self.task) if self.task.updates else ()
+                self._updates = self.load(self.task)
             return self._updates
 
     def finish_cell(self, number: int, digest: bytes, change: Change, spent: list[float]) -> None:
@@ -75,7 +80,7 @@ class TensorWork:
             shape=target.shape,
             nbytes=target.nbytes,
             digest=tensor_digest(self.cells),
-            bytes_read=self.task.source.nbytes,
+            bytes_read=self.task.source.tensor.nbytes,
             bytes_written=target.nbytes,
             read_seconds=read,
             merge_seconds=merge,
@@ -90,8 +95,8 @@ def stream_shard(
     shard: Shard,
     *,
     part: PartFile,
-    readers: Sequence[RangeReader],
-    load: Callable[[TensorTask], Sequence[LoadedUpdate]],
+    read: Read,
+    load: Callable[[TensorTask], LoadedUpdates],
     lanes: Sequence[Lane],
     read_bytes: int,
     watch: Callable[[int], None],
@@ -99,8 +104,8 @@ def stream_shard(
     """Write the whole of ``shard`` into ``part`` and say what was done to each tensor.
 
     Args:
-        readers: one a file of the base, indexed by ``TensorTask.source_file``.
-        load: fetches the factors of a tensor to the device.
+        read: fetches the values that a tensor starts from.
+        load: fetches the updates of a tensor to the device.
         read_bytes: output bytes that pass a lane at once; divides the digest's cell.
         watch: called every TICK_SECONDS, and once at the end, with the bytes written so far.
             What it raises ends the streaming and is raised here.
@@ -112,7 +117,7 @@ def stream_shard(
     """
     works = [TensorWork(task=task, load=load) for task in shard.tasks]
     part.write_small(shard.layout().header, 0)
-    run = _Run(_cells_of(works), part, readers, read_bytes)
+    run = _Run(_cells_of(works), part, read, read_bytes)
     run.wait_for(lanes, watch)
     return tuple(work.record() for work in works)
 
@@ -135,10 +140,10 @@ class _Run:
         self,
         cells: Iterator[_Cell],
         part: PartFile,
-        readers: Sequence[RangeReader],
+        read: Read,
         read_bytes: int,
     ) -> None:
-        self._cells, self._part, self._readers = cells, part, readers
+        self._cells, self._part, self._read = cells, part, read
         self._read_bytes = read_bytes
         self._lock = threading.Lock()
         self._stopped = False
@@ -187,9 +192,10 @@ class _Run:
         for start in range(first, behind, self._read_bytes):
             end = min(start + self._read_bytes, behind)
             clock = time.perf_counter()
-            data = self._read(work.task, start, end, lane)
+            piece, source = _piece(work.task, start, end)
+            data = self._read(work.task, *source, lane.inbox_view)
             clock = _lap(spent, 0, clock)
-            out, changed = _transform(work.task, updates, start, data, lane)
+            out, changed = _transform(work.task, updates, piece, data, lane)
             change.add(changed)
             digest.update(out)
             clock = _lap(spent, 1, clock)
@@ -199,23 +205,28 @@ class _Run:
                 self._written += end - start
         work.finish_cell(number, digest.digest(), change, spent)
 
-    def _read(self, task: TensorTask, start: int, end: int, lane: Lane) -> memoryview:
-        """The base bytes behind the output bytes ``start`` ... ``end`` of the tensor."""
-        source, target = DTYPE_BYTES[task.source.dtype], DTYPE_BYTES[task.target.dtype]
-        first, behind = start * source // target, end * source // target
-        reader = self._readers[task.source_file]
-        return reader.read_into(lane.inbox_view, task.source.offset + first, behind - first)
+
+def _piece(task: TensorTask, start: int, end: int) -> tuple[Piece, tuple[int, int]]:
+    """The elements in the output bytes ``start`` ... ``end`` of a tensor, and the bytes of its
+    source that they depend on.
+    """
+    size, (rows, width) = DTYPE_BYTES[task.target.dtype], task.matrix
+    if task.as_bytes:  # of any dtype, be it one that fills no byte
+        piece = Piece(matrix=(rows, width), first=start, behind=end, source_first=start)
+        return piece, (start, end)
+    first, behind = start // size, end // size
+    low, high = first, behind
+    if task.whole_rows:
+        low, high = first // width * width, -(-behind // width) * width
+    piece = Piece(matrix=(rows, width), first=first, behind=behind, source_first=low)
+    return piece, (low * task.source.dtype_bytes, high * task.source.dtype_bytes)
 
 
 def _transform(
-    task: TensorTask,
-    updates: Sequence[LoadedUpdate],
-    start: int,
-    data: memoryview,
-    lane: Lane,
+    task: TensorTask, updates: LoadedUpdates, piece: Piece, data: memoryview, lane: Lane
 ) -> tuple[memoryview, Change]:
     try:
-        return lane.transform(task, updates, start // DTYPE_BYTES[task.target.dtype], data)
+        return lane.transform(task, updates, piece, data)
     except NonFiniteError as error:
         raise NonFiniteError(error.what, f"tensor {task.target.name}", error.remedy) from None
 

@@ -9,15 +9,14 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from merge_core.errors import DeviceMemoryError, counted, refuse
-from merge_core.factors import FactorSource
-from merge_core.kernel import LoadedUpdate
+from merge_core.inputs import Inputs
+from merge_core.kernel import LoadedUpdates
 from merge_core.lanes import Lane, out_of_memory_reported
 from merge_core.ledger import Receipt, TensorRecord
 from merge_core.memory import LaneChoice, Memory, choose_lanes, free_host_memory, lane_need
@@ -25,7 +24,7 @@ from merge_core.nvidia import processes_on
 from merge_core.output import parts_directory
 from merge_core.peaks import Peaks
 from merge_core.plan import MergePlan, Shard, TensorTask
-from merge_core.storage import PartFile, RangeReader
+from merge_core.storage import PartFile
 from merge_core.stream import stream_shard
 
 
@@ -81,14 +80,7 @@ class ShardWorker:
         self.choice = choice or choose_lanes(plan, device, self.found)
         self._most_lanes = self.choice.lanes
         self._lanes: list[Lane] = []
-        with contextlib.ExitStack() as inputs:
-            opened = inputs.enter_context
-            self._factors = [opened(closing(FactorSource(one))) for one in plan.adapters]
-            for file in plan.base_files:
-                file.check(plan.base)
-            paths = [plan.base / file.name for file in plan.base_files]
-            self._readers = [opened(closing(RangeReader(path))) for path in paths]
-            self._inputs = inputs.pop_all()
+        self._inputs = Inputs(plan)
 
     def merge(
         self, index: int, attempt: int, watch: Callable[[int], None], shrink: int = 0
@@ -113,8 +105,7 @@ class ShardWorker:
             self._take_lanes(max(1, self._most_lanes // 3**shrink))  # 8, 2, 1 in three attempts
         try:
             records = self._stream(shard, part, watch)
-            for file in {task.source_file for task in shard.tasks}:
-                self._plan.base_files[file].check(self._plan.base)
+            self._inputs.check(shard)
             part.finish()
         except BaseException:
             part.discard()
@@ -153,7 +144,7 @@ class ShardWorker:
                 return stream_shard(
                     shard,
                     part=part,
-                    readers=self._readers,
+                    read=self._inputs.read,
                     load=self._load,
                     lanes=self._allocated_lanes(),
                     read_bytes=self.choice.read_bytes,
@@ -181,16 +172,8 @@ class ShardWorker:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _load(self, task: TensorTask) -> list[LoadedUpdate]:
-        return [
-            LoadedUpdate(
-                a=self._factors[update.adapter].load(update.a, self._device),
-                b=self._factors[update.adapter].load(update.b, self._device),
-                scaling=update.scaling,
-                transposed=update.transposed,
-            )
-            for update in task.updates
-        ]
+    def _load(self, task: TensorTask) -> LoadedUpdates:
+        return LoadedUpdates.of(task.updates, self._inputs.of(task, self._device))
 
 
 @contextlib.contextmanager

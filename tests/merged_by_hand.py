@@ -145,6 +145,6 @@ def compare(
         path=str(files[0]),
         level="numeric",
         rows=None,
-        comparisons=(Comparison(tensor="w", base=source, deltas=deltas),),
+        comparisons=(Comparison(tensor="w", base=source, updates=deltas),),
     )
     return list(check_file(check).findings)

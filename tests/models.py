@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from oracles import Delta
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
 from peft.utils.save_and_load import load_peft_weights
 from safetensors.torch import load_file
@@ -26,6 +27,10 @@ from transformers import (
 HIDDEN, INNER, VOCAB, LAYERS = 64, 96, 160, 2
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+_NO_MATRIX = r"Adapter 'default': .* LoRA tensor\(s\) have invalid shape"
+"""PEFT 0.21 takes the vector of lora_bias for a matrix that was not gathered."""
 
 
 def qwen_config(**changes: Any) -> Qwen2Config:
@@ -61,10 +66,10 @@ def make_base(
     return _with_side_files(path)
 
 
-def make_gpt2(path: Path, dtype: torch.dtype) -> Path:
+def make_gpt2(path: Path, dtype: torch.dtype, width: int = 96) -> Path:
     """A checkpoint whose layers store [in, out]: Conv1D instead of nn.Linear."""
     torch.manual_seed(0)
-    config = GPT2Config(n_embd=96, n_layer=2, n_head=2, vocab_size=120, n_positions=32)
+    config = GPT2Config(n_embd=width, n_layer=2, n_head=2, vocab_size=120, n_positions=32)
     GPT2LMHeadModel(config).to(dtype).save_pretrained(path)
     return _with_side_files(path)
 
@@ -86,26 +91,49 @@ def make_adapter(
     seed: int = 1,
     scale: float = 0.1,
     safe: bool = True,
+    vocabulary: int | None = None,
+    config: PeftConfig | None = None,
     **lora: Any,
 ) -> Path:
-    """A LoRA adapter saved by PEFT, every parameter randomised."""
+    """An adapter saved by PEFT, LoRA unless ``config`` says otherwise, every parameter randomised.
+
+    ``vocabulary`` is what the base was resized to for the training.
+    """
     model = AutoModelForCausalLM.from_pretrained(base)
+    if vocabulary is not None:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
     fields: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ALL_LINEAR}
-    peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{**fields, **lora}))
+    given = copy.deepcopy(config)  # PEFT writes the base's path into it
+    peft = get_peft_model(model, given or LoraConfig(task_type="CAUSAL_LM", **{**fields, **lora}))
     torch.manual_seed(seed)
     for name, parameter in peft.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape).mul_(scale).to(dtype)
+        if "lora_magnitude" in name:  # positive, and near the norms that it starts from
+            parameter.data.mul_(torch.rand(parameter.shape).add_(0.5))
+        elif "lora_" in name or parameter.requires_grad:
+            parameter.data.normal_(std=scale)  # in place: some are one
+        if "lora_" in name and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
     with warnings.catch_warnings():  # PEFT tells that it saves lm_head's base weight as well
         warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")
+        warnings.filterwarnings("ignore", "Could not find a config file in")
+        warnings.filterwarnings("ignore", _NO_MATRIX)
         peft.save_pretrained(path, safe_serialization=safe)
     return path
 
 
+def run_adapter(base: Path, adapter: Path, vocabulary: int | None = None) -> PeftModel:
+    """Base and adapter as they run, unmerged."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if vocabulary is not None:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _NO_MATRIX)
+        return PeftModel.from_pretrained(model, adapter)
+
+
 def oracle(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     """The state dict that PEFT's merge_and_unload gives."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    merged = run_adapter(base, adapter).merge_and_unload()
     state = {name: tensor.detach().clone() for name, tensor in merged.state_dict().items()}
     if merged.config.tie_word_embeddings:
         del state["lm_head.weight"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from models import edit_json
 from safetensors.torch import load_file, save_file
 
 from merge_core.errors import InputError
+from merge_core.factors import seal
 from merge_core.merge import MergeResult, merge
 from merge_core.planner import make_plan
 
@@ -86,6 +88,15 @@ class AdapterScene(Scene):
         assert not self.out.exists()
         assert str(self.adapter) in text
         return text
+
+    def refusal_of(self, adapters: Sequence[Path], said: str | None) -> None:
+        """Several adapters are refused with that, or are not if ``said`` is None."""
+        if said is None:
+            seal(make_plan(self.base, adapters))
+            return
+        with pytest.raises(InputError) as caught:
+            seal(make_plan(self.base, adapters))
+        assert said in str(caught.value)
 
     def configure(self, **fields: object) -> None:
         config = json.loads((self.adapter / "adapter_config.json").read_text())

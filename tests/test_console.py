@@ -30,6 +30,7 @@ from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 
 GEOMETRY = Geometry(layers=4)
+MODULES = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +106,10 @@ def test_the_plan_says_what_becomes_what(
     lines = console.plan_lines(dataclasses.replace(plan, notes=("mind [this]",)), pools)
 
     assert lines == [
-        f"base     {inputs[0]}: Qwen2ForCausalLM, 51 tensors, {plan.total_size / 1e6:.2f} MB",
-        f"adapter  {inputs[1]}, weight 1",
-        f"result   {files}, {size:.2f} MB: 28 tensors merged, 23 carried over",
+        f"base     {inputs[0]}: Qwen2ForCausalLM, 51 tensors",
+        f"adapter  {inputs[1]}, weight 1: LORA",
+        f"         low-rank factors on 28 tensors: {', '.join(MODULES)}",
+        f"result   {files}, {size:.2f} MB: 28 tensors merged, 23 copied",
         "pool     cpu: 4 lanes",
         "pool     cuda:0 T4: not eligible: too small",
         "note     mind [this]",
@@ -115,6 +117,10 @@ def test_the_plan_says_what_becomes_what(
     document = console.plan_document(plan, pools)
     assert sum(shard["merged"] for shard in document["shards"]) == 28
     assert sum(shard["tensors"] for shard in document["shards"]) == 51
+    ways = {"merged": 28, "replaced": 0, "converted": 0, "copied": 23, "added": 0}
+    assert document["tensors"] == ways
+    (told,) = document["adapters"]
+    assert {kind: len(names) for kind, names in told["touches"].items()} == {"low-rank factors": 28}
 
 
 def test_the_result_says_where_what_and_how_proven(

@@ -25,8 +25,9 @@ from cluster.schedule import Schedule
 from cluster.tasks import MERGING, VERIFYING
 from merge_core.errors import InputError
 from merge_core.layout import TensorSpec
-from merge_core.plan import AdapterInput, LowRankUpdate, MergePlan, Shard, TensorTask
+from merge_core.plan import AdapterInput, MergePlan, Shard, Source, TensorTask
 from merge_core.storage import FileIdentity
+from merge_core.updates import LowRankUpdate
 
 GB = 1_000_000_000
 SLOW = Machines(nodes=1, network=1e8)
@@ -48,11 +49,11 @@ def plan_of(rows: Sequence[int], rank: int = 0) -> MergePlan:
     for n, count in enumerate(rows):
         tensor = spec(count, 1000)
         updates = (replace(update, b=spec(count, rank, item=4)),) if rank else ()
-        task = TensorTask(target=tensor, source=tensor, source_file=0, updates=updates)
+        task = TensorTask(target=tensor, source=Source(tensor=tensor, file=0), updates=updates)
         shards.append(Shard(index=n, name=f"{n}", size=tensor.nbytes, tasks=(task,)))
     file = FileIdentity(name="adapter", size=50_000_000, mtime_ns=0)
     adapter = AdapterInput(
-        path=Path("lora"), weight=1, file=file, config_file=file, factor_digests={}
+        path=Path("lora"), weight=1, file=file, config_file=file, digests={}, peft_type="LORA"
     )
     return MergePlan(
         base=Path("base"),
@@ -62,6 +63,9 @@ def plan_of(rows: Sequence[int], rank: int = 0) -> MergePlan:
         config_changes={},
         side_files=(),
         adapters=(adapter,),
+        twins=(),
+        keep_tied=False,
+        added=(),
         shards=tuple(shards),
         notes=(),
     )

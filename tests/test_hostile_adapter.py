@@ -61,7 +61,7 @@ def test_problems_of_base_and_adapters_are_told_at_once(
     adapter_scene: AdapterScene, tmp_path: Path
 ) -> None:
     other = shutil.copytree(adapter_scene.adapter, tmp_path / "other")
-    adapter_scene.configure(use_dora=True, r=0, bias="all")
+    adapter_scene.configure(use_qalora=True, r=0, bias="some")
     adapter_scene.keep(**{QB: None})
     save_file({}, other / "adapter_model.safetensors")
     base = shutil.copytree(adapter_scene.base, tmp_path / "broken")
@@ -69,7 +69,7 @@ def test_problems_of_base_and_adapters_are_told_at_once(
     with pytest.raises(InputError) as caught:
         make_plan(base, [adapter_scene.adapter, f"{other}@0"], dtype="int8")
     found = [problem.what for problem in caught.value.problems]
-    for said in ("'int8'", "vocab_size", "DoRA", "bias=", "r is 0", "weight 0.0", "is empty"):
+    for said in ("'int8'", "vocab_size", "QALoRA", "bias is", "r is 0", "weight 0.0", "is empty"):
         assert any(said in what for what in found), said
     assert str(caught.value).startswith(f"{len(found)} problems:\n  1. ")
 

@@ -10,19 +10,25 @@ from typing import Any
 import pytest
 import torch
 from handmade import (
+    FACTORS,
     FOUR_LANES,
     GEOMETRY,
     assert_no_checkpoint,
+    keyed,
     published,
     random_tensors,
     small_merge,
+    write_adapter,
+    write_base,
 )
+from safetensors.torch import save_file
 
 from merge_core.errors import DeviceMemoryError
 from merge_core.kernel import MergeKernel
 from merge_core.memory import Memory, choose_lanes, lane_need
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
+from merge_core.planner import make_plan
 
 MIB = 1 << 20
 
@@ -41,10 +47,43 @@ def test_what_lanes_need_is_buffers_blocks_and_factors(small: MergePlan) -> None
     need = lane_need(small, "cpu", MIB)
 
     assert (need.inbox, need.outbox) == (MIB + 8192, MIB + 8192)
-    assert (need.scratch, need.factors) == (12_288, 1_280)
+    assert (need.block, need.scratch, need.factors) == (48 * 32, 2, 1_280)
     assert need.on_host(4, "cpu") == host_need(4, MIB)
     assert need.on_host(4, "cuda") == host_need(4, MIB) - 4 * 12_288
     assert need.on_device(4) == host_need(4, MIB)
+
+
+def test_dora_needs_whole_rows_and_twice_the_blocks(tmp_path: Path) -> None:
+    tensors, factors = random_tensors(GEOMETRY), FACTORS
+    base = write_base(tmp_path / "base", tensors, GEOMETRY.config)
+    magnitudes = {
+        f"base_model.model.{module}.lora_magnitude_vector": torch.ones(len(b))
+        for module, (_, b) in factors.items()
+    }
+    path = write_adapter(tmp_path / "adapter", factors, r=4, use_dora=True)
+    save_file({**keyed(factors), **magnitudes}, path / "adapter_model.safetensors")
+
+    need = lane_need(make_plan(base, [path]), "cpu", MIB)
+
+    assert (need.block, need.scratch) == (48 * 32, 4)
+    assert need.factors == 4 * (4 * (48 + 32) + 48)  # and a magnitude for each of 48 outputs
+    assert need.inbox == MIB + 2 * 48 * 2 + 8192  # the rest of the rows at both ends of a piece
+
+
+def test_dora_on_embeddings_needs_blocks_to_sum_up_columns(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", random_tensors(GEOMETRY), GEOMETRY.config)
+    path = write_adapter(tmp_path / "adapter", {}, r=4, use_dora=True)
+    module = "base_model.model.model.embed_tokens"
+    trained = {"embedding_A": torch.ones(4, 80), "embedding_B": torch.ones(32, 4)}
+    trained |= {"magnitude_vector": torch.ones(32)}
+    save_file(
+        {f"{module}.lora_{name}": tensor for name, tensor in trained.items()},
+        path / "adapter_model.safetensors",
+    )
+
+    need = lane_need(make_plan(base, [path]), "cpu", MIB)
+
+    assert need.factors == 4 * (4 * (80 + 32) + 32) + 32 * 80 * 32
 
 
 def test_a_wider_base_needs_a_larger_inbox(tmp_path: Path) -> None:

@@ -23,11 +23,11 @@ from merge_core.planner import make_plan
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(
     path
-    for folder in ("merge_core", "merge_core/verify", "actors", "cluster")
+    for folder in ("merge_core", "merge_core/updates", "merge_core/verify", "actors", "cluster")
     for path in (ROOT / folder).glob("*.py")
 )
 NAMES = [str(path.relative_to(ROOT)) for path in MODULES]
-RECORDS = ["plan", "ledger", "checkpoint", "adapter", "shards", "progress"]
+RECORDS = ["plan", "trained", "ledger", "checkpoint", "adapter", "shards", "progress"]
 ERRORS = sorted(
     (k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, Exception)),
     key=lambda kind: kind.__name__,

@@ -119,7 +119,7 @@ def test_base_tensors_may_start_at_any_byte(
     base = write_base(tmp_path / "base", {}, GEOMETRY.config)
     write_shifted(base / "model.safetensors", tensors, shift)
     plan = make_plan(base, [large.adapters[0].path], shard_bytes=60_000)
-    assert (3 + shift) % 8 in {task.source.offset % 8 for task in plan.tasks if task.updates}
+    assert (3 + shift) % 8 in {task.source.tensor.offset % 8 for task in plan.tasks if task.updates}
     if not direct:
         monkeypatch.setattr(storage, "_DIRECT", 0)
 

@@ -29,6 +29,7 @@ RECIPE = {
     "dtype": None,
     "shard_size": "2GB",
     "device_map": None,
+    "keep_tied": False,
 }
 
 
@@ -54,6 +55,7 @@ def job(name: str, status: str = "SUCCEEDED", exit_code: int | None = 0) -> Job:
         ("out", Path("/elsewhere")),
         ("dtype", "float32"),
         ("shard_size", "1GB"),
+        ("keep_tied", True),
         ("an_option_to_come", "x"),
     ],
 )

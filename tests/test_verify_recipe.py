@@ -10,13 +10,13 @@ import torch
 from merged_by_hand import write_weights
 from zero_adapters import BASE, UP, Q, write_adapter
 
-from merge_core.verify.recipe import Delta, adapter_deltas
+from merge_core.verify.recipe import Delta, adapter_recipe
 
 
 def deltas(path: Path, weight: float = 1.0, model_type: str = "qwen2") -> dict[str, Delta]:
-    found, findings = adapter_deltas(path, weight, BASE, model_type)
+    found, findings = adapter_recipe(path, weight, BASE, model_type)
     assert findings == []
-    return found
+    return {name: update for name, (update,) in found.updates.items()}  # type: ignore[misc]
 
 
 SCALES = {
@@ -143,9 +143,9 @@ def test_factors_that_fit_nothing_are_findings(story: str, tmp_path: Path) -> No
     ranks, shapes, what = MISFITS[story]
     path = write_adapter(tmp_path / "a", ranks, shapes)
 
-    found, [finding] = adapter_deltas(path, 1.0, BASE, "qwen2")
+    found, [finding] = adapter_recipe(path, 1.0, BASE, "qwen2")
 
-    assert found == {}
+    assert found.updates == {}
     assert (finding.check, finding.where) == ("adapter", f"{path}: {next(iter(ranks))}")
     assert finding.what == what
 
@@ -155,12 +155,12 @@ def test_half_a_pair_is_a_finding(tmp_path: Path) -> None:
     key = f"base_model.model.{Q}.lora_B.weight"
     write_weights(path / "adapter_model.safetensors", {key: torch.zeros(6, 8)})
 
-    _, [finding] = adapter_deltas(path, 1.0, BASE, "qwen2")
+    _, [finding] = adapter_recipe(path, 1.0, BASE, "qwen2")
 
     assert finding.what == "A is None, B is (6, 8); the config says rank 8"
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "mica", "orthogonal"])
 def test_initialisations_that_leave_the_base_alone_are_fine(
     init: bool | str, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from zero_adapters import BASE, Q, write_adapter
 
 from merge_core.errors import InputError
 from merge_core.verify import verify
-from merge_core.verify.recipe import adapter_deltas
+from merge_core.verify.recipe import adapter_recipe
 
 
 def test_what_cannot_be_asked_is_refused(finished: Path, base: Path, adapter: Path) -> None:
@@ -35,30 +35,26 @@ def test_what_cannot_be_asked_is_refused(finished: Path, base: Path, adapter: Pa
 def test_an_adapter_that_cannot_be_checked_is_refused(
     finished: Path, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    dora = make_adapter(tmp_path / "dora", base, use_dora=True, target_modules=["q_proj"])
+    kasa = make_adapter(tmp_path / "kasa", base, kasa_config={}, target_modules=["q_proj"])
 
     with pytest.raises(InputError) as caught:
-        verify(finished, "numeric", adapters=[(adapter, 1.0), (dora, 1.0)])
+        verify(finished, "numeric", adapters=[(adapter, 1.0), (kasa, 1.0)])
 
-    assert str(caught.value.problems[0]).startswith(f"{dora}: cannot check use_dora = True")
-    assert len(caught.value.problems) == 3  # the field, and both layers' magnitude vectors
+    assert str(caught.value.problems[0]).startswith(f"{kasa}: cannot check kasa_config = ")
+    assert len(caught.value.problems) == 3  # the field, and both layers' diagonals
 
 
 REFUSED = {
     "peft_type": "LOHA",
-    "use_dora": True,
-    "lora_bias": True,
-    "modules_to_save": ["lm_head"],
-    "trainable_token_indices": [1],
+    "modules_to_save": "lm_head",
+    "trainable_token_indices": [-1],
     "target_parameters": ["mlp.experts.gate_up_proj"],
     "layer_replication": [[0, 2]],
     "init_lora_weights": "pissa",
     "use_bdlora": {"nblocks": 2},
     "kasa_config": {"beta": 1},
-    "velora_config": {"scale": 1},
     "alora_invocation_tokens": [1],
     "use_qalora": True,
-    "ensure_weight_tying": True,
     "a_field_of_next_year": {"on": True},
     "rank_pattern": {"(": 4},
     "alpha_pattern": {"q_proj": "4"},
@@ -72,7 +68,7 @@ def test_features_that_cannot_be_checked_are_named(field: str, tmp_path: Path) -
     path = write_adapter(tmp_path / "a", {Q: 8}, **{field: REFUSED[field]})
 
     with pytest.raises(InputError) as caught:
-        adapter_deltas(path, 1.0, BASE, "qwen2")
+        adapter_recipe(path, 1.0, BASE, "qwen2")
 
     [problem] = caught.value.problems
     assert problem.where == str(path)
@@ -83,12 +79,10 @@ def test_features_that_cannot_be_checked_are_named(field: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     "key",
     [
-        f"base_model.model.{Q}.lora_magnitude_vector",
-        f"base_model.model.{Q}.lora_B.bias",
-        f"base_model.model.{Q}.base_layer.bias",
+        f"base_model.model.{Q}.lora_diag",
+        f"base_model.model.{Q}.base_layer.lora_A.weight",
         f"base_model.model.{Q}.lora_A.default.weight",
-        "base_model.model.model.embed_tokens.lora_embedding_A",
-        "base_model.model.lm_head.weight",
+        f"base_model.model.{Q}.lora_A.bias",
         f"{Q}.lora_A.weight",
     ],
 )
@@ -97,20 +91,20 @@ def test_tensors_that_cannot_be_checked_are_named(key: str, tmp_path: Path) -> N
     write_weights(path / "adapter_model.safetensors", {key: torch.zeros(8, 6)})
 
     with pytest.raises(InputError) as caught:
-        adapter_deltas(path, 1.0, BASE, "qwen2")
+        adapter_recipe(path, 1.0, BASE, "qwen2")
 
     assert str(caught.value).startswith(f"{path}: cannot check tensor {key!r}")
 
 
 def test_everything_is_refused_at_once(tmp_path: Path) -> None:
-    path = write_adapter(tmp_path / "a", {Q: 8}, use_dora=True, lora_bias=True)
+    path = write_adapter(tmp_path / "a", {Q: 8}, use_qalora=True, layer_replication=[[0, 2]])
 
     with pytest.raises(InputError) as caught:
-        adapter_deltas(path, 1.0, BASE, "qwen2")
+        adapter_recipe(path, 1.0, BASE, "qwen2")
 
     assert sorted(p.what for p in caught.value.problems) == [
-        "cannot check lora_bias = True",
-        "cannot check use_dora = True",
+        "cannot check layer_replication = [[0, 2]]",
+        "cannot check use_qalora = True",
     ]
 
 
@@ -119,20 +113,20 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
 
     (path / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match="the adapter's config cannot be read"):
-        adapter_deltas(path, 1.0, BASE, "qwen2")
+        adapter_recipe(path, 1.0, BASE, "qwen2")
 
     write_adapter(path, {Q: 8})
     (path / "adapter_model.safetensors").write_bytes(b"\xff" * 20)
     with pytest.raises(InputError, match="the adapter's weights cannot be read"):
-        adapter_deltas(path, 1.0, BASE, "qwen2")
+        adapter_recipe(path, 1.0, BASE, "qwen2")
 
     write_weights(path / "adapter_model.safetensors", {"k": torch.zeros(2, dtype=torch.int64)})
     with pytest.raises(InputError, match="cannot check tensor 'k' of dtype I64"):
-        adapter_deltas(path, 1.0, BASE, "qwen2")
+        adapter_recipe(path, 1.0, BASE, "qwen2")
 
     (path / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match=r"it holds no adapter_model.safetensors or .bin"):
-        adapter_deltas(path, 1.0, BASE, "qwen2")
+        adapter_recipe(path, 1.0, BASE, "qwen2")
 
 
 class Payload:
@@ -156,4 +150,4 @@ def test_a_bin_that_is_no_dictionary_of_tensors_is_refused(
         torch.save(content, target, _use_new_zipfile_serialization=zipped)
 
     with pytest.raises(InputError, match="the adapter's weights cannot be read"):
-        adapter_deltas(path, 1.0, BASE, "qwen2")
+        adapter_recipe(path, 1.0, BASE, "qwen2")

@@ -129,8 +129,8 @@ def test_a_finished_merge_is_verified_deeper_when_asked(plan: MergePlan, out: Pa
 def test_what_numeric_cannot_check_is_refused_before_the_merge(
     plan: MergePlan, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("merge_core.verify.recipe._UNDERSTOOD", {"peft_type"})
-    monkeypatch.setattr("merge_core.verify.recipe._NO_EFFECT", set())
+    monkeypatch.setattr("merge_core.verify.adapter_fields._UNDERSTOOD", {"peft_type"})
+    monkeypatch.setattr("merge_core.verify.adapter_fields._NO_EFFECT", set())
 
     with pytest.raises(InputError, match="cannot check lora_alpha = 8"):
         merge(plan, out, choice=TWO_LANES, level="numeric")

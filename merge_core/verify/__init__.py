@@ -8,8 +8,9 @@ adapters, and its own arithmetic, so that a mistake in the merge cannot hide beh
         print(*report.findings)
 
 Read in this order: ``verification`` (what is checked), ``structure`` and ``file_check`` (the
-directory, one file), ``digests``, ``side_files``, ``against_base`` and ``recipe`` (what a tensor
-must be equal to), ``merged`` (the numeric bound and where it comes from), ``untouched``, ``load``.
+directory, one file), ``digests``, ``side_files``, ``against_base``, ``recipe`` and ``tied`` (what
+a tensor must be equal to), ``merged`` and ``decomposed`` (the numeric bounds and where they come
+from), ``replaced_rows``, ``untouched``, ``load``.
 """
 
 from merge_core.verify.against_base import parse_weighted, refuse_unchecked

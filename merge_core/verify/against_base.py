@@ -1,4 +1,4 @@
-"""Pairs each output tensor with its base tensor and its deltas, from headers and configs alone."""
+"""Pairs each output tensor with its base tensor and its updates, from headers and configs alone."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.verify.header import TensorEntry
 from merge_core.verify.ledger import Row
-from merge_core.verify.recipe import Delta, adapter_deltas, saved_copies
+from merge_core.verify.recipe import Recipe, Update, adapter_recipe
 from merge_core.verify.report import Finding, at
-from merge_core.verify.rounding import FLOATS, stored, to_float32
+from merge_core.verify.rounding import FLOATS
+from merge_core.verify.same_values import same_values
 from merge_core.verify.strict_json import MalformedError, parse_object
 from merge_core.verify.structure import RECORD, Structure
+from merge_core.verify.tied import HEAD, Wanted, settle, tied_embeddings
 from merge_core.verify.weights import BaseTensor, open_base
 
 WeightedAdapter = tuple[Path, float]
-_COPY_ELEMENTS = 4 << 20
-"""Of a saved copy that are compared at a time: 16 MB as float32."""
-
 _PLAN = f"{RECORD}/plan.json"
+
+_VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "wte.weight")
+"""Tensors that an adapter may bring with more or fewer rows than the base has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +33,33 @@ class Comparison:
 
     tensor: str
     base: BaseTensor
-    deltas: tuple[Delta, ...]
-    """What the adapters add; empty for a tensor that must be the base's own."""
+    """The base's, or that of an adapter which replaces it."""
+    updates: tuple[Update, ...]
+    """What the adapters do to it; empty for a tensor that must be ``base`` as it is."""
+    replaced: bool = False
+    """Whether ``base`` is an adapter's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pairing:
+    """What a result is compared with."""
+
+    comparisons: Mapping[str, tuple[Comparison, ...]]
+    """By weight file."""
+    config: Mapping[str, Any]
+    """Fields of config.json that the adapters change."""
+    findings: tuple[Finding, ...]
+    """Tensors of the output, the base or an adapter that have no counterpart of the same shape,
+    or that the ledger calls something else."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """What a merge was made from, and one thing that it was asked for."""
+
+    base: Path
+    adapters: tuple[WeightedAdapter, ...]
+    keep_tied: bool = False
 
 
 def parse_weighted(text: str) -> WeightedAdapter:
@@ -53,147 +78,194 @@ def refuse_unchecked(base: Path, adapters: Sequence[WeightedAdapter]) -> None:
     Raises:
         InputError: they cannot be read, or hold features that cannot be checked.
     """
-    _all_deltas(open_base(base), _model_type(base), adapters)
+    _recipes(open_base(base), _base_config(base), adapters)
 
 
 def resolve_sources(
     out: Path, base: Path | None, adapters: Sequence[WeightedAdapter] | None
-) -> tuple[Path, tuple[WeightedAdapter, ...]]:
+) -> Sources:
     """Base and adapters to compare with, absolute: as given, else as the plan in ``out`` has them.
 
     Raises:
         InputError: something is neither given nor in the plan.
     """
-    if base is None or adapters is None:
-        planned_base, planned_adapters = _planned_sources(out / _PLAN)
-        base = planned_base if base is None else base
-        adapters = planned_adapters if adapters is None else adapters
+    planned: Sources | None = None
+    try:
+        planned = _planned_sources(out / _PLAN)
+    except InputError:
+        if base is None or adapters is None:
+            raise
+    if planned is not None:
+        base = planned.base if base is None else base
+        adapters = planned.adapters if adapters is None else adapters
     # Workers may run in another directory.
-    return base.absolute(), tuple((path.absolute(), weight) for path, weight in adapters)
+    return Sources(
+        base=Path(base or "").absolute(),
+        adapters=tuple((path.absolute(), weight) for path, weight in adapters or ()),
+        keep_tied=planned is not None and planned.keep_tied,
+    )
 
 
-def _planned_sources(plan_path: Path) -> tuple[Path, list[WeightedAdapter]]:
+def _planned_sources(plan_path: Path) -> Sources:
     try:
         plan = parse_object(plan_path.read_bytes())
-        adapters = [(Path(item["path"]), float(item["weight"])) for item in plan["adapters"]]
-        return Path(plan["base"]), adapters
+        return Sources(
+            base=Path(plan["base"]),
+            adapters=tuple((Path(a["path"]), float(a["weight"])) for a in plan["adapters"]),
+            keep_tied=plan.get("keep_tied") is True,
+        )
     except (OSError, MalformedError, KeyError, TypeError, ValueError) as error:
         what = f"level numeric needs base and adapters, and the plan cannot tell them ({error!r})"
         raise refuse(what, str(plan_path), "Give --base and --adapter") from error
 
 
-def pair_with_base(
-    structure: Structure, base: Path, adapters: Sequence[WeightedAdapter]
-) -> tuple[dict[str, tuple[Comparison, ...]], list[Finding]]:
+def pair_with_base(structure: Structure, sources: Sources) -> Pairing:
     """What to compare each tensor of ``structure`` with.
-
-    Returns:
-        Comparisons by weight file; and findings for tensors of the output, the base or an adapter
-        that have no counterpart of the same shape, or that the ledger calls something else.
 
     Raises:
         InputError: base or adapters cannot be read, or hold features that cannot be checked.
     """
-    tensors, model_type = open_base(base), _model_type(base)
-    deltas, findings = _all_deltas(tensors, model_type, adapters)
+    tensors, config = open_base(sources.base), _base_config(sources.base)
+    recipes, found = _recipes(tensors, config, sources.adapters)
+    names = {entry.name for entries in structure.headers.values() for entry in entries}
+    wanted, changes, unfit = _wanted(tensors, config, recipes, names, keep_tied=sources.keep_tied)
+    findings = [*found, *unfit]
     comparisons: dict[str, tuple[Comparison, ...]] = {}
-    seen: set[str] = set()
     for file, entries in structure.headers.items():
         pairs = []
         for entry in entries:
-            seen.add(entry.name)
-            mine = tuple(deltas.get(entry.name, ()))
-            wrong = _mismatch(entry, tensors.get(entry.name), mine)
-            if wrong is None:
-                pairs.append(Comparison(tensor=entry.name, base=tensors[entry.name], deltas=mine))
-                findings += _action(file, entry, pairs[-1], structure.rows or {})
+            mine = wanted.get(entry.name)
+            wrong = _mismatch(entry, mine)
+            if mine is not None and wrong is None:
+                pairs.append(
+                    Comparison(
+                        tensor=entry.name,
+                        base=mine.base,
+                        updates=tuple(mine.updates),
+                        replaced=mine.replaced is not None,
+                    )
+                )
+                findings += _action(file, entry, mine, structure.rows or {})
             else:
-                findings.append(Finding(check="base", where=at(file, entry.name), what=wrong))
+                findings.append(Finding(check="base", where=at(file, entry.name), what=str(wrong)))
         comparisons[file] = tuple(pairs)
     # With an unreadable header the tensors in it only look as if they were missing.
     if len(structure.headers) == len(structure.files):
-        findings += _missing(tensors, seen)
-    return comparisons, findings
+        findings += _missing(wanted, names)
+    return Pairing(comparisons=comparisons, config=changes, findings=tuple(findings))
 
 
-def _model_type(base: Path) -> object:
+def _base_config(base: Path) -> dict[str, Any]:
     try:
-        return parse_object((base / "config.json").read_bytes(), constants=True).get("model_type")
+        return parse_object((base / "config.json").read_bytes(), constants=True)
     except (OSError, MalformedError) as error:
         what = f"the base's config cannot be read ({error})"
         raise refuse(what, str(base), "Name the base that was merged with --base") from error
 
 
-def _all_deltas(
-    tensors: Mapping[str, BaseTensor], model_type: object, adapters: Sequence[WeightedAdapter]
-) -> tuple[dict[str, list[Delta]], list[Finding]]:
-    """Deltas by base tensor, in the order of the adapters; every adapter's problems at once."""
+def _recipes(
+    tensors: Mapping[str, BaseTensor],
+    config: Mapping[str, Any],
+    adapters: Sequence[WeightedAdapter],
+) -> tuple[list[Recipe], list[Finding]]:
+    """Of each adapter, in order; every adapter's problems at once."""
     shapes = {name: tensor.entry.shape for name, tensor in tensors.items()}
-    deltas: dict[str, list[Delta]] = {}
+    embeddings = tied_embeddings(config, shapes)
+    if embeddings is not None:
+        shapes[HEAD] = shapes[embeddings]
+    recipes: list[Recipe] = []
     findings: list[Finding] = []
     problems: list[Problem] = []
     for path, weight in adapters:
         with gathered(problems):
-            found, unmatched = adapter_deltas(path, weight, shapes, model_type)
+            recipe, unmatched = adapter_recipe(path, weight, shapes, config.get("model_type"))
+            recipes.append(recipe)
             findings += unmatched
-            findings += _differing_copies(path, tensors)
-            for tensor, delta in found.items():
-                deltas.setdefault(tensor, []).append(delta)
     if problems:
         raise InputError(problems)
-    return deltas, findings
+    return recipes, findings
 
 
-def _differing_copies(adapter: Path, tensors: Mapping[str, BaseTensor]) -> Iterator[Finding]:
-    """A base tensor that the adapter carries along replaces the base's, if it is another one."""
-    for name, (copy, dtype) in saved_copies(adapter).items():
-        base = tensors.get(name)
-        if base is None or not _same_values(copy, dtype, base):
-            what = f"the adapter carries another {name!r} than the base"
-            yield Finding(check="adapter", where=str(adapter), what=what)
+def _wanted(
+    tensors: Mapping[str, BaseTensor],
+    config: Mapping[str, Any],
+    recipes: Sequence[Recipe],
+    names: set[str],
+    *,
+    keep_tied: bool,
+) -> tuple[dict[str, Wanted], dict[str, Any], list[Finding]]:
+    """What the result must have, the fields of its config that differ, and what fits nowhere."""
+    wanted = {name: Wanted(base=tensor) for name, tensor in tensors.items()}
+    embeddings = tied_embeddings(config, tensors)
+    if embeddings is not None:
+        wanted[HEAD] = Wanted(base=tensors[embeddings])
+    changes: dict[str, Any] = {}
+    findings: list[Finding] = []
+    for recipe in recipes:
+        for name, key in recipe.whole.items():
+            wrong = _replace(wanted.get(name), recipe, key, changes)
+            if wrong is not None:
+                where = f"{recipe.factors.path}: {name}"
+                findings.append(Finding(check="adapter", where=where, what=wrong))
+        for name, updates in recipe.updates.items():
+            wanted[name].updates += updates
+    if embeddings is not None:
+        has_head = HEAD in names
+        if has_head:
+            changes["tie_word_embeddings"] = False
+        told = settle(wanted, embeddings, recipes, has_head=has_head, keep_tied=keep_tied)
+        if told is not None:
+            findings.append(Finding(check="base", where=embeddings, what=told))
+    return wanted, changes, findings
 
 
-def _same_values(copy: npt.NDArray[np.uint8], dtype: str, base: BaseTensor) -> bool:
-    entry = base.entry
-    if not {dtype, entry.dtype} <= set(FLOATS):
-        return False
-    mapped = np.memmap(base.path, np.uint8, "r", offset=entry.start, shape=(entry.nbytes,))
-    mine, old = stored(copy, dtype), stored(mapped, entry.dtype)
-    return len(mine) == len(old) and all(
-        np.array_equal(
-            to_float32(mine[first : first + _COPY_ELEMENTS], dtype),
-            to_float32(old[first : first + _COPY_ELEMENTS], entry.dtype),
-            equal_nan=True,
-        )
-        for first in range(0, len(mine), _COPY_ELEMENTS)
-    )
-
-
-def _mismatch(entry: TensorEntry, base: BaseTensor | None, deltas: tuple[Delta, ...]) -> str | None:
-    """Why the output tensor cannot be compared with ``base``."""
-    if base is None:
+def _replace(mine: Wanted | None, recipe: Recipe, key: str, changes: dict[str, Any]) -> str | None:
+    """Have an adapter's tensor take the place of the base's; why it cannot, if so."""
+    if mine is None:
         return "the base has no such tensor"
-    old = base.entry
+    brought, old = recipe.factors.tensor(key), mine.base.entry
+    if brought.entry.shape != old.shape:
+        if not old.name.endswith(_VOCABULARY) or brought.entry.shape[1:] != old.shape[1:]:
+            return f"its shape is {list(brought.entry.shape)}, the base's is {list(old.shape)}"
+        changes["vocab_size"] = brought.entry.shape[0]
+    if mine.replaced is not None and not same_values(brought, mine.base):
+        return "another adapter brings other values of it"
+    if mine.replaced is None:
+        mine.base, mine.replaced = brought, recipe
+    return None
+
+
+def _mismatch(entry: TensorEntry, wanted: Wanted | None) -> str | None:
+    """Why the output tensor cannot be compared."""
+    if wanted is None:
+        return "the base has no such tensor"
+    old = wanted.base.entry
     if entry.shape != old.shape:
-        return f"its shape is {list(entry.shape)}, the base's is {list(old.shape)}"
-    if (deltas or entry.dtype != old.dtype) and not {entry.dtype, old.dtype} <= set(FLOATS):
+        whose = "base's" if wanted.replaced is None else "adapter's"
+        return f"its shape is {list(entry.shape)}, the {whose} is {list(old.shape)}"
+    changes = wanted.updates or entry.dtype != old.dtype
+    if changes and not {entry.dtype, old.dtype} <= set(FLOATS):
         return f"{old.dtype} in the base, {entry.dtype} here: only {', '.join(FLOATS)} can change"
     return None
 
 
 def _action(
-    file: str, entry: TensorEntry, comparison: Comparison, rows: Mapping[str, Row]
+    file: str, entry: TensorEntry, wanted: Wanted, rows: Mapping[str, Row]
 ) -> Iterator[Finding]:
     """The ledger must call the tensor what the adapters and the dtypes make it."""
     row = rows.get(entry.name)
-    same_dtype = entry.dtype == comparison.base.entry.dtype
-    action = "merged" if comparison.deltas else "copied" if same_dtype else "converted"
+    if wanted.updates:
+        action = "merged"
+    elif wanted.replaced is not None:
+        action = "replaced"
+    else:
+        action = "copied" if entry.dtype == wanted.base.entry.dtype else "converted"
     if row is not None and row.action != action:
         what = f"the ledger says {row.action}, base and adapters make it {action}"
         yield Finding(check="ledger", where=at(file, entry.name), what=what)
 
 
-def _missing(tensors: Mapping[str, BaseTensor], seen: set[str]) -> Iterator[Finding]:
-    for name in sorted(tensors.keys() - seen):
+def _missing(wanted: Mapping[str, Wanted], seen: set[str]) -> Iterator[Finding]:
+    for name in sorted(wanted.keys() - seen):
         what = "the base has it, the output has not"
         yield Finding(check="base", where=name, what=what)

@@ -14,11 +14,10 @@ import numpy.typing as npt
 
 from merge_core.errors import refuse
 from merge_core.verify.header import TensorEntry, read_header
+from merge_core.verify.reading import Bytes, Mapped, Reader, Source
 from merge_core.verify.rounding import FLOATS, stored, to_float32
 from merge_core.verify.strict_json import MalformedError
-
-RawTensor = tuple[npt.NDArray[np.uint8], str]
-"""The stored bytes, mapped rather than read, and the dtype's name."""
+from merge_core.verify.weights import BaseTensor
 
 Matrix = npt.NDArray[np.float32]
 _REMEDY = "Check without --level numeric, or with the adapter that was merged"
@@ -31,9 +30,12 @@ class Factors:
     path: str
     shapes: Mapping[str, tuple[int, ...]]
     """Key to shape."""
-    raw: Callable[[str], RawTensor]
+    tensor: Callable[[str], BaseTensor]
+    """Where the tensor of a key lies; in a ``.bin``, as if it were alone in there."""
     read: Callable[[str], Matrix]
     """Tensor of a key, converted to float32 (exact: only BF16, F16 and F32 are accepted)."""
+    mapped: Callable[[str], Bytes]
+    """The bytes of a key's tensor, mapped where that is possible."""
 
 
 def weights_path(adapter: Path) -> Path:
@@ -60,6 +62,18 @@ def open_factors(path: str) -> Factors:
         raise refuse(f"the adapter's weights cannot be read ({error})", path, _REMEDY) from error
 
 
+def open_source(tensor: BaseTensor) -> Source:
+    """Opens the file of a tensor, be it one of the base or of an adapter.
+
+    Raises:
+        InputError: it is an adapter's, and broken.
+        OSError: it cannot be opened.
+    """
+    if tensor.path.endswith(".bin"):
+        return Mapped(_pickled(tensor.path).mapped(tensor.entry.name))
+    return Reader(tensor.path)
+
+
 def _safetensors(path: str) -> Factors:
     entries: dict[str, TensorEntry] = {entry.name: entry for entry in read_header(Path(path))}
     _refuse_dtypes(path, {name: entry.dtype for name, entry in entries.items()}, FLOATS)
@@ -69,13 +83,15 @@ def _safetensors(path: str) -> Factors:
         raw = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.start)
         return to_float32(stored(raw, entry.dtype), entry.dtype).reshape(entry.shape)
 
-    def raw(name: str) -> RawTensor:
+    def tensor(name: str) -> BaseTensor:
+        return BaseTensor(path=path, entry=entries[name])
+
+    def mapped(name: str) -> Bytes:
         entry = entries[name]
-        mapped = np.memmap(path, np.uint8, "r", offset=entry.start, shape=(entry.nbytes,))
-        return mapped, entry.dtype
+        return np.memmap(path, np.uint8, "r", offset=entry.start, shape=(entry.nbytes,))
 
     shapes = {name: entry.shape for name, entry in entries.items()}
-    return Factors(path=path, shapes=shapes, raw=raw, read=read)
+    return Factors(path=path, shapes=shapes, tensor=tensor, read=read, mapped=mapped)
 
 
 def _pickled(path: str) -> Factors:
@@ -94,13 +110,24 @@ def _pickled(path: str) -> Factors:
         matrix: Matrix = tensors[name].to(torch.float32).resolve_neg().numpy()
         return matrix
 
-    def raw(name: str) -> RawTensor:
-        tensor = tensors[name].resolve_neg().contiguous()
-        names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-        return tensor.view(torch.uint8).numpy().reshape(-1), names[tensor.dtype]
+    def tensor(name: str) -> BaseTensor:
+        held, names = tensors[name], dict(zip(accepted, ("BF16", "F16", "F32"), strict=True))
+        entry = TensorEntry(
+            name=name,
+            dtype=names[held.dtype],
+            shape=tuple(held.shape),
+            start=0,
+            nbytes=held.numel() * held.element_size(),
+        )
+        return BaseTensor(path=path, entry=entry)
+
+    def bytes_of(name: str) -> Bytes:
+        held = tensors[name].resolve_neg().reshape(-1).contiguous()
+        data: Bytes = held.view(torch.uint8).numpy()
+        return data
 
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return Factors(path=path, shapes=shapes, raw=raw, read=read)
+    return Factors(path=path, shapes=shapes, tensor=tensor, read=read, mapped=bytes_of)
 
 
 def _refuse_dtypes(path: str, dtypes: Mapping[str, object], accepted: Any) -> None:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from merge_core.errors import InputError
 from merge_core.verify.against_base import Comparison
+from merge_core.verify.decomposed import DecomposedTensor
 from merge_core.verify.digests import CELL_BYTES, check_digests
-from merge_core.verify.factors import open_factors
+from merge_core.verify.factors import Factors, open_factors, open_source
 from merge_core.verify.header import TensorEntry, read_header
 from merge_core.verify.ledger import Row
 from merge_core.verify.merged import MergedTensor, load_product
-from merge_core.verify.reading import Lanes, Reader
+from merge_core.verify.reading import Lanes, Reader, Source
+from merge_core.verify.recipe import Decomposed, Delta, Rows, Shift
+from merge_core.verify.replaced_rows import check_rows
 from merge_core.verify.report import Finding, at
 from merge_core.verify.strict_json import MalformedError
 from merge_core.verify.untouched import check_converted, check_copied
@@ -118,32 +121,59 @@ def _check_numeric(
     """For each comparison its findings, and the bytes that it read."""
     by_name = {entry.name: entry for entry in entries}
     pairs = [(by_name[item.tensor], item) for item in comparisons if item.tensor in by_name]
-    adapters = sorted({delta.path for item in comparisons for delta in item.deltas})
+    adapters = sorted({update.path for item in comparisons for update in item.updates})
     factors = {adapter: open_factors(adapter) for adapter in adapters}
     block = max([NUMERIC_BLOCK_BYTES, *(_widest_row(pair) for pair in pairs)])
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(Reader(str(path)))
-        bases = {
-            base: stack.enter_context(Reader(base))
-            for base in sorted({item.base.path for _, item in pairs})
+        bases = {_place(item): item.base for _, item in pairs}
+        sources: dict[tuple[str, str], Source] = {
+            place: stack.enter_context(open_source(base)) for place, base in bases.items()
         }
         # Last in, first out: no lane may still read when its file is closed.
         lanes = stack.enter_context(Lanes(block))
         for entry, item in pairs:
-            old = item.base.entry
-            sources = (out, entry), (bases[item.base.path], old)
-            if item.deltas:
-                product = load_product(item.deltas, factors)
-                found = MergedTensor(*sources[0], *sources[1], product).findings(path.name, lanes)
-            else:
-                check = check_copied if entry.dtype == old.dtype else check_converted
-                found = check(path.name, *sources, lanes)
-            yield list(found), entry.nbytes + old.nbytes
+            base = (sources[_place(item)], item.base.entry)
+            found = _compare(path.name, (out, entry), base, item, factors, lanes)
+            yield list(found), entry.nbytes + item.base.entry.nbytes
+
+
+def _place(item: Comparison) -> tuple[str, str]:
+    """Where its base lies; each tensor of a ``.bin`` is a place of its own."""
+    path = item.base.path
+    return path, item.base.entry.name if path.endswith(".bin") else ""
+
+
+def _compare(
+    file: str,
+    out: tuple[Reader, TensorEntry],
+    base: tuple[Source, TensorEntry],
+    item: Comparison,
+    factors: Mapping[str, Factors],
+    lanes: Lanes,
+) -> Iterator[Finding]:
+    """One tensor, by the kinds of its updates."""
+    updates = item.updates
+    rows = [update for update in updates if isinstance(update, Rows)]
+    decomposed = [update for update in updates if isinstance(update, Decomposed)]
+    added = [update for update in updates if isinstance(update, Delta | Shift)]
+    if rows and len(rows) < len(updates):
+        what = "some of its rows are replaced, and others add to the whole of it"
+        return iter([Finding(check="adapter", where=at(file, out[1].name), what=what)])
+    if rows:
+        return check_rows(file, out, base, rows, factors, lanes)
+    if decomposed:
+        both = [update for update in updates if isinstance(update, Decomposed | Delta)]
+        return DecomposedTensor(out, base, both, factors).findings(file, lanes)
+    if added:
+        return MergedTensor(*out, *base, load_product(added, factors)).findings(file, lanes)
+    check = check_copied if out[1].dtype == base[1].dtype else check_converted
+    return check(file, out, base, lanes, "the adapter's" if item.replaced else "the base's")
 
 
 def _widest_row(pair: tuple[TensorEntry, Comparison]) -> int:
     """Bytes of the longer row of a merged tensor or its base: a block holds one row at least."""
     entry, item = pair
-    if not item.deltas or not entry.shape[0]:
+    if not item.updates or not entry.shape[0]:
         return 0
     return max(entry.nbytes, item.base.entry.nbytes) // entry.shape[0]

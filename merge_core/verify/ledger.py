@@ -17,7 +17,7 @@ class Row:
     tensor: str
     file: str
     action: str
-    """copied, merged or converted."""
+    """copied, converted, replaced or merged."""
     dtype: str
     shape: tuple[int, ...]
     nbytes: int

@@ -26,23 +26,18 @@ pass says.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from merge_core.verify.factors import Factors
 from merge_core.verify.header import TensorEntry
-from merge_core.verify.reading import Buffers, Lanes, Reader
-from merge_core.verify.recipe import Delta
-from merge_core.verify.report import Finding, at
-from merge_core.verify.rounding import (
-    Array,
-    half_ulp,
-    quick_half_ulp,
-    stored,
-    to_float32,
-)
+from merge_core.verify.reading import Buffers, Lanes, Source
+from merge_core.verify.recipe import Delta, Shift
+from merge_core.verify.report import Finding
+from merge_core.verify.rounding import Array, half_ulp, quick_half_ulp, stored, to_float32
+from merge_core.verify.wrong import Wrong, findings_of, first_of, wrong_values
 
 SAMPLES = 16
 """Rows of each tensor that are always judged in float64: first, last and evenly between."""
@@ -50,8 +45,8 @@ SAMPLES = 16
 _TILE = 128 << 10
 """Values computed at a time: half a megabyte of float32 stays in a core's second-level cache."""
 
-_U = 2.0**-24
-_UNDERFLOW = 2.0**-120
+U = 2.0**-24
+UNDERFLOW = 2.0**-120
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,43 +62,28 @@ class Product:
     adapters: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Wrong:
-    """The wrong values of some rows; the fields describe the first of them."""
-
-    count: int
-    row: int
-    column: int
-    value: float
-    expected: float
-    allowed: float
-
-    def what(self, values: int) -> str:
-        """The finding's text; ``values`` is the size of the tensor."""
-        return (
-            f"{self.count} of {values} values are wrong; the first is {self.value:.9g} in column "
-            f"{self.column}, where base and adapters give {self.expected:.9g}, "
-            f"give or take {self.allowed:.2g}"
-        )
-
-
-def load_product(deltas: Sequence[Delta], factors: Mapping[str, Factors]) -> Product:
+def load_product(updates: Sequence[Delta | Shift], factors: Mapping[str, Factors]) -> Product:
     """Read the factors of one tensor; ``factors`` are the opened weights files by path.
 
     Raises:
         OSError: a factor cannot be read.
     """
     lefts, rights, scales = [], [], []
-    for delta in deltas:
-        a, b = (factors[delta.path].read(key) for key in (delta.a, delta.b))
-        lefts.append(a.T if delta.transposed else b)
-        rights.append(b.T if delta.transposed else a)
-        scales.append(np.full(a.shape[0], delta.scale))
+    for update in updates:
+        read = factors[update.path].read
+        if isinstance(update, Shift):
+            left, right = read(update.vector)[:, None], np.ones((1, 1), np.float32)
+        else:
+            a, b = read(update.a), read(update.b)
+            left, right = (a.T, b.T) if update.transposed else (b, a)
+        lefts.append(left)
+        rights.append(right)
+        scales.append(np.full(left.shape[1], update.scale))
     return Product(
         left=np.concatenate(lefts, axis=1),
         right=np.concatenate(rights, axis=0),
         scales=np.concatenate(scales),
-        adapters=len(deltas),
+        adapters=len(updates),
     )
 
 
@@ -120,15 +100,15 @@ class MergedTensor:
 
     def __init__(
         self,
-        out: Reader,
+        out: Source,
         entry: TensorEntry,
-        base: Reader,
+        base: Source,
         base_entry: TensorEntry,
         product: Product,
     ) -> None:
         self._sources = ((out, entry), (base, base_entry))
         self._product = product
-        self._rows, self._cols = entry.shape
+        self._rows, self._cols = matrix(entry)
         self._samples = np.unique(np.linspace(0, self._rows - 1, SAMPLES).astype(np.int64))
 
     def findings(self, file: str, lanes: Lanes) -> Iterator[Finding]:
@@ -142,20 +122,16 @@ class MergedTensor:
         step = max(1, lanes.block // max(1, row_bytes))
         starts = range(0, self._rows if self._cols else 0, step)
         chunks = [(start, min(start + step, self._rows)) for start in starts]
-        results = [wrong for pair in lanes.map(self._check_rows, chunks) for wrong in pair]
-        for check, found in (("finite", results[::2]), ("merged", results[1::2])):
-            wrong = _first(found)
-            if wrong is not None:
-                where = at(file, entry.name, wrong.row)
-                yield Finding(check=check, where=where, what=wrong.what(self._rows * self._cols))
+        results = list(lanes.map(self._check_rows, chunks))
+        yield from findings_of(file, entry.name, self._rows * self._cols, results)
 
     def _check_rows(
         self, chunk: tuple[int, int], buffers: Buffers
-    ) -> tuple[_Wrong | None, _Wrong | None]:
+    ) -> tuple[Wrong | None, Wrong | None]:
         """Values of rows ``chunk[0]`` to ``chunk[1]`` that are not finite, and that are wrong."""
         first, stop = chunk
         out, base = (
-            self._read(reader, entry, chunk, buffer)
+            read_rows(reader, entry, chunk, buffer)
             for (reader, entry), buffer in zip(self._sources, buffers, strict=True)
         )
         sampled = np.isin(np.arange(first, stop), self._samples)
@@ -175,15 +151,7 @@ class MergedTensor:
                     found = self._judge(got[rows], was[rows], rows + first, tile)
                     infinite.append(found[0])
                     wrong.append(found[1])
-        return _first(infinite), _first(wrong)
-
-    def _read(
-        self, reader: Reader, entry: TensorEntry, chunk: tuple[int, int], buffer: memoryview
-    ) -> Array:
-        row_bytes = entry.nbytes // self._rows
-        first, stop = chunk
-        raw = reader.read(entry.start + first * row_bytes, (stop - first) * row_bytes, buffer)
-        return stored(raw, entry.dtype).reshape(stop - first, self._cols)
+        return first_of(infinite), first_of(wrong)
 
     def _surely_right(
         self,
@@ -207,7 +175,7 @@ class MergedTensor:
         was: npt.NDArray[np.float32],
         rows: npt.NDArray[np.int64],
         tile: slice,
-    ) -> tuple[_Wrong | None, _Wrong | None]:
+    ) -> tuple[Wrong | None, Wrong | None]:
         """The bound of the module's docstring, in float64, for some rows of a tile."""
         product = self._product
         left = product.left[rows] * product.scales
@@ -216,41 +184,25 @@ class MergedTensor:
         expected = was + left @ right
         size = np.abs(left) @ np.abs(right)
         steps = len(product.scales) + product.adapters + 4
-        allowed = half_ulp(value, self._sources[0][1].dtype) + _UNDERFLOW
-        allowed += _U * (steps * size + 1.01 * product.adapters * np.abs(was))
+        allowed = half_ulp(value, self._sources[0][1].dtype) + UNDERFLOW
+        allowed += U * (steps * size + 1.01 * product.adapters * np.abs(was))
         finite = np.isfinite(value)
         # "not within" rather than "beyond": an expected value that is NaN must not pass.
         wrong = finite & ~(np.abs(value - expected) <= allowed)
         tables = value, expected, allowed
-        return _wrong(~finite, rows, tile, *tables), _wrong(wrong, rows, tile, *tables)
+        return wrong_values(~finite, rows, tile, *tables), wrong_values(wrong, rows, tile, *tables)
 
 
-def _wrong(
-    mask: npt.NDArray[np.bool_],
-    rows: npt.NDArray[np.int64],
-    tile: slice,
-    *tables: npt.NDArray[np.float64],
-) -> _Wrong | None:
-    """The masked values; ``tables`` are value, expected and allowed, like ``mask``."""
-    places = np.argwhere(mask)
-    if not len(places):
-        return None
-    first = tuple(places[0])
-    value, expected, allowed = (float(table[first]) for table in tables)
-    return _Wrong(
-        count=len(places),
-        row=int(rows[first[0]]),
-        column=tile.start + int(first[1]),
-        value=value,
-        expected=expected,
-        allowed=allowed,
-    )
+def matrix(entry: TensorEntry) -> tuple[int, int]:
+    """Rows and columns of a matrix, or of a vector, which is one column."""
+    return (entry.shape[0], 1) if len(entry.shape) == 1 else (entry.shape[0], entry.shape[1])
 
 
-def _first(found: Sequence[_Wrong | None]) -> _Wrong | None:
-    """The wrong value with the lowest row, then column, with the counts of all."""
-    there = [wrong for wrong in found if wrong is not None]
-    if not there:
-        return None
-    first = min(there, key=lambda wrong: (wrong.row, wrong.column))
-    return replace(first, count=sum(wrong.count for wrong in there))
+def read_rows(
+    source: Source, entry: TensorEntry, chunk: tuple[int, int], buffer: memoryview
+) -> Array:
+    """Rows ``chunk[0]`` to ``chunk[1]`` as they are stored."""
+    rows, cols = matrix(entry)
+    row_bytes, (first, stop) = entry.nbytes // rows, chunk
+    raw = source.read(entry.start + first * row_bytes, (stop - first) * row_bytes, buffer)
+    return stored(raw, entry.dtype).reshape(stop - first, cols)

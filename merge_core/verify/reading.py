@@ -15,7 +15,7 @@ import queue
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +94,50 @@ class Reader:
         return got
 
 
+class Mapped:
+    """Bytes that are at hand, behind the interface of a ``Reader``."""
+
+    def __init__(self, data: Bytes) -> None:
+        self._data = data
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        """Nothing to close."""
+
+    def read(self, start: int, nbytes: int, buffer: memoryview) -> Bytes:
+        """See ``Reader.read``; ``buffer`` is not needed."""
+        del buffer
+        return self._data[start : start + nbytes]
+
+
+class Source(Protocol):
+    """Where ranges are read from: a ``Reader``, or bytes that are ``Mapped``."""
+
+    def __enter__(self) -> Self:
+        """See ``Reader``."""
+        ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        """See ``Reader``."""
+        ...
+
+    def read(self, start: int, nbytes: int, buffer: memoryview) -> Bytes:
+        """See ``Reader.read``."""
+        ...
+
+
 class Lanes:
     """A few threads that work on items in order, each with two buffers of ``block`` bytes."""
 
@@ -102,7 +146,7 @@ class Lanes:
         self._pool = ThreadPoolExecutor(LANES, thread_name_prefix="verify")
         self._buffers: queue.SimpleQueue[Buffers] = queue.SimpleQueue()
         for _ in range(LANES):
-            self._buffers.put((_aligned(block), _aligned(block)))
+            self._buffers.put((new_buffer(block), new_buffer(block)))
 
     def __enter__(self) -> Self:
         return self
@@ -132,6 +176,6 @@ class Lanes:
             self._buffers.put(buffers)
 
 
-def _aligned(nbytes: int) -> memoryview:
-    """Page-aligned memory; its pages cost nothing until they are first used."""
+def new_buffer(nbytes: int) -> memoryview:
+    """For reads of up to ``nbytes``, page-aligned; its pages cost nothing until they are used."""
     return memoryview(mmap.mmap(-1, nbytes + 2 * PAGE))

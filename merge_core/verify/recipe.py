@@ -1,58 +1,50 @@
-"""What an adapter adds to which base tensor, worked out from its config and keys alone.
+"""What an adapter does to which base tensor, worked out from its config and keys alone.
 
-For a module with factors A [r, in] and B [out, r], PEFT adds ``s * B @ A`` to its weight, with
-s = weight * alpha / r, or weight * alpha / sqrt(r) with ``use_rslora`` (``tuners/lora/layer.py``).
-r and alpha are looked up for each module in ``rank_pattern`` and ``alpha_pattern``: the first key,
-in the order of the file, that matches the end of the module's path (``utils/other.py``,
-``get_pattern_key``). Anything that adds in another way is refused by name: this module must not
-call a merge right that it has not understood.
+For a module with factors A [r, in] and B [out, r], PEFT adds ``s * B @ A`` to its weight, see
+``adapter_fields`` for s. The other kinds are described with their records. Anything else is refused
+by name: this module must not call a merge right that it has not understood.
 """
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from merge_core.errors import InputError, Problem, refuse
-from merge_core.verify.factors import Factors, RawTensor, open_factors, weights_path
+from merge_core.errors import InputError, Problem
+from merge_core.verify.adapter_fields import (
+    REMEDY,
+    rank_of,
+    read_fields,
+    scale_of,
+    tokens_of,
+    unsupported_fields,
+)
+from merge_core.verify.adapter_keys import (
+    B_BIAS,
+    BIAS,
+    EMBEDDING_A,
+    EMBEDDING_B,
+    MAGNITUDE,
+    SAVED_BIAS,
+    SAVED_WEIGHT,
+    TOKENS,
+    WEIGHT,
+    A,
+    B,
+    sort_keys,
+)
+from merge_core.verify.factors import Factors, open_factors, weights_path
 from merge_core.verify.report import Finding
-from merge_core.verify.strict_json import MalformedError, parse_object
-
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-_COPY = re.compile(r"base_model\.model\.(?P<module>.+)\.base_layer\.weight")
-"""PEFT saves the base weight beside the factors when lm_head is a target."""
-
-_REMEDY = "Check this merge with --level digest"
-
-_UNDERSTOOD = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
-_UNDERSTOOD |= {"fan_in_fan_out", "init_lora_weights"}
-_NO_EFFECT = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
-_NO_EFFECT |= {"inference_mode", "lora_dropout", "target_modules", "exclude_modules", "bias"}
-_NO_EFFECT |= {"layers_to_transform", "layers_pattern", "loftq_config", "eva_config"}
-_NO_EFFECT |= {"corda_config", "lora_ga_config", "megatron_config", "megatron_core"}
-_NO_EFFECT |= {"qalora_group_size", "runtime_config"}
-"""Fields that only steered the training; which modules and biases were trained, the keys
-say, and a key of a bias is refused.
-Every other field must be absent, null, false or empty."""
-
-_PLAIN_INITS = ("gaussian", "eva", "orthogonal")
-"""Besides true and false. The other ways to initialise change the base weights too."""
+from merge_core.verify.same_values import same_values
+from merge_core.verify.strict_json import MalformedError
 
 _LINEAR_ONLY = ("qwen2", "qwen2_moe")
 """Their layers are nn.Linear, for which PEFT ignores ``fan_in_fan_out``."""
 
 _CONV1D = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")
 """Their layers are transformers' Conv1D, [in, out], whatever ``fan_in_fan_out`` says."""
-
-_DEFAULT = 8
-"""Of ``r`` and of ``lora_alpha``, where the config leaves them out."""
-
-_EXPENSIVE = re.compile(r"\)[+*{]|(?:(?<!\\)[+*{].*){4}|(?:\?.*){11}", re.DOTALL)
-"""A repeated group, or many quantifiers: matching such a pattern could take for ever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,21 +59,90 @@ class Delta:
     """Key of B, [out, r]."""
     scale: float
     transposed: bool
-    """Whether the base tensor is [in, out], as in Conv1D layers."""
+    """Whether the base tensor is [in, out], as in Conv1D layers and embeddings."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Adapter:
-    path: Path
+class Shift:
+    """``scale * vector``, the bias of B, to be added to a bias."""
+
+    path: str
+    vector: str
+    scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decomposed:
+    """DoRA: W becomes (1 - weight) W + weight m V / norm(V) with V = W + delta, where the norm is
+    taken, and the magnitude m given, for each output.
+    """
+
+    delta: Delta
+    magnitude: str
+    """Key of m, [out]."""
     weight: float
-    config: dict[str, Any]
+
+    @property
+    def path(self) -> str:
+        """Weights file of the adapter."""
+        return self.delta.path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Rows of an embedding that are replaced."""
+
+    path: str
+    rows: str
+    """Key of the new rows, one for each token."""
+    tokens: tuple[int, ...]
+
+
+Update = Delta | Shift | Decomposed | Rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """All that one adapter does."""
+
+    config: Mapping[str, Any]
     factors: Factors
+    updates: Mapping[str, tuple[Update, ...]]
+    """By base tensor."""
+    whole: Mapping[str, str]
+    """Base tensor to the key of what takes its place."""
 
 
-def adapter_deltas(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Module:
+    """The tensors of one module, and where they lead."""
+
+    path: str
+    keys: Mapping[str, str]
+    factors: Factors
+    config: Mapping[str, Any]
+    weight: float
+    """Of the adapter."""
+    sizes: Callable[[str], tuple[int, ...] | None]
+    """Shape of a tensor of the result, by name."""
+    model_type: object
+
+    def shape(self, kind: str) -> tuple[int, ...] | None:
+        """Of the adapter's tensor of that kind."""
+        return self.factors.shapes[self.keys[kind]] if kind in self.keys else None
+
+    def goal(self, name: str) -> tuple[int, ...]:
+        """Shape of the base's weight or bias; raises MalformedError if there is none."""
+        shape = self.sizes(f"{self.path}.{name}")
+        if shape is None:
+            raise MalformedError(f"the base has no tensor '{self.path}.{name}' to add it to")
+        return shape
+
+
+def adapter_recipe(
     path: Path, weight: float, base: Mapping[str, tuple[int, ...]], model_type: object
-) -> tuple[dict[str, Delta], list[Finding]]:
-    """What the adapter at ``path``, counted ``weight`` times, adds to the tensors of ``base``.
+) -> tuple[Recipe, list[Finding]]:
+    """What the adapter at ``path``, counted ``weight`` times, does to the tensors of ``base``.
 
     Args:
         path: the adapter's directory.
@@ -90,120 +151,109 @@ def adapter_deltas(
         model_type: ``model_type`` of the base's config.
 
     Returns:
-        Delta by base tensor, and a finding for each adapter tensor that fits no base tensor.
+        The recipe, and a finding for each module of the adapter that fits no base tensor.
 
     Raises:
         InputError: it has features that cannot be checked here; all are named.
     """
-    config = _read_config(path / "adapter_config.json")
+    config = read_fields(path / "adapter_config.json")
     factors = open_factors(str(weights_path(path)))
-    problems = [*_unsupported_fields(config), *_unsupported_keys(factors)]
+    modules, unknown = sort_keys(factors.shapes)
+    problems = [*unsupported_fields(config), *(f"tensor {key!r}" for key in unknown)]
     if problems:
         where = str(path)
-        raise InputError([Problem(f"cannot check {what}", where, _REMEDY) for what in problems])
-    adapter = _Adapter(path=path, weight=weight, config=config, factors=factors)
-    deltas, findings = {}, []
-    keys = (_KEY.fullmatch(key) for key in factors.shapes)
-    for module in sorted({match["module"] for match in keys if match}):
+        raise InputError([Problem(f"cannot check {what}", where, REMEDY) for what in problems])
+    whole: dict[str, str] = {}
+    findings: list[Finding] = []
+    for module, keys in modules.items():
+        for kind, saved in ((WEIGHT, SAVED_WEIGHT), (BIAS, SAVED_BIAS)):
+            key, twin = keys.get(kind), keys.get(saved)
+            if key and twin and not same_values(factors.tensor(key), factors.tensor(twin)):
+                what = f"{key!r} and {twin!r} should be the same"
+                findings.append(Finding(check="adapter", where=str(path), what=what))
+            if key or twin:
+                whole[f"{module}.{kind}"] = key or twin or ""
+
+    def sizes(name: str) -> tuple[int, ...] | None:
+        return base.get(name) and (factors.shapes[whole[name]] if name in whole else base[name])
+
+    updates: dict[str, tuple[Update, ...]] = {}
+    for module, keys in sorted(modules.items()):
+        held = _Module(
+            path=module,
+            keys=keys,
+            factors=factors,
+            config=config,
+            weight=weight,
+            sizes=sizes,
+            model_type=model_type,
+        )
         try:
-            deltas[f"{module}.weight"] = _delta(adapter, module, base, model_type)
+            updates |= _updates(held)
         except MalformedError as error:
             where = f"{path}: {module}"
             findings.append(Finding(check="adapter", where=where, what=str(error)))
-    return deltas, findings
+    recipe = Recipe(config=config, factors=factors, updates=updates, whole=whole)
+    return recipe, findings
 
 
-def saved_copies(adapter: Path) -> dict[str, RawTensor]:
-    """Base tensors that the adapter carries along, by name; they must equal the base's own."""
-    factors = open_factors(str(weights_path(adapter)))
-    matches = ((key, _COPY.fullmatch(key)) for key in factors.shapes)
-    return {f"{m['module']}.weight": factors.raw(key) for key, m in matches if m}
+def _updates(module: _Module) -> dict[str, tuple[Update, ...]]:
+    """Raises MalformedError if the module's tensors do not fit one another or the base's."""
+    updates: dict[str, tuple[Update, ...]] = {}
+    weight, bias = f"{module.path}.weight", f"{module.path}.bias"
+    if TOKENS in module.keys:
+        updates[weight] = (_rows(module),)
+    if module.keys.keys() <= {TOKENS, WEIGHT, BIAS, SAVED_WEIGHT, SAVED_BIAS}:
+        return updates
+    embedding = EMBEDDING_A in module.keys or EMBEDDING_B in module.keys
+    delta = _delta(module, embedding=embedding)
+    magnitude, shift = module.shape(MAGNITUDE), module.shape(B_BIAS)
+    out = (module.shape(EMBEDDING_B if embedding else B) or (0,))[0]
+    for field, shape in (("use_dora", magnitude), ("lora_bias", shift)):
+        wanted = (out,) if module.config.get(field) else None
+        if shape != wanted and not (embedding and field == "lora_bias" and shape is None):
+            raise MalformedError(f"{field} asks for a vector of {wanted}, there is {shape}")
+    mine: Update = delta
+    if magnitude is None:
+        mine = replace(delta, scale=delta.scale * module.weight)
+    else:
+        mine = Decomposed(delta=delta, magnitude=module.keys[MAGNITUDE], weight=module.weight)
+    updates[weight] = (*updates.get(weight, ()), mine)
+    if shift is not None:
+        if module.goal("bias") != shift:
+            raise MalformedError(f"the bias of B is {shift}, the base's {module.goal('bias')}")
+        scale = delta.scale * module.weight
+        updates[bias] = (Shift(path=module.factors.path, vector=module.keys[B_BIAS], scale=scale),)
+    return updates
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        return parse_object(path.read_bytes())
-    except (OSError, MalformedError) as error:
-        raise refuse(
-            f"the adapter's config cannot be read ({error})", str(path), _REMEDY
-        ) from error
+def _rows(module: _Module) -> Rows:
+    tokens, shape = tokens_of(module.config, module.path), module.shape(TOKENS)
+    goal = module.goal("weight")
+    if len(goal) != 2 or shape != (len(tokens), goal[1]) or max(tokens, default=0) >= goal[0]:
+        raise MalformedError(f"rows of {shape} for {len(tokens)} tokens do not fit {goal}")
+    if len(set(tokens)) != len(tokens):
+        raise MalformedError("it names a token twice")
+    return Rows(path=module.factors.path, rows=module.keys[TOKENS], tokens=tuple(tokens))
 
 
-def _unsupported_fields(config: Mapping[str, Any]) -> Iterator[str]:
-    if config.get("peft_type") != "LORA":
-        yield f"peft_type {config.get('peft_type')!r}"
-    for field, value in config.items():
-        if field not in _UNDERSTOOD | _NO_EFFECT and value:
-            yield f"{field} = {value!r}"
-    init = config.get("init_lora_weights", True)
-    if not isinstance(init, bool) and str(init).lower() not in _PLAIN_INITS:
-        yield f"init_lora_weights = {init!r}"
-    for field, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        found = config.get(patterns) or {}
-        if not isinstance(found, dict) or not all(map(_is_regex, found)):
-            yield f"{patterns} = {found!r}"
-        elif not all(map(_is_number, (config.get(field, _DEFAULT), *found.values()))):
-            yield f"{field} = {config.get(field)!r}, {patterns} = {found!r}"
-
-
-def _is_number(value: object) -> bool:
-    """A rank below 0 fits no factor, so it is found where the shapes are."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value != 0
-
-
-def _is_regex(pattern: str) -> bool:
-    if len(pattern) > 1000 or _EXPENSIVE.search(pattern):
-        return False
-    try:
-        re.compile(_at_end(pattern))
-    except re.error:
-        return False
-    return True
-
-
-def _unsupported_keys(factors: Factors) -> list[str]:
-    """Keys that are no factor of a linear layer: DoRA, embeddings, biases, saved modules."""
-    return [
-        f"tensor {key!r}"
-        for key in factors.shapes
-        if not _KEY.fullmatch(key) and not _COPY.fullmatch(key)
-    ]
-
-
-def _delta(
-    adapter: _Adapter, module: str, base: Mapping[str, tuple[int, ...]], model_type: object
-) -> Delta:
-    """Raises MalformedError if the module's factors do not fit their base tensor."""
-    keys = [f"base_model.model.{module}.lora_{factor}.weight" for factor in "AB"]
-    shapes = [adapter.factors.shapes.get(key) for key in keys]
-    shape = base.get(f"{module}.weight")
-    if shape is None:
-        raise MalformedError(f"the base has no tensor '{module}.weight' to add it to")
-    rank = _lookup(adapter.config, "r", "rank_pattern", module)
-    a, b = shapes
+def _delta(module: _Module, *, embedding: bool) -> Delta:
+    kinds = (EMBEDDING_A, EMBEDDING_B) if embedding else (A, B)
+    shape, rank = module.goal("weight"), rank_of(module.config, module.path)
+    a, b = (module.shape(kind) for kind in kinds)
     if a is None or b is None or len(a) != 2 or len(b) != 2 or (a[0], b[1]) != (rank, rank):
         raise MalformedError(f"A is {a}, B is {b}; the config says rank {rank:g}")
-    transposed = _is_transposed(shape, (b[0], a[1]), adapter.config, model_type)
-    alpha = _lookup(adapter.config, "lora_alpha", "alpha_pattern", module)
-    divisor = math.sqrt(rank) if adapter.config.get("use_rslora") else rank
+    product = (b[0], a[1])
+    if embedding and shape != product[::-1]:
+        what = f"B @ A is {list(product)}, the embedding is {list(shape)}, which is no transpose"
+        raise MalformedError(what)
     return Delta(
-        path=adapter.factors.path,
-        a=keys[0],
-        b=keys[1],
-        scale=adapter.weight * alpha / divisor,
-        transposed=transposed,
+        path=module.factors.path,
+        a=module.keys[kinds[0]],
+        b=module.keys[kinds[1]],
+        scale=scale_of(module.config, module.path),
+        transposed=embedding or _is_transposed(shape, product, module.config, module.model_type),
     )
-
-
-def _lookup(config: Mapping[str, Any], field: str, patterns: str, module: str) -> float:
-    for key, value in (config.get(patterns) or {}).items():
-        if re.match(_at_end(key), module):
-            return float(value)
-    return float(config.get(field, _DEFAULT))
-
-
-def _at_end(key: str) -> str:
-    return rf"(.*\.)?({key})$"
 
 
 def _is_transposed(

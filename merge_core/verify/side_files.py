@@ -10,6 +10,7 @@ import filecmp
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from merge_core.verify.report import Finding
 from merge_core.verify.strict_json import MalformedError, parse_object
@@ -47,9 +48,18 @@ def check_recorded(out: Path, recorded: Mapping[str, str], *, committed: bool) -
 
 
 def compare_with_base(
-    out: Path, base: Path, recorded: Mapping[str, str], *, committed: bool
+    out: Path,
+    base: Path,
+    recorded: Mapping[str, str],
+    changes: Mapping[str, Any],
+    *,
+    committed: bool,
 ) -> Iterator[Finding]:
-    """Compare them with the base's files of the same names."""
+    """Compare them with the base's files of the same names.
+
+    Args:
+        changes: fields of config.json that the adapters change, and their new values.
+    """
     for name in sorted(recorded.keys() - {CONFIG, INDEX}):
         try:
             if not filecmp.cmp(out / name, base / name, shallow=False):
@@ -57,10 +67,10 @@ def compare_with_base(
         except OSError as error:
             what = f"it cannot be compared with the base's ({error.strerror})"
             yield Finding(check="base", where=name, what=what)
-    yield from _compare_configs(config_path(out, committed=committed), base / CONFIG)
+    yield from _compare_configs(config_path(out, committed=committed), base / CONFIG, changes)
 
 
-def _compare_configs(path: Path, base: Path) -> Iterator[Finding]:
+def _compare_configs(path: Path, base: Path, changes: Mapping[str, Any]) -> Iterator[Finding]:
     try:
         mine = parse_object(path.read_bytes(), constants=True)
         old = parse_object(base.read_bytes(), constants=True)
@@ -68,7 +78,9 @@ def _compare_configs(path: Path, base: Path) -> Iterator[Finding]:
         what = f"it cannot be compared with the base's ({error})"
         yield Finding(check="base", where=CONFIG, what=what)
         return
-    for field in sorted((mine.keys() | old.keys()) - set(MAY_CHANGE)):
-        if repr(mine.get(field)) != repr(old.get(field)):  # NaN is not equal to itself
-            what = f"{field} is {mine.get(field)!r}, in the base {old.get(field)!r}"
+    for field in sorted((mine.keys() | old.keys() | changes.keys()) - set(MAY_CHANGE)):
+        wanted = changes.get(field, old.get(field))
+        if repr(mine.get(field)) != repr(wanted):  # NaN is not equal to itself
+            whose = "with these adapters it must be" if field in changes else "in the base"
+            what = f"{field} is {mine.get(field)!r}, {whose} {wanted!r}"
             yield Finding(check="base", where=CONFIG, what=what)

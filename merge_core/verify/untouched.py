@@ -1,4 +1,6 @@
-"""Tensors that no adapter touches: the base's bytes, or its values in another dtype."""
+"""Tensors that are carried over, from the base or from an adapter that brings them whole: the same
+bytes, or the same values in another dtype.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from merge_core.verify.header import TensorEntry
-from merge_core.verify.reading import Buffers, Bytes, Lanes, Reader
+from merge_core.verify.reading import Buffers, Bytes, Lanes, Source
 from merge_core.verify.report import Finding, at
 from merge_core.verify.rounding import FLOATS, from_float32, stored, to_float32
 
-Source = tuple[Reader, TensorEntry]
+Place = tuple[Source, TensorEntry]
 
 
-def check_copied(file: str, out: Source, base: Source, lanes: Lanes) -> Iterator[Finding]:
+def check_copied(file: str, out: Place, base: Place, lanes: Lanes, whose: str) -> Iterator[Finding]:
     """Compare every byte of an output tensor with its base tensor of the same size.
 
     Raises:
@@ -23,11 +25,13 @@ def check_copied(file: str, out: Source, base: Source, lanes: Lanes) -> Iterator
     """
     wrong = _first_difference(out, base, 1, 1, lanes, np.not_equal)
     if wrong is not None:
-        what = f"byte {wrong} is not the base's, and no adapter touches this tensor"
+        what = f"byte {wrong} is not {whose}, and nothing else touches this tensor"
         yield Finding(check="copied", where=_where(file, out[1], wrong, 1), what=what)
 
 
-def check_converted(file: str, out: Source, base: Source, lanes: Lanes) -> Iterator[Finding]:
+def check_converted(
+    file: str, out: Place, base: Place, lanes: Lanes, whose: str
+) -> Iterator[Finding]:
     """Compare every value with the base's value, rounded to nearest even to the output's dtype.
 
     Both dtypes are in ``FLOATS``. NaN stays NaN, with any payload; a finite value that becomes
@@ -51,13 +55,13 @@ def check_converted(file: str, out: Source, base: Source, lanes: Lanes) -> Itera
     sizes = [np.dtype(FLOATS[dtype].storage).itemsize for dtype in (new, old)]
     wrong = _first_difference(out, base, sizes[0], sizes[1], lanes, differs)
     if wrong is not None:
-        what = f"value {wrong} is not the base's {old} value rounded to {new}"
+        what = f"value {wrong} is not {whose} {old} value rounded to {new}"
         yield Finding(check="converted", where=_where(file, out[1], wrong, sizes[0]), what=what)
 
 
 def _first_difference(
-    out: Source,
-    base: Source,
+    out: Place,
+    base: Place,
     out_size: int,
     base_size: int,
     lanes: Lanes,

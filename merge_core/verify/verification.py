@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -59,15 +59,18 @@ def verify(
         raise refuse("it is no directory", str(out), "Name the directory of a merged checkpoint")
     structure = inspect(out, committed=committed, needs_ledger=level != "structure")
     findings = list(structure.findings)
-    comparisons: dict[str, tuple[Comparison, ...]] = {}
+    comparisons: Mapping[str, tuple[Comparison, ...]] = {}
     recorded = structure.ledger.files if structure.ledger else {}
     if level != "structure":
         findings += check_recorded(out, recorded, committed=committed)
     if level == "numeric":
         sources = resolve_sources(out, base, adapters)
-        comparisons, unpaired = pair_with_base(structure, *sources)
-        findings += unpaired
-        findings += compare_with_base(out, sources[0], recorded, committed=committed)
+        pairing = pair_with_base(structure, sources)
+        comparisons = pairing.comparisons
+        findings += pairing.findings
+        findings += compare_with_base(
+            out, sources.base, recorded, pairing.config, committed=committed
+        )
     checks = _file_checks(out, level, structure, comparisons)
     results = list(run(check_file, checks))
     findings += chain.from_iterable(result.findings for result in _in_order(checks, results))
@@ -91,7 +94,7 @@ def _file_checks(
     out: Path,
     level: str,
     structure: Structure,
-    comparisons: dict[str, tuple[Comparison, ...]],
+    comparisons: Mapping[str, tuple[Comparison, ...]],
 ) -> list[FileCheck]:
     return [
         FileCheck(

@@ -1,0 +1,80 @@
+"""What a plan does to the tensors of a base, in words and for programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from merge_core.errors import counted, some_of
+from merge_core.plan import MergePlan, TensorTask
+
+_KINDS = {
+    "low_rank": "low-rank factors",
+    "dora": "DoRA",
+    "shift": "a bias on B",
+    "rows": "trained tokens",
+}
+"""By the kind of an update, see ``merge_core.updates``."""
+
+
+def features_of(plan: MergePlan, adapter: int) -> dict[str, list[str]]:
+    """The tensors that adapter number ``adapter`` touches, by what it does to them."""
+    touched: dict[str, list[str]] = {}
+    for task in plan.tasks:
+        for kind in _kinds(task, adapter):
+            touched.setdefault(kind, []).append(task.target.name)
+    return touched
+
+
+def _kinds(task: TensorTask, adapter: int) -> Iterator[str]:
+    if task.source.adapter == adapter:
+        yield "whole tensors"
+    for update in task.updates:
+        if update.adapter == adapter:
+            yield _KINDS[update.kind]
+
+
+def adapter_lines(plan: MergePlan) -> Iterator[str]:
+    """Each adapter, and a line for each kind of thing that it does."""
+    for number, adapter in enumerate(plan.adapters):
+        yield f"adapter  {adapter.path}, weight {adapter.weight:g}: {adapter.peft_type}"
+        for kind, names in features_of(plan, number).items():
+            yield f"         {kind} on {counted(len(names), 'tensor')}: {_modules(names)}"
+
+
+def _modules(names: Sequence[str]) -> str:
+    """The last parts of their modules' paths, each once: most come in every layer."""
+    paths = [name.split(".") for name in names]
+    lasts = {path[-2] + (".bias" if path[-1] == "bias" else "") for path in paths}
+    return ", ".join(sorted(lasts))
+
+
+def adapter_documents(plan: MergePlan) -> list[dict[str, Any]]:
+    """The same for programs."""
+    return [
+        {
+            "path": str(adapter.path),
+            "weight": adapter.weight,
+            "peft_type": adapter.peft_type,
+            "touches": features_of(plan, number),
+        }
+        for number, adapter in enumerate(plan.adapters)
+    ]
+
+
+def counts_of(plan: MergePlan) -> dict[str, int]:
+    """How many tensors of the result come about in which way, and how many the base lacks."""
+    counts = Counter(task.action for task in plan.tasks)
+    ways = ("merged", "replaced", "converted", "copied")
+    return {**{way: counts[way] for way in ways}, "added": len(plan.added)}
+
+
+def summary(plan: MergePlan) -> str:
+    """``28 tensors merged, 23 copied``."""
+    counts = counts_of(plan)
+    merged, new = counted(counts.pop("merged"), "tensor"), counts.pop("added")
+    others = [f"{number} {way}" for way, number in counts.items() if number]
+    if new:
+        others.append(f"{new} of them new: {some_of(plan.added)}")
+    return ", ".join([f"{merged} merged", *others])

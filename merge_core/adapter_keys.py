@@ -1,0 +1,76 @@
+"""The names of tensors in an adapter file: which module each belongs to, and what it is there.
+
+PEFT saves ``base_model.model.`` + path of the module + what its tuner calls the tensor, without
+the adapter's name. What is not a tuner's own is a tensor of the model that was trained as a whole,
+under the name that it has in the base.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+PREFIX = "base_model.model."
+
+
+class Part(StrEnum):
+    """What a tensor is to its module."""
+
+    A = "lora_A"
+    B = "lora_B"
+    B_BIAS = "lora_B.bias"
+    MAGNITUDE = "lora_magnitude_vector"
+    EMBEDDING_A = "lora_embedding_A"
+    EMBEDDING_B = "lora_embedding_B"
+    TOKENS = "trainable_tokens_delta"
+    WEIGHT = "weight"
+    BIAS = "bias"
+    SAVED_WEIGHT = "modules_to_save.weight"
+    SAVED_BIAS = "modules_to_save.bias"
+    """Where PEFT saved all of a resized embedding, beside the same under its plain name; in older
+    files alone."""
+    ORIGINAL_WEIGHT = "original_module.weight"
+    ORIGINAL_BIAS = "original_module.bias"
+    """From before the training, saved with all of a resized embedding; PEFT never uses it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """A tensor's name, taken apart."""
+
+    module: str
+    """Path of the module, such as ``model.layers.0.self_attn.q_proj``."""
+    part: Part
+
+
+_NAMES = (
+    (r"lora_A\.weight", Part.A),
+    (r"lora_B\.weight", Part.B),
+    (r"lora_B\.bias", Part.B_BIAS),
+    (r"lora_magnitude_vector(?:\.weight)?", Part.MAGNITUDE),
+    (r"lora_embedding_A", Part.EMBEDDING_A),
+    (r"lora_embedding_B", Part.EMBEDDING_B),
+    (r"(?:token_adapter\.)?trainable_tokens_delta", Part.TOKENS),
+    # Beside factors or trained tokens PEFT calls the module's own tensors base_layer.
+    (r"(?:(?:token_adapter\.)?base_layer\.)?weight", Part.WEIGHT),
+    (r"(?:(?:token_adapter\.)?base_layer\.)?bias", Part.BIAS),
+    (r"modules_to_save\.(?:default\.)?weight", Part.SAVED_WEIGHT),
+    (r"modules_to_save\.(?:default\.)?bias", Part.SAVED_BIAS),
+    (r"original_module\.weight", Part.ORIGINAL_WEIGHT),
+    (r"original_module\.bias", Part.ORIGINAL_BIAS),
+)
+_KEYS = tuple((re.compile(rf"{re.escape(PREFIX)}(.+?)\.{name}"), part) for name, part in _NAMES)
+_FOREIGN = re.compile(
+    r"\.(lora_|base_layer\.|modules_to_save|original_module|ranknum|token_adapter)"
+)
+"""In the path of a module: then the key is of a kind that is not known here."""
+
+
+def parse_key(name: str) -> Key | None:
+    """The key of a tensor; None if it is of no known kind."""
+    for pattern, part in _KEYS:
+        match = pattern.fullmatch(name)
+        if match and not _FOREIGN.search(f".{match[1]}."):
+            return Key(module=match[1], part=part)
+    return None

@@ -1,0 +1,80 @@
+"""What an adapter's config says was trained, and its file holds nothing for.
+
+Tensors get lost when a trainer gathers them from several processes, or when a download ends early.
+Whatever is missing would be merged as if it had not been trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from merge_core.adapter import Adapter
+from merge_core.adapter_config import saves
+from merge_core.architecture import is_tied
+from merge_core.checkpoint import Checkpoint
+from merge_core.errors import Problem, some_of
+from merge_core.plan import Source
+
+_REPAIR = "Save the adapter again; part of it is missing"
+
+
+def missing_parts(
+    adapter: Adapter, bases: Mapping[str, Source], checkpoint: Checkpoint
+) -> Iterator[Problem]:
+    """A problem for each field of the config that names more than the file holds."""
+    tied = is_tied(checkpoint.config)
+    known = checkpoint.config.get("model_type") == "qwen2"  # of others not every module is known
+    fields = {
+        "modules_to_save": list(_unsaved(adapter, bases)),
+        "target_modules": list(_without_factors(adapter, bases)) if known else [],
+        f"bias={adapter.config.bias}": list(_without_bias(adapter, bases)) if known else [],
+        "trained tokens": list(_without_rows(adapter, tied=tied)),
+    }
+    for field, lost in fields.items():
+        if lost:
+            what = f"{field} covers {some_of(lost)}, for which the file holds nothing"
+            yield Problem(what, str(adapter.path), _REPAIR)
+
+
+def _unsaved(adapter: Adapter, bases: Mapping[str, Source]) -> Iterator[str]:
+    """Tensors of modules that were trained as a whole, and modules that no model has."""
+    trained, config = adapter.trained, adapter.config
+    for name in bases:
+        if name not in trained.whole and config.is_saved(name.rpartition(".")[0]):
+            yield name
+    there = {name.rpartition(".")[0] for name in (*bases, *trained.whole)}
+    for module in config.saved:
+        if not any(saves(module, path) for path in there):
+            yield module
+
+
+def _without_factors(adapter: Adapter, bases: Mapping[str, Source]) -> Iterator[str]:
+    """Modules that PEFT gives factors."""
+    for name, source in bases.items():
+        module = name.removesuffix(".weight")
+        if len(source.tensor.shape) != 2 or module in adapter.trained.pairs:
+            continue
+        if adapter.config.is_target(module) and not adapter.config.is_saved(module):
+            yield module
+
+
+def _without_bias(adapter: Adapter, bases: Mapping[str, Source]) -> Iterator[str]:
+    """Biases that were trained with the factors."""
+    for name in bases:
+        module, _, part = name.rpartition(".")
+        wanted = adapter.config.trains_bias(beside_factors=module in adapter.trained.pairs)
+        if part == "bias" and wanted and name not in adapter.trained.whole:
+            yield name
+
+
+def _without_rows(adapter: Adapter, *, tied: bool) -> Iterator[str]:
+    """Embeddings of which rows were trained. Of a tied head, whose rows are those of the
+    embeddings, PEFT saves none.
+    """
+    found = adapter.trained.tokens
+    for name, tokens in adapter.config.tokens.items():
+        if any(name in ("", module) or module.endswith(f".{name}") for module in found):
+            continue
+        if tied and name == "lm_head" and tokens in [rows.tokens for rows in found.values()]:
+            continue
+        yield name or "the embeddings"

@@ -1,0 +1,249 @@
+"""What an adapter trained, module by module: every tensor of its file, each in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from merge_core.adapter_config import AdapterConfig
+from merge_core.adapter_keys import Part, parse_key
+from merge_core.errors import InputError, Problem, counted, gathered, refuse
+from merge_core.layout import TensorSpec
+from merge_core.peft_fields import FEATURE_KEYS, TRAINING_KEYS
+
+DTYPES = frozenset({"F32", "F16", "BF16"})
+
+_REPAIR = "Save the adapter again with PEFT; the file is damaged or incomplete"
+_NOT_YET = "Merge this adapter with PEFT's merge_and_unload for now"
+_OTHER_CONFIG = "Use the adapter_config.json that was saved with these weights"
+
+Parts = Mapping[Part, TensorSpec]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRankPair:
+    """The factors of one module: delta = scaling * B @ A."""
+
+    a: TensorSpec
+    """[rank, in_features]"""
+    b: TensorSpec
+    """[out_features, rank]"""
+    scaling: float
+    """alpha / r (or alpha / sqrt(r)), without the adapter's weight."""
+    embedding: bool = False
+    """The module is an embedding, whose weight is [in_features, out_features]."""
+    magnitude: TensorSpec | None = None
+    """[out_features], of DoRA."""
+    shift: TensorSpec | None = None
+    """[out_features]: the bias of B."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRows:
+    """Trained rows of an embedding."""
+
+    tokens: tuple[int, ...]
+    rows: TensorSpec
+    """[number of tokens, dim]"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """Everything that an adapter's file holds, by the path of the module."""
+
+    pairs: Mapping[str, LowRankPair]
+    tokens: Mapping[str, TokenRows]
+    whole: Mapping[str, TensorSpec]
+    """Tensors that take the place of the base's, by their name there."""
+    twins: tuple[tuple[TensorSpec, TensorSpec], ...]
+    """Tensors that were saved twice, and must be the same."""
+
+
+def read_trained(
+    tensors: Sequence[TensorSpec], config: AdapterConfig | None, where: str
+) -> Trained | None:
+    """Account for every tensor of an adapter's file.
+
+    Args:
+        config: None if it could not be read: then only the keys are looked at.
+
+    Raises:
+        InputError: with every tensor that is unknown, malformed, or not as the config says.
+    """
+    problems: list[Problem] = []
+    modules = _by_module(tensors, where, problems)
+    trained = None if config is None else _sorted_out(modules, config, where, problems)
+    if problems:
+        raise InputError(problems)
+    return trained
+
+
+def _sorted_out(
+    modules: Mapping[str, Parts], config: AdapterConfig, where: str, problems: list[Problem]
+) -> Trained:
+    pairs: dict[str, LowRankPair] = {}
+    tokens: dict[str, TokenRows] = {}
+    for module, parts in modules.items():
+        at = f"{where}, module {module}"
+        with gathered(problems):
+            if parts.keys() & _FACTORS:
+                pairs[module] = _pair(module, parts, config, at)
+        with gathered(problems):
+            if Part.TOKENS in parts:
+                tokens[module] = _token_rows(module, parts[Part.TOKENS], config, at)
+    whole: dict[str, TensorSpec] = {}
+    twins: list[tuple[TensorSpec, TensorSpec]] = []
+    for module, parts in modules.items():
+        for part, *others in _WHOLE:
+            with gathered(problems):
+                brought = _brought(module, parts, (part, *others), config, where)
+                if brought is not None:
+                    whole[f"{module}.{part}"] = brought
+                    twins += [(brought, parts[kind]) for kind in others[:1] if kind in parts]
+    return Trained(pairs=pairs, tokens=tokens, whole=whole, twins=tuple(twins))
+
+
+_WHOLE = (
+    (Part.WEIGHT, Part.SAVED_WEIGHT, Part.ORIGINAL_WEIGHT),
+    (Part.BIAS, Part.SAVED_BIAS, Part.ORIGINAL_BIAS),
+)
+_FACTORS = frozenset(Part) - {Part.TOKENS, *_WHOLE[0], *_WHOLE[1]}
+
+
+def _by_module(
+    tensors: Sequence[TensorSpec], where: str, problems: list[Problem]
+) -> dict[str, dict[Part, TensorSpec]]:
+    modules: dict[str, dict[Part, TensorSpec]] = {}
+    unknown = []
+    for tensor in tensors:
+        key = parse_key(tensor.name)
+        if key is None:
+            unknown.append(tensor.name)
+            continue
+        parts = modules.setdefault(key.module, {})
+        if key.part in parts:
+            what = f"{tensor.name!r} and {parts[key.part].name!r} are the same tensor"
+            problems.append(Problem(what, where, _REPAIR))
+        elif tensor.dtype not in DTYPES:
+            what = f"{tensor.name} is {tensor.dtype}, not F32, F16 or BF16"
+            problems.append(Problem(what, where, "Cast the adapter to one of them"))
+        parts[key.part] = tensor
+    problems += _unknown(unknown, where)
+    return modules
+
+
+def _unknown(names: Sequence[str], where: str) -> Iterator[Problem]:
+    """One problem a feature that is not merged yet, one an unknown key."""
+    by_feature: dict[str, list[str]] = {}
+    for name in names:
+        if TRAINING_KEYS.search(name):
+            continue
+        feature = next((label for regex, label in FEATURE_KEYS if regex.search(name)), None)
+        if feature is None:
+            what = f"key {name!r} is not known, and nothing is dropped silently"
+            yield Problem(what, where, _REPAIR)
+        else:
+            by_feature.setdefault(feature, []).append(name)
+    for feature, found in by_feature.items():
+        which = f"{counted(len(found), 'tensor')}, such as {found[0]!r}"
+        yield Problem(f"{feature} is not merged yet ({which})", where, _NOT_YET)
+
+
+def _pair(module: str, parts: Parts, config: AdapterConfig, at: str) -> LowRankPair:
+    if config.peft_type != "LORA":
+        name = parts[max(parts.keys() & _FACTORS)].name
+        raise refuse(
+            f"{name!r} is a factor, and peft_type {config.peft_type} has none", at, _REPAIR
+        )
+    embedding = Part.EMBEDDING_A in parts or Part.EMBEDDING_B in parts
+    if embedding and parts.keys() & {Part.A, Part.B}:
+        raise refuse("has factors of a linear layer and of an embedding", at, _REPAIR)
+    sides = (Part.EMBEDDING_A, Part.EMBEDDING_B) if embedding else (Part.A, Part.B)
+    for side, other in (sides, sides[::-1]):
+        if side in parts and other not in parts:
+            raise refuse(f"has {side} but no {other}", at, _REPAIR)
+    if sides[0] not in parts:
+        raise refuse(f"has {min(parts.keys() & _FACTORS)} but no factors", at, _REPAIR)
+    a, b = (parts[side] for side in sides)
+    for factor in (a, b):
+        if len(factor.shape) != 2 or 0 in factor.shape:
+            what = f"{factor.name} has shape {list(factor.shape)}, not two sizes above 0"
+            raise refuse(what, at, _REPAIR)
+    rank, scaling = config.resolve(module)
+    if not a.shape[0] == b.shape[1] == rank:
+        what = f"{sides[0]} has rank {a.shape[0]}, {sides[1]} {b.shape[1]}, the config says {rank}"
+        raise refuse(what, at, _OTHER_CONFIG)
+    return LowRankPair(
+        a=a,
+        b=b,
+        scaling=scaling,
+        embedding=embedding,
+        magnitude=_vector(parts, Part.MAGNITUDE, "use_dora", b.shape[0], config.dora, at),
+        shift=_vector(
+            parts, Part.B_BIAS, "lora_bias", b.shape[0], config.lora_bias and not embedding, at
+        ),
+    )
+
+
+def _vector(
+    parts: Parts, part: Part, field: str, size: int, expected: bool, at: str
+) -> TensorSpec | None:
+    """A vector of one element an output, which is there if and only if the config says so."""
+    found = parts.get(part)
+    if expected != (found is not None):
+        what = (
+            f"{field} is {str(expected).lower()}, and {part} is {'there' if found else 'missing'}"
+        )
+        raise refuse(what, at, _OTHER_CONFIG)
+    if found is not None and found.shape != (size,):
+        what = f"{found.name} has shape {list(found.shape)}, not {[size]}"
+        raise refuse(what, at, _REPAIR)
+    return found
+
+
+def _brought(
+    module: str, parts: Parts, kinds: tuple[Part, ...], config: AdapterConfig, where: str
+) -> TensorSpec | None:
+    """The tensor that takes the place of the base's, if the config says why it is there."""
+    part, saved, original = kinds
+    found = next((parts[kind] for kind in kinds if kind in parts), None)
+    if found is None:
+        return None
+    name, has_factors = found.name, bool(parts.keys() & _FACTORS)
+    if ".base_layer." in name and not parts.keys() & {*_FACTORS, Part.TOKENS}:
+        what = f"{name!r} stands beside factors, and there are none of this module"
+        raise refuse(what, where, _REPAIR)
+    if not parts.keys() & {part, saved}:
+        raise refuse(f"{name!r} is there without what was made of it", where, _REPAIR)
+    named = config.is_saved(module) or config.ensures_tying
+    if parts.keys() & {saved, original} and not named:
+        what = f"{name!r} is there, and modules_to_save does not name its module"
+        raise refuse(what, where, _OTHER_CONFIG)
+    if part == Part.BIAS:
+        explained = config.trains_bias(beside_factors=has_factors)
+    else:
+        explained = has_factors or has_token_rows(module)
+    if explained or config.is_saved(module):
+        return found
+    field = "bias" if part == Part.BIAS else "modules_to_save"
+    what = f"{name!r} is there as a whole, which {field} does not say"
+    raise refuse(what, where, _OTHER_CONFIG)
+
+
+def has_token_rows(module: str) -> bool:
+    """Whether a module's weight has a row for each token.
+
+    PEFT saves such weights by itself where the vocabulary was resized, or where they have factors.
+    """
+    return module.rpartition(".")[2] in ("embed_tokens", "lm_head", "wte")
+
+
+def _token_rows(module: str, rows: TensorSpec, config: AdapterConfig, at: str) -> TokenRows:
+    tokens = config.tokens_of(module)
+    if tokens is None:
+        what = f"{rows.name} is there, but the config names no trained tokens of this module"
+        raise refuse(what, at, _OTHER_CONFIG)
+    if len(rows.shape) != 2 or rows.shape[0] != len(tokens) or 0 in rows.shape:
+        what = f"{rows.name} has shape {list(rows.shape)}, the config names {len(tokens)} tokens"
+        raise refuse(what, at, _OTHER_CONFIG)
+    return TokenRows(tokens=tokens, rows=rows)
