@@ -136,3 +136,14 @@ def check_rounded_once(got: Tensors, exact: Tensors) -> None:
         steps, off = steps_between(got[name], tensor), (got[name].double() - exact[name]).abs()
         assert ((steps <= 1) | (off <= exact[name].double().abs().max() * 2.0**-20)).all(), name
         assert (steps > 0).sum() <= 1 + steps.numel() / 1000, name
+
+
+@pytest.mark.parametrize("feature", ["velora_config", "monteclora_config"])
+def test_what_only_steered_the_training_changes_no_merge(
+    feature: str, base: Path, tmp_path: Path, out: Path
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base, **{feature: {}}, target_modules=["q_proj"])
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert any(feature.partition("_")[0] in key for key in saved)
+
+    check_like_peft(base, adapter, out)
