@@ -73,12 +73,12 @@ def main() -> None:
     date = dt.datetime.now(dt.UTC).date().isoformat()
     rounds: list[Round] = []
     with soak(options.seed) as place:
-        # nohup leaves no other way to stop; and Ray has just put a handler of its own there
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         facts = {**machine.describe(Path("/tmp")), "command": f"python {shlex.join(sys.argv)}"}
         watch = MemoryWatch(os.getpid(), interval=1.0)
         try:
             for number in range(options.first, options.first + options.rounds):
+                # nohup leaves no other way to stop, and each new node puts Ray's handler there
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
                 rounds.append(place.round(number))
                 print(json.dumps(dataclasses.asdict(rounds[-1])), file=sys.stderr, flush=True)
         except LostError as error:
