@@ -84,6 +84,19 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> MergePlan:
     return small_merge(tmp_path_factory.mktemp("small"))
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A new directory for each example."""
+
+    def make() -> Iterator[Path]:
+        while True:
+            path = tmp_path_factory.mktemp("example")
+            yield path
+            shutil.rmtree(path)
+
+    return make()
+
+
 @pytest.fixture
 def base_copy(base: Path, tmp_path: Path) -> Path:
     return shutil.copytree(base, tmp_path / "base")

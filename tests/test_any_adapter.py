@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,19 +120,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A new directory for each example."""
-
-    def make() -> Iterator[Path]:
-        while True:
-            path = tmp_path_factory.mktemp("example")
-            yield path
-            shutil.rmtree(path)
-
-    return make()
 
 
 def put(folder: Path, tensors: Tensors, geometry: Geometry, files: int) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -206,19 +205,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A new directory for each example."""
-
-    def make() -> Iterator[Path]:
-        while True:
-            path = tmp_path_factory.mktemp("example")
-            yield path
-            shutil.rmtree(path)
-
-    return make()
 
 
 @given(st.data())
