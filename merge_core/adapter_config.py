@@ -49,6 +49,8 @@ class AdapterConfig:
     """Trained rows of embeddings, by the end of the module's path; the empty one is any."""
     ensures_tying: bool = False
     """Whether what was trained of tied embeddings was trained of the head as well."""
+    replication: tuple[tuple[int, int], ...] = ()
+    """``layer_replication``: ranges of the base's layers that the trained model consists of."""
     targets: str | tuple[str, ...] = ()
     """``target_modules``; empty where other fields narrow it down, so that it says nothing."""
 
@@ -135,6 +137,7 @@ def read_config(fields: Mapping[str, Any], where: str) -> AdapterConfig:
         saved=tuple(fields.get("modules_to_save") or ()),
         tokens=_tokens(fields),
         ensures_tying=fields.get("ensure_weight_tying") or False,
+        replication=tuple((start, end) for start, end in fields.get("layer_replication") or ()),
         targets=_targets(fields) if kind == "LORA" else (),
     )
 

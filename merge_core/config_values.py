@@ -9,7 +9,7 @@ from typing import Any
 
 from merge_core.errors import Problem, shortened
 
-MAX_RANK, MAX_SCALE, MAX_ROW = 10**6, 10**9, 10**9
+MAX_RANK, MAX_SCALE, MAX_ROW, MAX_LAYERS = 10**6, 10**9, 10**9, 10**4
 """Beyond anything that was ever trained; keeps hostile numbers out of the arithmetic below."""
 
 _REPEATED_GROUP = re.compile(r"\)[+*{]")
@@ -36,6 +36,7 @@ def malformed(fields: Mapping[str, Any], where: str) -> list[Problem]:
         ("ensure_weight_tying", False, _is_flag, "true or false"),
         ("bias", "none", lambda v: v in ("none", "all", "lora_only"), "none, all or lora_only"),
         ("modules_to_save", (), are_names, "a list of names"),
+        ("layer_replication", None, _are_ranges, "a list of ranges [start, end] of layers"),
         ("trainable_token_indices", (), _are_tokens, "different rows, by module or without"),
         ("token_indices", (), _are_rows, "different rows"),
     )
@@ -62,6 +63,15 @@ def are_names(value: Any) -> bool:
     """Whether ``value`` is a list of names, or nothing."""
     return value is None or (
         isinstance(value, (list, tuple)) and all(isinstance(v, str) and v for v in value)
+    )
+
+
+def _are_ranges(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list)
+        and all(isinstance(one, list) and len(one) == 2 for one in value)
+        and all(type(n) is int and 0 <= n <= MAX_LAYERS for one in value for n in one)
+        and sum(max(0, end - start) for start, end in value) <= MAX_LAYERS
     )
 
 

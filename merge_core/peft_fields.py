@@ -25,6 +25,7 @@ READ_FIELDS = frozenset(
         "modules_to_save",
         "trainable_token_indices",
         "ensure_weight_tying",
+        "layer_replication",
         "init_lora_weights",
     }
 )
@@ -67,7 +68,6 @@ INERT_FIELDS = frozenset(
 FEATURE_FIELDS = MappingProxyType(
     {
         "target_parameters": "LoRA on parameters (target_parameters)",
-        "layer_replication": "layer replication",
         "use_bdlora": "BD-LoRA",
         "kasa_config": "KaSA",
         "alora_invocation_tokens": "aLoRA",

@@ -12,11 +12,17 @@ from merge_core.adapter import Adapter, open_adapter, parse_adapter
 from merge_core.checkpoint import Checkpoint, open_checkpoint
 from merge_core.completeness import missing_parts
 from merge_core.device_map import DeviceMap, read_device_map
-from merge_core.errors import InputError, Problem, gathered
+from merge_core.errors import InputError, Problem, gathered, some_of
 from merge_core.layout import lay_out
 from merge_core.matching import Matched, check_together, match
 from merge_core.orientation import MERGEABLE
 from merge_core.plan import AdapterInput, MergePlan, Shard, Source, TensorTask
+from merge_core.replication import (
+    layer_order,
+    replicated,
+    replicated_config,
+    unused_layers,
+)
 from merge_core.shards import OutputTensor, cut_shards, shard_name
 from merge_core.ties import HEAD, settle_ties, tied_embeddings
 
@@ -59,7 +65,7 @@ def make_plan(
         checkpoint = open_checkpoint(Path(base).absolute())
     devices: DeviceMap | None = None
     with gathered(problems):
-        devices = _open_device_map(device_map, checkpoint)
+        devices = None if device_map is None else read_device_map(Path(device_map).absolute())
     for text in adapters:
         with gathered(problems):
             path, weight = parse_adapter(text)
@@ -67,6 +73,9 @@ def make_plan(
     if checkpoint is None:
         raise InputError(problems)
     matched = _match(checkpoint, opened, problems, keep_tied=keep_tied)
+    with gathered(problems):
+        if devices is not None:
+            devices.check(matched.sources)
     if problems:
         raise InputError(problems)
     output = _Output(dtype=dtype, shard_bytes=shard_bytes, devices=devices, keep_tied=keep_tied)
@@ -81,15 +90,6 @@ class _Output:
     shard_bytes: int
     devices: DeviceMap | None
     keep_tied: bool
-
-
-def _open_device_map(path: str | Path | None, checkpoint: Checkpoint | None) -> DeviceMap | None:
-    if path is None:
-        return None
-    devices = read_device_map(Path(path).absolute())
-    if checkpoint is not None:
-        devices.check(tensor.name for file in checkpoint.files for tensor in file.tensors)
-    return devices
 
 
 def _check_options(adapters: Sequence[str | Path], dtype: str | None, shard_bytes: int) -> None:
@@ -114,6 +114,11 @@ def _match(
         for number, file in enumerate(checkpoint.files)
         for tensor in file.tensors
     }
+    order: tuple[int, ...] | None = None
+    with gathered(problems):
+        order = layer_order(adapters, checkpoint)
+    if order is not None:
+        bases = replicated(bases, order)
     for adapter in adapters:
         problems += missing_parts(adapter, bases, checkpoint)
     embeddings = tied_embeddings(checkpoint)
@@ -121,9 +126,22 @@ def _match(
     matched = match(ends, checkpoint, adapters, problems)
     if embeddings is not None:
         settle_ties(matched, embeddings, adapters, keep=keep_tied)
+    if order is not None:
+        _replicate(matched, checkpoint, order)
     with gathered(problems):
         check_together(matched)
     return matched
+
+
+def _replicate(matched: Matched, checkpoint: Checkpoint, order: Sequence[int]) -> None:
+    """Say in config and notes what became of the layers."""
+    matched.config_changes |= replicated_config(checkpoint.config, order)
+    before = checkpoint.config["num_hidden_layers"]
+    note = f"layer_replication: {before} layers become {len(order)}, each a copy of its own"
+    left = unused_layers(checkpoint.config, order)
+    if left:
+        note += f"; there is no copy of {some_of([f'layer {n}' for n in left])}"
+    matched.notes.append(note)
 
 
 def _assemble(

@@ -49,7 +49,6 @@ REFUSED = {
     "modules_to_save": "lm_head",
     "trainable_token_indices": [-1],
     "target_parameters": ["mlp.experts.gate_up_proj"],
-    "layer_replication": [[0, 2]],
     "init_lora_weights": "pissa",
     "use_bdlora": {"nblocks": 2},
     "kasa_config": {"beta": 1},
@@ -97,13 +96,13 @@ def test_tensors_that_cannot_be_checked_are_named(key: str, tmp_path: Path) -> N
 
 
 def test_everything_is_refused_at_once(tmp_path: Path) -> None:
-    path = write_adapter(tmp_path / "a", {Q: 8}, use_qalora=True, layer_replication=[[0, 2]])
+    path = write_adapter(tmp_path / "a", {Q: 8}, use_qalora=True, use_bdlora={"nblocks": 2})
 
     with pytest.raises(InputError) as caught:
         adapter_recipe(path, 1.0, BASE, "qwen2")
 
     assert sorted(p.what for p in caught.value.problems) == [
-        "cannot check layer_replication = [[0, 2]]",
+        "cannot check use_bdlora = {'nblocks': 2}",
         "cannot check use_qalora = True",
     ]
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from merge_core.errors import InputError, Problem, gathered, refuse
+from merge_core.verify.adapter_fields import read_fields
 from merge_core.verify.header import TensorEntry
 from merge_core.verify.ledger import Row
 from merge_core.verify.recipe import Recipe, Update, adapter_recipe
+from merge_core.verify.replicated import config_of_copies, ranges_of, with_copies
 from merge_core.verify.report import Finding, at
 from merge_core.verify.rounding import FLOATS
 from merge_core.verify.same_values import same_values
@@ -78,7 +80,8 @@ def refuse_unchecked(base: Path, adapters: Sequence[WeightedAdapter]) -> None:
     Raises:
         InputError: they cannot be read, or hold features that cannot be checked.
     """
-    _recipes(open_base(base), _base_config(base), adapters)
+    tensors = with_copies(open_base(base), _ranges(adapters))
+    _recipes(tensors, _base_config(base), adapters)
 
 
 def resolve_sources(
@@ -126,9 +129,12 @@ def pair_with_base(structure: Structure, sources: Sources) -> Pairing:
         InputError: base or adapters cannot be read, or hold features that cannot be checked.
     """
     tensors, config = open_base(sources.base), _base_config(sources.base)
+    ranges = _ranges(sources.adapters)
+    tensors = with_copies(tensors, ranges)
     recipes, found = _recipes(tensors, config, sources.adapters)
     names = {entry.name for entries in structure.headers.values() for entry in entries}
     wanted, changes, unfit = _wanted(tensors, config, recipes, names, keep_tied=sources.keep_tied)
+    changes |= config_of_copies(config, ranges)
     findings = [*found, *unfit]
     comparisons: dict[str, tuple[Comparison, ...]] = {}
     for file, entries in structure.headers.items():
@@ -153,6 +159,11 @@ def pair_with_base(structure: Structure, sources: Sources) -> Pairing:
     if len(structure.headers) == len(structure.files):
         findings += _missing(wanted, names)
     return Pairing(comparisons=comparisons, config=changes, findings=tuple(findings))
+
+
+def _ranges(adapters: Sequence[WeightedAdapter]) -> list[list[int]]:
+    fields = [read_fields(path / "adapter_config.json") for path, _ in adapters]
+    return ranges_of(fields, ", ".join(str(path) for path, _ in adapters))
 
 
 def _base_config(base: Path) -> dict[str, Any]:

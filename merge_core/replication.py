@@ -1,0 +1,117 @@
+"""Layer replication: a deeper model whose layers are copies of the base's, each trained apart.
+
+``layer_replication`` of an adapter's config lists ranges [start, end) of the base's layers, which
+together are the layers of the model that was trained; the adapter numbers its modules by the new
+ones. While PEFT runs such a model the copies share their weights, so its own merge adds the factors
+of all copies to each of them. Here every copy is a layer of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from merge_core.adapter import Adapter
+from merge_core.checkpoint import Checkpoint
+from merge_core.errors import InputError, Problem, refuse, some_of
+from merge_core.plan import Source
+
+_LAYER = re.compile(r"(model\.layers\.)(\d+)(\..+)")
+_KNOWN = frozenset({"qwen2", "qwen2_moe"})
+"""Models of which it is known what else in their configs goes by layer."""
+
+_BY_LAYER = frozenset({"layer_types", "mlp_only_layers"})
+"""Lists of their configs that do."""
+
+
+def layer_order(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> tuple[int, ...] | None:
+    """The base's layer that each layer of the result is a copy of; None where nothing is copied.
+
+    Raises:
+        InputError: the adapters do not agree, or the base has no such layers.
+    """
+    orders = {adapter.config.replication for adapter in adapters}
+    if not any(orders):
+        return None
+    ranges, *others = orders
+    if others:
+        what = "the adapters were trained on different copies of layers (layer_replication)"
+        raise refuse(what, ", ".join(str(a.path) for a in adapters), "Merge one of them")
+    config, where = checkpoint.config, "layer_replication"
+    problems = []
+    if config.get("model_type") not in _KNOWN:
+        what = f"the layers of model_type {config.get('model_type')!r} cannot be copied"
+        problems.append(Problem(what, where, f"Use one of {', '.join(sorted(_KNOWN))}"))
+    there = config.get("num_hidden_layers", 0)
+    problems += [
+        Problem(f"[{start}, {end}] are none of the base's {there} layers", where, _OTHER_BASE)
+        for start, end in ranges
+        if not start < end <= there
+    ]
+    strange = [
+        name
+        for name, value in config.items()
+        if "layer" in name and isinstance(value, list) and value and name not in _BY_LAYER
+    ]
+    if strange:
+        what = f"config.json has {some_of(strange)}, of which it is not known how layers are meant"
+        problems.append(Problem(what, str(checkpoint.path), _OTHER_BASE))
+    if problems:
+        raise InputError(problems)
+    return tuple(layer for start, end in ranges for layer in range(start, end))
+
+
+_OTHER_BASE = "Give the base that this adapter was trained on"
+
+
+def replicated(bases: Mapping[str, Source], order: Sequence[int]) -> dict[str, Source]:
+    """The tensors of the deeper model by name, each with the base's tensor that it is a copy of."""
+    result = {name: source for name, source in bases.items() if not _LAYER.fullmatch(name)}
+    by_layer: dict[int, dict[str, Source]] = {}
+    for name, source in bases.items():
+        match = _LAYER.fullmatch(name)
+        if match:
+            by_layer.setdefault(int(match[2]), {})[match[3]] = source
+    for new, old in enumerate(order):
+        for rest, source in by_layer.get(old, {}).items():
+            result[f"model.layers.{new}{rest}"] = source
+    return result
+
+
+def replicated_config(config: Mapping[str, Any], order: Sequence[int]) -> dict[str, Any]:
+    """The fields of config.json that speak of layers, for the layers of the deeper model.
+
+    What follows from a layer's number in the base (Qwen2's sliding windows, Qwen2-MoE's dense
+    layers) is written down for each copy, since its new number says something else.
+    """
+    changes: dict[str, Any] = {"num_hidden_layers": len(order)}
+    types = config.get("layer_types") or _window_types(config)
+    if types:
+        changes["layer_types"] = [types[old] for old in order]
+    if config.get("model_type") == "qwen2_moe":
+        changes["mlp_only_layers"] = [n for n, old in enumerate(order) if _is_dense(config, old)]
+        changes["decoder_sparse_step"] = 1
+    return changes
+
+
+def unused_layers(config: Mapping[str, Any], order: Sequence[int]) -> list[int]:
+    """Layers of the base that the deeper model has no copy of."""
+    return sorted(set(range(config["num_hidden_layers"])) - set(order))
+
+
+def _window_types(config: Mapping[str, Any]) -> list[str]:
+    """What Qwen2's config makes of ``max_window_layers``; empty where no layer has a window."""
+    first = config.get("max_window_layers", 28)
+    if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
+        return []
+    layers = range(config["num_hidden_layers"])
+    return ["sliding_attention" if n >= first else "full_attention" for n in layers]
+
+
+def _is_dense(config: Mapping[str, Any], layer: int) -> bool:
+    """Whether a layer of Qwen2-MoE has a plain MLP (``Qwen2MoeDecoderLayer``)."""
+    step = config.get("decoder_sparse_step", 1)
+    experts = config.get("num_experts", 60)
+    listed = layer in (config.get("mlp_only_layers") or ())
+    return listed or experts == 0 or (layer + 1) % step != 0
