@@ -16,14 +16,18 @@ from cluster.answering import answering
 from cluster.options import (
     Adapters,
     Base,
+    Combine,
     Debug,
+    Density,
     Device,
     DeviceMapFile,
     DtypeOption,
     Json,
     KeepTied,
     Level,
+    MajoritySign,
     Quiet,
+    Seed,
     ShardSize,
     StartTimeout,
     Workers,
@@ -33,6 +37,7 @@ from cluster.options import (
     size_in_bytes,
 )
 from merge_core.planner import make_plan
+from merge_core.updates.combined import Combination
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,6 +71,10 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
     shard_size: ShardSize = "2GB",
     device_map: DeviceMapFile = None,
     keep_tied: KeepTied = False,
+    combine: Combine = None,
+    density: Density = None,
+    majority_sign: MajoritySign = None,
+    seed: Seed = None,
     verify: Annotated[
         Level, typer.Option(help="What to verify before the result is published.")
     ] = Level.DIGEST,
@@ -84,6 +93,9 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
         from cluster.talk import Talk
 
         talk = Talk(quiet=quiet, out=out)
+        combination = Combination(
+            method=combine or "sum", density=density, majority_sign=majority_sign, seed=seed
+        )
         plan = make_plan(
             base,
             adapters,
@@ -91,6 +103,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
             shard_bytes=size_in_bytes(shard_size),
             device_map=device_map,
             keep_tied=keep_tied,
+            combination=combination,
         )
         for line in console.plan_lines(plan, find_pools(plan)):
             talk.say(line)
@@ -145,6 +158,10 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
     shard_size: ShardSize = "2GB",
     device_map: DeviceMapFile = None,
     keep_tied: KeepTied = False,
+    combine: Combine = None,
+    density: Density = None,
+    majority_sign: MajoritySign = None,
+    seed: Seed = None,
     nodes: Annotated[
         str, typer.Option(help="Estimate the time on so many equal nodes, such as 1,8,64.")
     ] = "1",
@@ -182,6 +199,9 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
             if storage_bandwidth
             else math.inf,
         )
+        combination = Combination(
+            method=combine or "sum", density=density, majority_sign=majority_sign, seed=seed
+        )
         planned = make_plan(
             base,
             adapters,
@@ -189,6 +209,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
             shard_bytes=size_in_bytes(shard_size),
             device_map=device_map,
             keep_tied=keep_tied,
+            combination=combination,
         )
         if out is not None:
             check_destination(out.absolute(), planned)

@@ -30,7 +30,7 @@ def features_of(plan: MergePlan, adapter: int) -> dict[str, list[str]]:
 def _kinds(task: TensorTask, adapter: int) -> Iterator[str]:
     if task.source.adapter == adapter:
         yield "whole tensors"
-    for update in task.updates:
+    for update in task.parts:
         if update.adapter == adapter:
             yield _KINDS[update.kind]
 

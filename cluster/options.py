@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from merge_core.errors import refuse
+from merge_core.updates.combined import Method, SignMethod
 
 
 class Level(StrEnum):
@@ -54,6 +55,22 @@ KeepTied = Annotated[
         help="Leave tied embeddings and head one tensor, whatever was trained of either.",
     ),
 ]
+Combine = Annotated[
+    Method | None,
+    typer.Option(
+        "--combine",
+        metavar="METHOD",
+        help="How adapters become one: sum (default), cat, linear, svd, ties, dare_linear,"
+        " dare_ties, magnitude_prune; the last four also with _svd behind.",
+    ),
+]
+Density = Annotated[
+    float | None, typer.Option(help="Share of elements that pruning leaves (ties, dare, ...).")
+]
+MajoritySign = Annotated[
+    SignMethod | None, typer.Option("--majority-sign", help="What elects a sign (ties).")
+]
+Seed = Annotated[int | None, typer.Option(min=0, help="Of what dare drops; 0 if not given.")]
 StartTimeout = Annotated[float, typer.Option(min=0, help="Seconds to wait for the first worker.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No talk on stderr.")]

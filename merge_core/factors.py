@@ -119,7 +119,7 @@ def _used_of(plan: MergePlan, adapter: int) -> Iterable[TensorSpec]:
     for task in plan.tasks:
         if task.source.adapter == adapter:
             used[task.source.tensor.name] = task.source.tensor
-        for update in task.updates:
+        for update in task.parts:
             if update.adapter == adapter:
                 used |= {tensor.name: tensor for tensor in update.tensors}
     for twins in plan.twins:

@@ -13,7 +13,7 @@ from merge_core.layout import TensorSpec
 from merge_core.orientation import check_mergeable, is_transposed
 from merge_core.plan import Source, Twins
 from merge_core.trained import LowRankPair, TokenRows, has_token_rows
-from merge_core.updates import DoraUpdate, LowRankUpdate, RowsUpdate, ShiftUpdate, Update
+from merge_core.updates import DoraUpdate, LowRankUpdate, RowsUpdate, ShiftUpdate, SingleUpdate
 
 _OTHER_BASE = "Give the base that this adapter was trained on"
 
@@ -25,7 +25,7 @@ class Matched:
     sources: dict[str, Source]
     dtypes: dict[str, str]
     """Of the base's tensors, whatever an adapter brings in their place."""
-    updates: dict[str, list[Update]] = field(default_factory=dict)
+    updates: dict[str, list[SingleUpdate]] = field(default_factory=dict)
     """In the order of the adapters."""
     twins: list[Twins] = field(default_factory=list)
     """Tensors of adapters that must be the same."""
@@ -39,7 +39,7 @@ class Matched:
         dtypes = {name: source.tensor.dtype for name, source in bases.items()}
         return cls(sources=dict(bases), dtypes=dtypes)
 
-    def add(self, name: str, update: Update) -> None:
+    def add(self, name: str, update: SingleUpdate) -> None:
         """Have a tensor updated."""
         self.updates.setdefault(name, []).append(update)
 

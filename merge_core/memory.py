@@ -95,6 +95,11 @@ def lane_need(plan: MergePlan, device: str, read_bytes: int) -> LaneNeed:
             block = max(block, largest_block(rows, width, device))
             scratch = max(scratch, 4 if task.whole_rows else 2)
             loaded = sum(4 * _elements(*update.tensors) for update in task.updates)
+            loaded += sum(
+                4 * update.scratch_elements(task.matrix)
+                for update in task.updates
+                if update.kind == "combined"
+            )
             if task.column_norms:
                 loaded += NORM_BYTES * largest_block(rows, width, device)
             factors = max(factors, loaded)

@@ -29,6 +29,7 @@ from merge_core.verdict import conclude, unproven, verify_deeper
 from merge_core.verify import (
     FileCheck,
     FileResult,
+    Sources,
     VerifyReport,
     check_file,
     refuse_unchecked,
@@ -138,7 +139,9 @@ def begin(plan: MergePlan, out: Path, level: str) -> MergePlan:
     problems = check_location(out, plan.base, tuple(a.path for a in plan.adapters))
     with gathered(problems):
         if level == "numeric":  # what it cannot check is better known before the merge than after
-            refuse_unchecked(plan.base, [(a.path, a.weight) for a in plan.adapters])
+            adapters = tuple((a.path, a.weight) for a in plan.adapters)
+            method = plan.combination.method
+            refuse_unchecked(Sources(base=plan.base, adapters=adapters, method=method))
     if problems:
         raise InputError(problems)
     return seal(plan)

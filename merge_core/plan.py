@@ -16,7 +16,8 @@ from typing import Any
 
 from merge_core.layout import DTYPE_BYTES, FileLayout, TensorSpec, lay_out
 from merge_core.storage import FileIdentity
-from merge_core.updates import Update
+from merge_core.updates import SingleUpdate, Update
+from merge_core.updates.combined import Combination
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,12 @@ class TensorTask:
     def as_bytes(self) -> bool:
         """Whether it is carried over undecoded."""
         return not self.updates and self.source.tensor.dtype == self.target.dtype
+
+    @property
+    def parts(self) -> Iterator[SingleUpdate]:
+        """The updates, what several adapters do together taken apart."""
+        for update in self.updates:
+            yield from update.parts if update.kind == "combined" else (update,)
 
     @property
     def whole_rows(self) -> bool:
@@ -137,6 +144,8 @@ class MergePlan:
     twins: tuple[Twins, ...]
     keep_tied: bool
     """Whether tied embeddings and head were to stay one tensor, whatever was trained of either."""
+    combination: Combination
+    """How the factors of several adapters become one."""
     added: tuple[str, ...]
     """Tensors that the base does not have: a head that is untied."""
     shards: tuple[Shard, ...]

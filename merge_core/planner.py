@@ -10,6 +10,7 @@ from typing import Any
 
 from merge_core.adapter import Adapter, open_adapter, parse_adapter
 from merge_core.checkpoint import Checkpoint, open_checkpoint
+from merge_core.combining import check_combination, combined
 from merge_core.completeness import missing_parts
 from merge_core.device_map import DeviceMap, read_device_map
 from merge_core.errors import InputError, Problem, gathered, some_of
@@ -25,6 +26,8 @@ from merge_core.replication import (
 )
 from merge_core.shards import OutputTensor, cut_shards, shard_name
 from merge_core.ties import HEAD, settle_ties, tied_embeddings
+from merge_core.updates import Update
+from merge_core.updates.combined import Combination
 
 SHARD_BYTES = 2_000_000_000
 """Default --shard-size. Small enough that a lost worker costs seconds, large enough that a 72B
@@ -42,6 +45,7 @@ def make_plan(
     shard_bytes: int = SHARD_BYTES,
     device_map: str | Path | None = None,
     keep_tied: bool = False,
+    combination: Combination = Combination(),  # noqa: B008 - frozen
 ) -> MergePlan:
     """Plan the merge of ``adapters`` into ``base``, reading nothing but headers.
 
@@ -52,6 +56,8 @@ def make_plan(
         shard_bytes: size limit of an output file, see ``shards.cut_shards``.
         device_map: JSON file that pins modules to devices, see ``device_map``.
         keep_tied: leave tied embeddings and head one tensor, whatever was trained of either.
+        combination: how the factors of several adapters become one; their deltas are summed by
+            default.
 
     Raises:
         InputError: with every problem of the base, the adapters and the options.
@@ -61,6 +67,8 @@ def make_plan(
     opened: list[Adapter] = []
     with gathered(problems):
         _check_options(adapters, dtype, shard_bytes)
+    with gathered(problems):
+        check_combination(combination, len(adapters))
     with gathered(problems):
         checkpoint = open_checkpoint(Path(base).absolute())
     devices: DeviceMap | None = None
@@ -73,13 +81,23 @@ def make_plan(
     if checkpoint is None:
         raise InputError(problems)
     matched = _match(checkpoint, opened, problems, keep_tied=keep_tied)
+    updates: Mapping[str, Sequence[Update]] = {}
+    if not problems:
+        with gathered(problems):
+            updates = combined(matched, opened, combination)
     with gathered(problems):
         if devices is not None:
             devices.check(matched.sources)
     if problems:
         raise InputError(problems)
-    output = _Output(dtype=dtype, shard_bytes=shard_bytes, devices=devices, keep_tied=keep_tied)
-    return _assemble(checkpoint, opened, matched, output)
+    output = _Output(
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        devices=devices,
+        keep_tied=keep_tied,
+        combination=combination,
+    )
+    return _assemble(checkpoint, opened, matched, updates, output)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +108,7 @@ class _Output:
     shard_bytes: int
     devices: DeviceMap | None
     keep_tied: bool
+    combination: Combination
 
 
 def _check_options(adapters: Sequence[str | Path], dtype: str | None, shard_bytes: int) -> None:
@@ -145,7 +164,11 @@ def _replicate(matched: Matched, checkpoint: Checkpoint, order: Sequence[int]) -
 
 
 def _assemble(
-    checkpoint: Checkpoint, adapters: Sequence[Adapter], matched: Matched, output: _Output
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    matched: Matched,
+    updates: Mapping[str, Sequence[Update]],
+    output: _Output,
 ) -> MergePlan:
     dtype, devices = output.dtype, output.devices
     outputs = [
@@ -169,9 +192,10 @@ def _assemble(
         adapters=tuple(map(_input, adapters)),
         twins=tuple(matched.twins),
         keep_tied=output.keep_tied,
+        combination=output.combination,
         added=tuple(name for name in matched.sources if name not in there),
         shards=tuple(
-            _shard(n, shard_name(n + 1, len(cut)), tensors, matched)
+            _shard(n, shard_name(n + 1, len(cut)), tensors, matched.sources, updates)
             for n, tensors in enumerate(cut)
         ),
         notes=(*checkpoint.notes, *matched.notes, *_notes_of(adapters)),
@@ -197,13 +221,19 @@ def _notes_of(adapters: Sequence[Adapter]) -> Iterator[str]:
     yield from dict.fromkeys(note for adapter in adapters for note in adapter.notes)
 
 
-def _shard(index: int, name: str, tensors: Sequence[OutputTensor], matched: Matched) -> Shard:
+def _shard(
+    index: int,
+    name: str,
+    tensors: Sequence[OutputTensor],
+    sources: Mapping[str, Source],
+    updates: Mapping[str, Sequence[Update]],
+) -> Shard:
     layout = lay_out((t.name, t.dtype, t.shape) for t in tensors)
     tasks = tuple(
         TensorTask(
             target=target,
-            source=matched.sources[target.name],
-            updates=tuple(matched.updates.get(target.name, ())),
+            source=sources[target.name],
+            updates=tuple(updates.get(target.name, ())),
         )
         for target in layout.tensors
     )

@@ -16,7 +16,7 @@ from merge_core.architecture import is_tied
 from merge_core.checkpoint import Checkpoint
 from merge_core.matching import Matched
 from merge_core.plan import Source, Twins
-from merge_core.updates import LowRankUpdate, RowsUpdate, Update
+from merge_core.updates import LowRankUpdate, RowsUpdate, SingleUpdate
 
 HEAD = "lm_head.weight"
 
@@ -136,5 +136,5 @@ def _must_equal(matched: Matched, one: Source, other: Source) -> None:
         matched.twins.append(twins)
 
 
-def _exchange(matched: Matched, old: Update, new: Update) -> None:
+def _exchange(matched: Matched, old: SingleUpdate, new: SingleUpdate) -> None:
     matched.updates[HEAD] = [new if one is old else one for one in matched.updates[HEAD]]

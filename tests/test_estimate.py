@@ -28,6 +28,7 @@ from merge_core.layout import TensorSpec
 from merge_core.plan import AdapterInput, MergePlan, Shard, Source, TensorTask
 from merge_core.storage import FileIdentity
 from merge_core.updates import LowRankUpdate
+from merge_core.updates.combined import Combination
 
 GB = 1_000_000_000
 SLOW = Machines(nodes=1, network=1e8)
@@ -65,6 +66,7 @@ def plan_of(rows: Sequence[int], rank: int = 0) -> MergePlan:
         adapters=(adapter,),
         twins=(),
         keep_tied=False,
+        combination=Combination(),
         added=(),
         shards=tuple(shards),
         notes=(),

@@ -30,6 +30,10 @@ RECIPE = {
     "shard_size": "2GB",
     "device_map": None,
     "keep_tied": False,
+    "combine": None,
+    "density": None,
+    "majority_sign": None,
+    "seed": None,
 }
 
 
@@ -56,6 +60,10 @@ def job(name: str, status: str = "SUCCEEDED", exit_code: int | None = 0) -> Job:
         ("dtype", "float32"),
         ("shard_size", "1GB"),
         ("keep_tied", True),
+        ("combine", "cat"),
+        ("density", 0.5),
+        ("majority_sign", "total"),
+        ("seed", 1),
         ("an_option_to_come", "x"),
     ],
 )

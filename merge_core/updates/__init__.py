@@ -6,11 +6,23 @@ to know), and what becomes of it on the device, where it does its part on rows o
 
 from __future__ import annotations
 
+from merge_core.updates.combined import CombinedUpdate
 from merge_core.updates.dora import DoraUpdate
 from merge_core.updates.low_rank import LowRankUpdate
 from merge_core.updates.rows import RowsUpdate
 from merge_core.updates.shift import ShiftUpdate
 
-Update = LowRankUpdate | ShiftUpdate | DoraUpdate | RowsUpdate
+SingleUpdate = LowRankUpdate | ShiftUpdate | DoraUpdate | RowsUpdate
+"""Of one adapter."""
 
-__all__ = ["DoraUpdate", "LowRankUpdate", "RowsUpdate", "ShiftUpdate", "Update"]
+Update = SingleUpdate | CombinedUpdate
+
+__all__ = [
+    "CombinedUpdate",
+    "DoraUpdate",
+    "LowRankUpdate",
+    "RowsUpdate",
+    "ShiftUpdate",
+    "SingleUpdate",
+    "Update",
+]

@@ -33,6 +33,11 @@ class LowRankUpdate:
     kind: Literal["low_rank"] = "low_rank"
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Of B @ A: [out_features, in_features]."""
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
     def rank(self) -> int:
         """Inner size of its product."""
         return self.a.shape[0]

@@ -13,7 +13,7 @@ a tensor must be equal to), ``merged`` and ``decomposed`` (the numeric bounds an
 from), ``replaced_rows``, ``untouched``, ``load``.
 """
 
-from merge_core.verify.against_base import parse_weighted, refuse_unchecked
+from merge_core.verify.against_base import Sources, parse_weighted, refuse_unchecked
 from merge_core.verify.file_check import FileCheck, FileResult, check_file
 from merge_core.verify.ledger import Row
 from merge_core.verify.report import LEVELS, Finding, VerifyReport
@@ -25,6 +25,7 @@ __all__ = [
     "FileResult",
     "Finding",
     "Row",
+    "Sources",
     "VerifyReport",
     "check_file",
     "parse_weighted",

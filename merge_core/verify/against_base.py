@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_core.errors import InputError, Problem, gathered, refuse
-from merge_core.verify.adapter_fields import read_fields
+from merge_core.verify.adapter_fields import REMEDY, read_fields
 from merge_core.verify.header import TensorEntry
 from merge_core.verify.ledger import Row
 from merge_core.verify.recipe import Recipe, Update, adapter_recipe
@@ -57,11 +57,13 @@ class Pairing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """What a merge was made from, and one thing that it was asked for."""
+    """What a merge was made from, and what it was asked for."""
 
     base: Path
     adapters: tuple[WeightedAdapter, ...]
     keep_tied: bool = False
+    method: str = "sum"
+    """How the adapters were combined."""
 
 
 def parse_weighted(text: str) -> WeightedAdapter:
@@ -74,14 +76,26 @@ def parse_weighted(text: str) -> WeightedAdapter:
     return (Path(path), weight) if math.isfinite(weight) else (Path(text), 1.0)
 
 
-def refuse_unchecked(base: Path, adapters: Sequence[WeightedAdapter]) -> None:
+def refuse_unchecked(sources: Sources) -> None:
     """Raise what level numeric would raise over base and adapters, before there is a result.
 
     Raises:
         InputError: they cannot be read, or hold features that cannot be checked.
     """
-    tensors = with_copies(open_base(base), _ranges(adapters))
-    _recipes(tensors, _base_config(base), adapters)
+    problems: list[Problem] = []
+    with gathered(problems):
+        _check_method(sources.method)
+    with gathered(problems):
+        tensors = with_copies(open_base(sources.base), _ranges(sources.adapters))
+        _recipes(tensors, _base_config(sources.base), sources.adapters)
+    if problems:
+        raise InputError(problems)
+
+
+def _check_method(method: str) -> None:
+    """With cat the factors lie side by side, and their product is the sum."""
+    if method not in ("sum", "cat"):
+        raise refuse(f"cannot check adapters combined by {method}", "--combine", REMEDY)
 
 
 def resolve_sources(
@@ -106,6 +120,7 @@ def resolve_sources(
         base=Path(base or "").absolute(),
         adapters=tuple((path.absolute(), weight) for path, weight in adapters or ()),
         keep_tied=planned is not None and planned.keep_tied,
+        method=planned.method if planned is not None else "sum",
     )
 
 
@@ -116,8 +131,9 @@ def _planned_sources(plan_path: Path) -> Sources:
             base=Path(plan["base"]),
             adapters=tuple((Path(a["path"]), float(a["weight"])) for a in plan["adapters"]),
             keep_tied=plan.get("keep_tied") is True,
+            method=str(plan.get("combination", {}).get("method", "sum")),
         )
-    except (OSError, MalformedError, KeyError, TypeError, ValueError) as error:
+    except (OSError, MalformedError, KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"level numeric needs base and adapters, and the plan cannot tell them ({error!r})"
         raise refuse(what, str(plan_path), "Give --base and --adapter") from error
 
@@ -128,6 +144,7 @@ def pair_with_base(structure: Structure, sources: Sources) -> Pairing:
     Raises:
         InputError: base or adapters cannot be read, or hold features that cannot be checked.
     """
+    _check_method(sources.method)
     tensors, config = open_base(sources.base), _base_config(sources.base)
     ranges = _ranges(sources.adapters)
     tensors = with_copies(tensors, ranges)
