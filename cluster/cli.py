@@ -24,6 +24,7 @@ from cluster.options import (
     DtypeOption,
     Json,
     KeepTied,
+    Layers,
     Level,
     MajoritySign,
     Quiet,
@@ -75,6 +76,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
     density: Density = None,
     majority_sign: MajoritySign = None,
     seed: Seed = None,
+    layers: Layers = None,
     verify: Annotated[
         Level, typer.Option(help="What to verify before the result is published.")
     ] = Level.DIGEST,
@@ -104,6 +106,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
             device_map=device_map,
             keep_tied=keep_tied,
             combination=combination,
+            layers=layers,
         )
         for line in console.plan_lines(plan, find_pools(plan)):
             talk.say(line)
@@ -162,6 +165,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
     density: Density = None,
     majority_sign: MajoritySign = None,
     seed: Seed = None,
+    layers: Layers = None,
     nodes: Annotated[
         str, typer.Option(help="Estimate the time on so many equal nodes, such as 1,8,64.")
     ] = "1",
@@ -186,6 +190,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
     with answering(as_json=as_json, debug=debug):
         from cluster import console
         from cluster.estimate import Machines, estimate
+        from cluster.estimate_report import estimate_documents, estimate_lines
         from cluster.pools import find_pools
         from merge_core.output import check_destination
 
@@ -210,6 +215,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
             device_map=device_map,
             keep_tied=keep_tied,
             combination=combination,
+            layers=layers,
         )
         if out is not None:
             check_destination(out.absolute(), planned)
@@ -218,10 +224,10 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
         console.answer(
             [
                 *console.plan_lines(planned, pools),
-                *console.estimate_lines(estimates, machines, verify),
+                *estimate_lines(estimates, machines, verify),
             ],
             console.plan_document(planned, pools)
-            | {"estimates": console.estimate_documents(estimates, machines, verify)},
+            | {"estimates": estimate_documents(estimates, machines, verify)},
             as_json=as_json,
         )
 

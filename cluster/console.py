@@ -8,13 +8,12 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from cluster.estimate import Estimate, Machines
 from cluster.explain import adapter_documents, adapter_lines, counts_of, summary
 from cluster.log_lines import log, logs_json
 from cluster.pools import EligiblePool
@@ -23,6 +22,7 @@ from merge_core.ledger import TensorRecord
 from merge_core.merge import MergeResult
 from merge_core.plan import MergePlan
 from merge_core.shards import layer_of
+from merge_core.stages import layers_of
 from merge_core.verify import VerifyReport
 
 
@@ -77,8 +77,21 @@ def plan_lines(plan: MergePlan, pools: Sequence[EligiblePool]) -> list[str]:
         *adapter_lines(plan),
         f"result   {files}, {gb(size)}: {summary(plan)}",
         *_pinned_lines(plan),
+        *_stage_lines(plan),
         *(f"pool     {p.name}: {'' if p.eligible else 'not eligible: '}{p.reason}" for p in pools),
         *(f"note     {note}" for note in plan.notes),
+    ]
+
+
+def _stage_lines(plan: MergePlan) -> list[str]:
+    """What a stage makes, and what it leaves to others."""
+    later = [shard.index for shard in plan.shards if shard.index not in plan.stage]
+    if not later:
+        return []
+    files = counted(len(plan.shards), "file")
+    return [
+        f"stage    {len(plan.stage)} of {files} now: {layers_of(plan, plan.stage)}",
+        f"deferred {counted(len(later), 'file')}: {layers_of(plan, later)}",
     ]
 
 
@@ -104,6 +117,7 @@ def plan_document(plan: MergePlan, pools: Sequence[EligiblePool]) -> dict[str, A
                 "name": shard.name,
                 "bytes": shard.size,
                 "device": shard.device,
+                "deferred": shard.index not in plan.stage,
                 "tensors": len(shard.tasks),
                 "merged": sum(task.action == "merged" for task in shard.tasks),
             }
@@ -114,73 +128,39 @@ def plan_document(plan: MergePlan, pools: Sequence[EligiblePool]) -> dict[str, A
     }
 
 
-_KINDS = {"cpu": "CPU", "cuda": "GPU"}
-
-
-def estimate_lines(estimates: Mapping[int, Estimate], machines: Machines, level: str) -> list[str]:
-    """How long the merge takes, a line for each number of nodes, and what that assumes."""
-    rows = [
-        (
-            counted(count, "node") + f", {one.nodes} of use" * (one.nodes < count),
-            duration(one.seconds),
-            f"{one.node_hours:.2f} node-hours",
-            f"slowest: {one.bottleneck}",
-        )
-        for count, one in estimates.items()
-    ]
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    cells = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    shared = "" if machines.storage == math.inf else f", {_gb_a_second(machines.storage)} in all"
-    workers = counted(machines.workers, f"{_KINDS[machines.device]} worker")
-    network = f"{_gb_a_second(machines.network)} each way to the storage{shared}"
-    return [
-        *(f"estimate {line}" for line in cells),
-        f"assuming {workers} a node, {network}; nodes that are up; verified: {level}",
-    ]
-
-
-def estimate_documents(
-    estimates: Mapping[int, Estimate], machines: Machines, level: str
-) -> list[dict[str, Any]]:
-    """The same for programs."""
-    return [
-        {
-            "nodes": count,
-            "nodes_of_use": one.nodes,
-            "seconds": one.seconds,
-            "node_hours": one.node_hours,
-            "slowest": one.bottleneck,
-            "workers_per_node": machines.workers,
-            "device": machines.device,
-            "node_bytes_per_second": machines.network,
-            "storage_bytes_per_second": None if machines.storage == math.inf else machines.storage,
-            "verify": level,
-        }
-        for count, one in estimates.items()
-    ]
-
-
 def result_lines(result: MergeResult, plan: MergePlan) -> list[str]:
     """What a merge did, as a person reads it."""
     if not result.receipts:
         here = f"{result.out} already holds this merge ({result.fingerprint[:12]})"
         return [f"{here}; nothing done", *_verified_lines(result)]
-    size, plan_id = sum(shard.size for shard in plan.shards), result.fingerprint[:12]
+    size, plan_id = sum(receipt.size for receipt in result.receipts), result.fingerprint[:12]
     merged = counted(sum(t.action == "merged" for t in _tensors(result)), "tensor")
     return [
         *(f"{layers}: {where}" for layers, where in device_map(result, plan)),
         f"merged   {merged}, {gb(size)} in {result.seconds:.1f} s, plan {plan_id}",
-        *[f"resumed  {counted(result.resumed, 'shard')} were there, and are proven"]
+        *[f"resumed  {counted(result.resumed, 'shard')} of an earlier run, proven"]
         * (result.resumed > 0),
         *_change_lines(result),
         *_verified_lines(result),
-        f"result   {result.out}",
+        *_deferred_lines(result, plan),
+        *[f"result   {result.out}"] * (not result.deferred),
     ]
 
 
 def _verified_lines(result: MergeResult) -> list[str]:
     report = result.verified
     return [f"verified {report.level}: {'; '.join(report.checks)}"] if report else []
+
+
+def _deferred_lines(result: MergeResult, plan: MergePlan) -> list[str]:
+    """What other stages are left to do."""
+    if not result.deferred:
+        return []
+    layers, files = layers_of(plan, result.deferred), counted(len(result.deferred), "file")
+    return [
+        f"deferred {files}: {layers}; until they are merged {result.out} is no checkpoint",
+        f"next     the same command with --layers {layers}, or without --layers",
+    ]
 
 
 def _change_lines(result: MergeResult) -> list[str]:
@@ -212,6 +192,7 @@ def result_document(result: MergeResult, plan: MergePlan) -> dict[str, Any]:
         "fingerprint": result.fingerprint,
         "already_there": not result.receipts,
         "resumed": result.resumed,
+        "deferred": [plan.shards[index].name for index in result.deferred],
         "bytes": sum(shard.size for shard in plan.shards),
         "seconds": result.seconds,
         "device_map": dict(device_map(result, plan)),
@@ -261,17 +242,6 @@ def device_map(result: MergeResult, plan: MergePlan) -> list[tuple[str, str]]:
 def gb(nbytes: int) -> str:
     """``7.90 GB``; small amounts in MB."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10_000_000 else f"{nbytes / 1e6:.2f} MB"
-
-
-def _gb_a_second(rate: float) -> str:
-    return f"{rate / 1e9:.3g} GB/s"
-
-
-def duration(seconds: float) -> str:
-    """``45 seconds`` or ``12 minutes``: no estimate is worth more digits."""
-    if seconds < 120:
-        return counted(round(seconds), "second")
-    return counted(round(seconds / 60), "minute")
 
 
 def _escaped(text: str) -> str:

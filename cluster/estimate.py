@@ -90,7 +90,7 @@ class Estimate:
 
 def estimate(plan: MergePlan, machines: Machines, level: str) -> Estimate:
     """What ``plan`` takes on ``machines``, verified at ``level``."""
-    workers = min(machines.nodes * machines.workers, len(plan.shards))
+    workers = min(machines.nodes * machines.workers, len(plan.stage))
     pace = _Pace(
         network=machines.network / min(machines.workers, workers), storage=machines.storage
     )
@@ -172,7 +172,7 @@ class _Run:
         accepted = len(self.merges) * ACCEPT_SECONDS / pace.hands
         ends = (START_SECONDS + COMMIT_SECONDS) / pace.hands
         ends += self.adapters / pace.network + self.adapters / SEAL_SPEED / pace.arithmetic
-        largest = self.merges[0].seconds(pace) + self.checks[0].seconds(pace)
+        largest = sum(item.seconds(pace) for item in (*self.merges[:1], *self.checks[:1]))
         return ends + max(*busy, largest, moved / pace.storage, accepted)
 
 
@@ -198,6 +198,8 @@ def _merges(plan: MergePlan, arithmetic: Arithmetic) -> Iterator[_Item]:
 
 
 def _checks(plan: MergePlan, level: str) -> Iterator[_Item]:
+    if len(plan.stage) < len(plan.shards):
+        return  # nothing is verified before the last stage
     for shard in _in_order(plan):
         read, busy = 0, 0.0
         if level != "structure":
@@ -210,4 +212,5 @@ def _checks(plan: MergePlan, level: str) -> Iterator[_Item]:
 
 def _in_order(plan: MergePlan) -> list[Shard]:
     """As the schedule hands them out."""
-    return sorted(plan.shards, key=lambda shard: -shard.size)
+    now = [shard for shard in plan.shards if shard.index in plan.stage]
+    return sorted(now, key=lambda shard: -shard.size)

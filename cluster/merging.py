@@ -42,6 +42,8 @@ class Merging:
     _loop: Loop = field(init=False)
     _proofs: dict[int, int] = field(default_factory=dict)
     """The shard that each open proof is about, by its task."""
+    _checks: bool = True
+    """Whether anything is verified: not before the last stage."""
     _found: int = 0
     _refuted: int = 0
     _results: dict[FileCheck, FileResult] = field(default_factory=dict)
@@ -57,8 +59,10 @@ class Merging:
         shards, self._found = self.plan.shards, len(found)
         proofs = [checking(found[n], shards[n].size, PROVING) for n in found]
         self._proofs = dict(zip(loop.add(proofs), found, strict=True))
-        loop.add([merging(shard) for shard in shards if shard.index not in found])
-        loop.schedule.holds = self.level not in AT_ONCE
+        missing = {shard.index for shard in shards} - found.keys()
+        loop.add([merging(shards[index]) for index in sorted(missing & self.plan.stage)])
+        self._checks = missing <= self.plan.stage  # otherwise the last stage proves them all
+        loop.schedule.holds = self._checks and self.level not in AT_ONCE
         loop.run()
         return self._found - self._refuted
 
@@ -94,7 +98,7 @@ class Merging:
             raise
         except RaymeldError as error:
             return ItemFailed(worker=event.worker, item=event.item, error=error)
-        if self.level in AT_ONCE:
+        if self._checks and self.level in AT_ONCE:
             shard = self.plan.shards[receipt.shard]
             check = check_of(self.out, shard.name, receipt, AT_ONCE[self.level])
             self._loop.add([checking(check, shard.size, VERIFYING)])

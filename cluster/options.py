@@ -71,6 +71,10 @@ MajoritySign = Annotated[
     SignMethod | None, typer.Option("--majority-sign", help="What elects a sign (ties).")
 ]
 Seed = Annotated[int | None, typer.Option(min=0, help="Of what dare drops; 0 if not given.")]
+Layers = Annotated[
+    str | None,
+    typer.Option(help="Merge in stages: only files with these layers, such as 0-39 or 40-79,rest."),
+]
 StartTimeout = Annotated[float, typer.Option(min=0, help="Seconds to wait for the first worker.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No talk on stderr.")]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.console import duration
+from cluster.estimate_report import duration
 from merge_core.checkpoint import CONFIG
 from merge_core.errors import refuse
 from merge_core.holder import Holder

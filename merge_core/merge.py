@@ -55,6 +55,8 @@ class MergeResult:
     """One a shard; empty if OUT already held this very merge."""
     resumed: int
     """Shards that an earlier run had finished, and that were proven instead of merged."""
+    deferred: tuple[int, ...]
+    """Shards that are left to other stages; the result is not published while there are any."""
     verified: VerifyReport | None
     seconds: float
 
@@ -110,13 +112,12 @@ def merge(
                     return stack.enter_context(contextlib.closing(worker))
 
                 for shard in plan.shards:
-                    if shard.index not in assembly.receipts:
+                    if shard.index in plan.stage - assembly.receipts.keys():
                         worker = worker_on(module.pick_device(shard.device or device))
                         _merge_shard(worker, assembly, plan, shard.index, progress.watch)
-            assembly.write_record()
-            run_checks = _watched(plan, "verifying", progress.watch)
-            report = verify(target, level, committed=False, run=run_checks)
-            conclude(assembly, report)
+            report = None
+            if len(assembly.receipts) == len(plan.shards):
+                report = _finish(assembly, plan, target, level, progress.watch)
     return result_of(plan, target, assembly.receipts, report, clock, resumed)
 
 
@@ -182,6 +183,16 @@ def _resume(assembly: Assembly, plan: MergePlan, watch: Watch) -> int:
     for index in unproven(checks, results):
         assembly.forget(index)
     return len(assembly.receipts)
+
+
+def _finish(
+    assembly: Assembly, plan: MergePlan, out: Path, level: str, watch: Watch
+) -> VerifyReport:
+    """Verify the result and publish it."""
+    assembly.write_record()
+    report = verify(out, level, committed=False, run=_watched(plan, "verifying", watch))
+    conclude(assembly, report)
+    return report
 
 
 def _unwatched(progress: Progress) -> None:
@@ -254,6 +265,7 @@ def result_of(
         fingerprint=plan.fingerprint,
         receipts=tuple(receipts[index] for index in sorted(receipts)),
         resumed=resumed,
+        deferred=tuple(n for n in range(len(plan.shards)) if receipts and n not in receipts),
         verified=report,
         seconds=time.perf_counter() - clock,
     )

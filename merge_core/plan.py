@@ -149,6 +149,8 @@ class MergePlan:
     added: tuple[str, ...]
     """Tensors that the base does not have: a head that is untied."""
     shards: tuple[Shard, ...]
+    stage: frozenset[int]
+    """Those that are to be made now; it changes no byte of any."""
     notes: tuple[str, ...]
 
     @property

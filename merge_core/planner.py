@@ -25,6 +25,7 @@ from merge_core.replication import (
     unused_layers,
 )
 from merge_core.shards import OutputTensor, cut_shards, shard_name
+from merge_core.stages import shards_of
 from merge_core.ties import HEAD, settle_ties, tied_embeddings
 from merge_core.updates import Update
 from merge_core.updates.combined import Combination
@@ -46,6 +47,7 @@ def make_plan(
     device_map: str | Path | None = None,
     keep_tied: bool = False,
     combination: Combination = Combination(),  # noqa: B008 - frozen
+    layers: str | None = None,
 ) -> MergePlan:
     """Plan the merge of ``adapters`` into ``base``, reading nothing but headers.
 
@@ -58,6 +60,7 @@ def make_plan(
         keep_tied: leave tied embeddings and head one tensor, whatever was trained of either.
         combination: how the factors of several adapters become one; their deltas are summed by
             default.
+        layers: make only the files with these layers, see ``merge_core.stages``.
 
     Raises:
         InputError: with every problem of the base, the adapters and the options.
@@ -96,6 +99,7 @@ def make_plan(
         devices=devices,
         keep_tied=keep_tied,
         combination=combination,
+        layers=layers,
     )
     return _assemble(checkpoint, opened, matched, updates, output)
 
@@ -109,6 +113,7 @@ class _Output:
     devices: DeviceMap | None
     keep_tied: bool
     combination: Combination
+    layers: str | None
 
 
 def _check_options(adapters: Sequence[str | Path], dtype: str | None, shard_bytes: int) -> None:
@@ -182,6 +187,10 @@ def _assemble(
     ]
     there = {tensor.name for file in checkpoint.files for tensor in file.tensors}
     cut = cut_shards(outputs, output.shard_bytes)
+    shards = tuple(
+        _shard(n, shard_name(n + 1, len(cut)), tensors, matched.sources, updates)
+        for n, tensors in enumerate(cut)
+    )
     return MergePlan(
         base=checkpoint.path,
         base_files=tuple(file.identity for file in checkpoint.files),
@@ -194,10 +203,8 @@ def _assemble(
         keep_tied=output.keep_tied,
         combination=output.combination,
         added=tuple(name for name in matched.sources if name not in there),
-        shards=tuple(
-            _shard(n, shard_name(n + 1, len(cut)), tensors, matched.sources, updates)
-            for n, tensors in enumerate(cut)
-        ),
+        shards=shards,
+        stage=shards_of(shards, output.layers),
         notes=(*checkpoint.notes, *matched.notes, *_notes_of(adapters)),
     )
 

@@ -69,6 +69,7 @@ def plan_of(rows: Sequence[int], rank: int = 0) -> MergePlan:
         combination=Combination(),
         added=(),
         shards=tuple(shards),
+        stage=frozenset(range(len(shards))),
         notes=(),
     )
 

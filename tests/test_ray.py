@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import faults
@@ -26,6 +27,7 @@ from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.progress import Progress
+from merge_core.stages import shards_of
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,20 @@ def test_any_number_of_workers_writes_the_bytes_of_the_inline_merge(
     run(plan, tmp_path / "out", address, workers=workers)
 
     assert published(tmp_path / "out") == expected
+
+
+def test_stages_on_a_cluster_end_in_the_bytes_of_one_merge(
+    plan: MergePlan, expected: dict[str, bytes], address: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for layers in ("1", "rest"):
+        run(replace(plan, stage=shards_of(plan.shards, layers)), out, address)
+        assert not (out / "config.json").exists()
+
+    said = run(replace(plan, stage=shards_of(plan.shards, "0,2")), out, address)
+
+    assert published(out) == expected
+    assert f"{len(plan.shards) - 2} of {len(plan.shards)} shards were there and are proven" in said
 
 
 @pytest.mark.parametrize(
