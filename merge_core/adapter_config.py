@@ -24,6 +24,14 @@ _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 _NOT_YET = "Merge this adapter with PEFT's merge_and_unload for now"
 _REPAIR = "Save the adapter again with PEFT"
+_CONVERT = (
+    "Save the adapter again as plain LoRA: save_pretrained(...,"
+    " path_initial_model_for_weight_conversion=...)"
+)
+_OF_LOFTQ = (
+    "Give the base that LoftQ wrote, and set init_lora_weights to true: it is plain LoRA there"
+)
+"""Its start does not add up to the original base, so PEFT's conversion would not either."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,10 +197,7 @@ def _unsupported(fields: Mapping[str, Any], where: str) -> list[Problem]:
     if str(init).lower() not in PLAIN_INITS:
         said = f"init_lora_weights={shortened(init)}"
         what = f"{said} may change the base weights that the factors refer to"
-        remedy = (
-            "Save the adapter again as plain LoRA: save_pretrained(...,"
-            " path_initial_model_for_weight_conversion=...)"
-        )
+        remedy = _OF_LOFTQ if str(init).lower() == "loftq" else _CONVERT
         problems.append(Problem(what, where, remedy))
     return problems
 

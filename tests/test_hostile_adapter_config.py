@@ -42,7 +42,7 @@ def test_a_feature_in_the_config_is_refused_by_name(
     assert len(make_plan(adapter_scene.base, [adapter_scene.adapter]).adapters) == 1
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "loftq", "corda", "new"])
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "corda", "new"])
 def test_an_initialisation_that_changed_the_base_is_refused_with_the_way_out(
     adapter_scene: AdapterScene, init: str
 ) -> None:
