@@ -33,7 +33,10 @@ _EXPERT = re.compile(r"(?P<module>.+\.experts)\.(?P<number>\d+)\.(?P<layer>[^.]+
 class Place:
     """Where a weight lies in the base."""
 
+    name: str
+    """Of the tensor."""
     tensor: TensorSpec
+    """It, or what an adapter brings in its place."""
     first: int | None
     """Its first row in a tensor that others share; None: the tensor is all its own."""
     shape: tuple[int, ...]
@@ -60,18 +63,19 @@ def place_of(weight: str, sources: Mapping[str, Source], model: object) -> Place
     """
     if weight in sources:
         tensor = sources[weight].tensor
-        return Place(tensor=tensor, first=None, shape=tensor.shape)
+        return Place(name=weight, tensor=tensor, first=None, shape=tensor.shape)
     match = _EXPERT.fullmatch(weight)
     if match is None or model not in FUSED_MODELS:
         return None
     module, number, layer = match.groups()
     for parameter, layers in EXPERT_PARAMETERS.items():
-        fused = sources.get(f"{module}.{parameter}")
+        name = f"{module}.{parameter}"
+        fused = sources.get(name)
         if fused is not None and layer in layers and int(number) < fused.tensor.shape[0]:
             _, out, width = fused.tensor.shape
             rows = out // len(layers)
             first = int(number) * out + layers.index(layer) * rows
-            return Place(tensor=fused.tensor, first=first, shape=(rows, width))
+            return Place(name=name, tensor=fused.tensor, first=first, shape=(rows, width))
     return None
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from merge_core.adapter import Adapter
 from merge_core.checkpoint import Checkpoint
@@ -12,6 +10,7 @@ from merge_core.errors import InputError, Problem, gathered, refuse, some_of
 from merge_core.expert_factors import ExpertFactors
 from merge_core.experts import Place, deltas_of, place_of
 from merge_core.layout import TensorSpec
+from merge_core.matched import Matched
 from merge_core.orientation import check_mergeable, is_transposed
 from merge_core.plan import Source, Twins
 from merge_core.trained import LowRankPair, TokenRows, has_token_rows
@@ -20,46 +19,9 @@ from merge_core.updates import (
     LowRankUpdate,
     RowsUpdate,
     ShiftUpdate,
-    StackedUpdate,
-    Update,
 )
 
 _OTHER_BASE = "Give the base that this adapter was trained on"
-
-
-@dataclass(slots=True)
-class Matched:
-    """The tensors of the result by name, before they are cut into shards."""
-
-    sources: dict[str, Source]
-    dtypes: dict[str, str]
-    """Of the base's tensors, whatever an adapter brings in their place."""
-    updates: dict[str, list[Update]] = field(default_factory=dict)
-    """In the order of the adapters."""
-    twins: list[Twins] = field(default_factory=list)
-    """Tensors of adapters that must be the same."""
-    config_changes: dict[str, Any] = field(default_factory=dict)
-    """Fields of config.json that the adapters change."""
-    notes: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, bases: Mapping[str, Source]) -> Matched:
-        """The base as it is."""
-        dtypes = {name: source.tensor.dtype for name, source in bases.items()}
-        return cls(sources=dict(bases), dtypes=dtypes)
-
-    def add(self, name: str, update: Update) -> None:
-        """Have a tensor updated."""
-        self.updates.setdefault(name, []).append(update)
-
-    def add_to_rows(self, name: str, first: int, update: LowRankUpdate) -> None:
-        """Have the rows of a tensor updated that begin with ``first``."""
-        parts, there = [(first, update)], self.updates.setdefault(name, [])
-        last = there[-1] if there else None
-        if isinstance(last, StackedUpdate) and last.adapter == update.adapter:
-            parts += last.parts
-            there.pop()
-        there.append(StackedUpdate(parts=tuple(sorted(parts, key=lambda part: part[0]))))
 
 
 def match(
@@ -186,7 +148,7 @@ def _update(
     checkpoint: Checkpoint,
 ) -> None:
     module, pair, place = found
-    name, at = place.tensor.name, f"{adapter.path}, module {module}"
+    name, at = place.name, f"{adapter.path}, module {module}"
     check_mergeable(place.tensor, at)
     transposed = _is_transposed(module, pair, place, adapter, checkpoint)
     weight = 1.0 if pair.magnitude else adapter.weight
@@ -251,9 +213,9 @@ def _update_experts(
             transposed=one.transposed,
         )
         if place.first is None:
-            matched.add(place.tensor.name, delta)
+            matched.add(place.name, delta)
         else:
-            matched.add_to_rows(place.tensor.name, place.first, delta)
+            matched.add_to_rows(place.name, place.first, delta)
 
 
 def _shift(matched: Matched, number: int, adapter: Adapter, module: str, pair: LowRankPair) -> None:

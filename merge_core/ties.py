@@ -14,7 +14,7 @@ from dataclasses import replace
 from merge_core.adapter import Adapter
 from merge_core.architecture import is_tied
 from merge_core.checkpoint import Checkpoint
-from merge_core.matching import Matched
+from merge_core.matched import Matched
 from merge_core.plan import Source, Twins
 from merge_core.updates import LowRankUpdate, RowsUpdate, Update
 
