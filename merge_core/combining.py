@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from merge_core.adapter import Adapter
 from merge_core.errors import InputError, Problem, some_of
-from merge_core.matching import Matched
+from merge_core.matched import Matched
 from merge_core.updates import CombinedUpdate, LowRankUpdate, Update
 from merge_core.updates.combined import Combination, Method
 
@@ -98,33 +98,44 @@ def _uncombinable(
     matched: Matched, adapters: Sequence[Adapter], how: Combination
 ) -> Iterator[Problem]:
     """One problem a kind and adapter, one a tensor whose factors do not fit one another."""
-    remedy = "Merge with --combine sum"
     others: dict[tuple[int, str], list[str]] = {}
     for name, updates in matched.updates.items():
         for update in updates:
             if not isinstance(update, LowRankUpdate):
                 others.setdefault((update.adapter, update.kind), []).append(name)
+            elif not all(factor.is_stored for factor in update.factors):
+                others.setdefault((update.adapter, "stacked"), []).append(name)
     for name, source in matched.sources.items():
-        beside = name.removesuffix(".weight")
-        number = source.adapter
+        beside, number = name.removesuffix(".weight"), source.adapter
         if number is not None and beside not in adapters[number].trained.pairs:
-            others.setdefault((number, "whole tensors"), []).append(name)
+            others.setdefault((number, "whole"), []).append(name)
     for (number, kind), names in others.items():
-        what = f"{how.method} combines low-rank factors alone, and it has {_KINDS.get(kind, kind)}"
-        where = f"{adapters[number].path}, {some_of(names)}"
-        yield Problem(what, where, remedy)
+        what = f"{how.method} combines low-rank factors alone, and it has {_KINDS[kind]}"
+        yield Problem(what, f"{adapters[number].path}, {some_of(names)}", _AS_SUM)
     for name, updates in matched.updates.items():
         pairs = [update for update in updates if isinstance(update, LowRankUpdate)]
-        ranks = [pair.rank for pair in pairs]
-        if len({pair.adapter for pair in pairs}) < len(pairs):
-            what = f"{how.method} cannot combine what one adapter trained of both tied ends"
-            yield Problem(what, f"tensor {name}", f"{remedy}, or leave --keep-tied out")
-        elif how.method in _SAME_RANKS and len(set(ranks)) > 1:
-            what = f"{how.method} needs factors of one rank, these have {ranks}"
-            yield Problem(what, f"tensor {name}", "Use cat or svd, or a method with _svd behind it")
+        yield from _unfit(name, pairs, how)
 
 
-_KINDS: Mapping[str, str] = {"dora": "DoRA", "shift": "lora_bias", "rows": "trained tokens"}
+_AS_SUM = "Merge with --combine sum"
+_KINDS: Mapping[str, str] = {
+    "dora": "DoRA",
+    "shift": "lora_bias",
+    "rows": "trained tokens",
+    "stacked": "factors in parts, of experts or of blocks",
+    "whole": "whole tensors",
+}
+
+
+def _unfit(name: str, pairs: Sequence[LowRankUpdate], how: Combination) -> Iterator[Problem]:
+    """Why the factors of one tensor do not go together."""
+    ranks = [pair.rank for pair in pairs]
+    if len({pair.adapter for pair in pairs}) < len(pairs):
+        what = f"{how.method} cannot combine what one adapter trained of both tied ends"
+        yield Problem(what, f"tensor {name}", f"{_AS_SUM}, or leave --keep-tied out")
+    elif how.method in _SAME_RANKS and len(set(ranks)) > 1:
+        what = f"{how.method} needs factors of one rank, these have {ranks}"
+        yield Problem(what, f"tensor {name}", "Use cat or svd, or a method with _svd behind it")
 
 
 def _words(how: Combination, adapters: int) -> str:

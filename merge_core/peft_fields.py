@@ -27,11 +27,14 @@ READ_FIELDS = frozenset(
         "ensure_weight_tying",
         "layer_replication",
         "init_lora_weights",
+        "target_parameters",
+        "use_bdlora",
+        "peft_version",
     }
 )
 """Fields that decide what a LoRA merge computes; ``adapter_config`` reads each of them."""
 
-TOKEN_FIELDS = frozenset({"peft_type", "token_indices"})
+TOKEN_FIELDS = frozenset({"peft_type", "token_indices", "peft_version"})
 """Fields that decide it for TRAINABLE_TOKENS."""
 
 INERT_FIELDS = frozenset(
@@ -39,7 +42,6 @@ INERT_FIELDS = frozenset(
         # Where the adapter came from.
         "task_type",
         "auto_mapping",
-        "peft_version",
         "base_model_name_or_path",
         "revision",
         "inference_mode",
@@ -67,8 +69,6 @@ INERT_FIELDS = frozenset(
 
 FEATURE_FIELDS = MappingProxyType(
     {
-        "target_parameters": "LoRA on parameters (target_parameters)",
-        "use_bdlora": "BD-LoRA",
         "kasa_config": "KaSA",
         "alora_invocation_tokens": "aLoRA",
         "arrow_config": "Arrow",
@@ -79,7 +79,6 @@ FEATURE_FIELDS = MappingProxyType(
 
 FEATURE_KEYS = (
     (re.compile(r"\.lora_diag\Z"), "KaSA"),
-    (re.compile(r"\.base_layer\.lora_[AB]\.weight\Z"), "LoRA on parameters (target_parameters)"),
     (re.compile(r"\.lora_E\Z|\.ranknum\Z"), "AdaLoRA"),
 )
 """Kinds of keys that are not merged yet."""

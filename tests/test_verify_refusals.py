@@ -48,9 +48,9 @@ REFUSED = {
     "peft_type": "LOHA",
     "modules_to_save": "lm_head",
     "trainable_token_indices": [-1],
-    "target_parameters": ["mlp.experts.gate_up_proj"],
+    "target_parameters": "mlp.experts.gate_up_proj",
     "init_lora_weights": "pissa",
-    "use_bdlora": {"nblocks": 2},
+    "use_bdlora": {"nblocks": 2, "taper": 1},
     "kasa_config": {"beta": 1},
     "alora_invocation_tokens": [1],
     "use_qalora": True,
@@ -79,7 +79,7 @@ def test_features_that_cannot_be_checked_are_named(field: str, tmp_path: Path) -
     "key",
     [
         f"base_model.model.{Q}.lora_diag",
-        f"base_model.model.{Q}.base_layer.lora_A.weight",
+        f"base_model.model.{Q}.base_layer.lora_B.bias",
         f"base_model.model.{Q}.lora_A.default.weight",
         f"base_model.model.{Q}.lora_A.bias",
         f"{Q}.lora_A.weight",
@@ -96,13 +96,13 @@ def test_tensors_that_cannot_be_checked_are_named(key: str, tmp_path: Path) -> N
 
 
 def test_everything_is_refused_at_once(tmp_path: Path) -> None:
-    path = write_adapter(tmp_path / "a", {Q: 8}, use_qalora=True, use_bdlora={"nblocks": 2})
+    path = write_adapter(tmp_path / "a", {Q: 8}, use_qalora=True, use_bdlora={"taper": 1})
 
     with pytest.raises(InputError) as caught:
         adapter_recipe(path, 1.0, BASE, "qwen2")
 
     assert sorted(p.what for p in caught.value.problems) == [
-        "cannot check use_bdlora = {'nblocks': 2}",
+        "cannot check use_bdlora = {'taper': 1}",
         "cannot check use_qalora = True",
     ]
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from merge_core.updates.combined import CombinedUpdate
 from merge_core.updates.dora import DoraUpdate
+from merge_core.updates.factor import Factor
 from merge_core.updates.low_rank import LowRankUpdate
 from merge_core.updates.rows import RowsUpdate
 from merge_core.updates.shift import ShiftUpdate
+from merge_core.updates.stacked import StackedUpdate
 
-SingleUpdate = LowRankUpdate | ShiftUpdate | DoraUpdate | RowsUpdate
+SingleUpdate = LowRankUpdate | StackedUpdate | ShiftUpdate | DoraUpdate | RowsUpdate
 """Of one adapter."""
 
 Update = SingleUpdate | CombinedUpdate
@@ -20,9 +22,11 @@ Update = SingleUpdate | CombinedUpdate
 __all__ = [
     "CombinedUpdate",
     "DoraUpdate",
+    "Factor",
     "LowRankUpdate",
     "RowsUpdate",
     "ShiftUpdate",
     "SingleUpdate",
+    "StackedUpdate",
     "Update",
 ]

@@ -90,17 +90,14 @@ class CombinedUpdate:
         """What it reads of the adapters."""
         return tuple(tensor for part in self.parts for tensor in part.tensors)
 
-    def scratch_elements(self, matrix: tuple[int, int]) -> int:
-        """Elements in float32 that loading needs at once.
-
-        Args:
-            matrix: rows and width of the base tensor.
-        """
-        factors = sum(math.prod(tensor.shape) for tensor in self.tensors)
+    @property
+    def elements(self) -> int:
+        """What it holds on the device while it is loaded, in float32."""
+        factors = sum(part.elements for part in self.parts)
         if self.how.truncates and self.how.method != "svd":
             # every delta and its mask, all of them stacked and weighted, and LAPACK's copies
-            return (3 * len(self.parts) + 6) * math.prod(matrix)
-        return 6 * factors  # stacked, weighted and masked, or in float64
+            return factors + (3 * len(self.parts) + 6) * math.prod(self.parts[0].shape)
+        return 7 * factors  # as they are, stacked, weighted and masked, or in float64
 
     def load(self, inputs: Loading) -> LoadedLowRank:
         """The combined factors, on the device.

@@ -12,7 +12,7 @@ from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.verify.adapter_fields import REMEDY, read_fields
 from merge_core.verify.header import TensorEntry
 from merge_core.verify.ledger import Row
-from merge_core.verify.recipe import Recipe, Update, adapter_recipe
+from merge_core.verify.recipe import Recipe, adapter_recipe
 from merge_core.verify.replicated import config_of_copies, ranges_of, with_copies
 from merge_core.verify.report import Finding, at
 from merge_core.verify.rounding import FLOATS
@@ -20,6 +20,7 @@ from merge_core.verify.same_values import same_values
 from merge_core.verify.strict_json import MalformedError, parse_object
 from merge_core.verify.structure import RECORD, Structure
 from merge_core.verify.tied import HEAD, Wanted, settle, tied_embeddings
+from merge_core.verify.updates import Update
 from merge_core.verify.weights import BaseTensor, open_base
 
 WeightedAdapter = tuple[Path, float]
