@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,7 @@ from typing import Literal
 from actors.identity import Identity, identify
 from actors.libraries import Library, find_libraries
 from merge_core.memory import free_host_memory
-from merge_core.nvidia import Gpu, GpuProcess, list_gpus, processes_on
+from merge_core.nvidia import Gpu, GpuProcess, gpu_processes, list_gpus
 from merge_core.reachable import InputSight, leave_token, look_at_input
 
 
@@ -66,9 +66,9 @@ class Silence:
     """Stands for an answer that did not come."""
 
     reason: str
-    kind: Literal["late", "raised", "died"]
-    """Late: it may still come. Raised: by the code there, mostly because that is not ours.
-    Died: the process or its node."""
+    kind: Literal["late", "waiting", "raised", "died"]
+    """Late: it may still come. Waiting: for a GPU that somebody else took first. Raised: by the code
+    there, mostly because that is not ours. Died: the process or its node."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,7 @@ class Examiner:
             identity=identify(),
             libraries=find_libraries(),
             memory=free_host_memory(),
-            gpus=tuple(_look_at_gpu(gpu) for gpu in list_gpus()),
+            gpus=tuple(_look_at_gpus()),
             view=self.view_devices(),
         )
 
@@ -148,6 +148,9 @@ def examine_here(inputs: Sequence[Path], trial: Path | None) -> ExaminedNode:
     )
 
 
-def _look_at_gpu(gpu: Gpu) -> GpuSight:
-    others = (process for process in processes_on(gpu.uuid) if process.pid != os.getpid())
-    return GpuSight(gpu=gpu, processes=tuple(others))
+def _look_at_gpus() -> Iterator[GpuSight]:
+    gpus = list_gpus()
+    processes = gpu_processes() if gpus else {}
+    for gpu in gpus:
+        others = (one for one in processes.get(gpu.uuid, ()) if one.pid != os.getpid())
+        yield GpuSight(gpu=gpu, processes=tuple(others))

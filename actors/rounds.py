@@ -78,11 +78,32 @@ def _with_views(
     free = ray._private.state.available_resources_per_node()  # noqa: SLF001 - no public way
     numbers = {node: int(free.get(node, {}).get("GPU", 0)) for node in nodes}
     places = [node for node, number in numbers.items() for _ in range(number)]
-    with _examiners(places, num_gpus=1) as examiners:
-        said = _ask(examiners, "view_devices", seconds)
+    said = view_gpus(places, seconds)
     for node, one in nodes.items():
         views = tuple(view for place, view in zip(places, said, strict=True) if place == node)
         yield node, replace(one, taken=one.ray_gpus - numbers[node], views=views)
+
+
+def view_gpus(places: Sequence[str], seconds: float) -> list[Any]:
+    """What a worker on each of these nodes sees that was given a GPU; a Silence where none came up.
+
+    Args:
+        places: by Ray's ids, which may name a node several times.
+        seconds: that all of them may take.
+    """
+    taken = Silence(reason="it was taken meanwhile", kind="waiting")
+    with _examiners(places, num_gpus=1) as examiners:
+        said = _ask(examiners, "view_devices", seconds)
+        return [
+            taken if isinstance(view, Silence) and _is_waiting(examiner) else view
+            for examiner, view in zip(examiners, said, strict=True)
+        ]
+
+
+def _is_waiting(examiner: Any) -> bool:
+    """Whether Ray has not placed it yet."""
+    found = ray._private.state.actors(examiner._actor_id.hex())  # noqa: SLF001 - no public way
+    return found.get("State") == "PENDING_CREATION"
 
 
 @contextlib.contextmanager

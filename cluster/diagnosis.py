@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 from actors.examiner import DeviceView, Examination, ExaminedNode, GpuSight, PathSight, Silence
 from actors.identity import SAME_CODE
 from cluster.doctor import Checkup
-from cluster.pools import EligiblePool, cpu_pool, gpu_pool
+from cluster.pools import EligiblePool, cpu_pool, gpu_pool, unmeasured_gpu_pool
 from merge_core.errors import counted, some_of
 from merge_core.plan import MergePlan
 
 NOT_FOR_MERGING = frozenset({"transformers", "peft", "safetensors", "huggingface_hub"})
 """Libraries without which merge and verify do their work, up to ``--level load``. raymeld reads
 and writes adapters and checkpoints itself, so that an old PEFT costs the demo, not a merge."""
+
+_OF_RAY = "ray::"
+"""Ray calls the processes of its workers so, and so does nvidia-smi."""
 
 _SAME_PLACE = "Mount one file system at this path on every node"
 
@@ -74,9 +77,18 @@ def diagnose(checkup: Checkup) -> Diagnosis:
     return book.close()
 
 
-def visible_gpus(found: Examination) -> list[GpuSight]:
-    """The GPUs of a machine that Ray, or without it this process, was given."""
+def visible_gpus(node: ExaminedNode, found: Examination) -> list[GpuSight]:
+    """The GPUs of a machine that Ray, or without it this process, was given as a whole."""
+    if in_slices(node, found):
+        return []
+    if node.ray_gpus and found.view.visible == "":  # Ray may hide all from who was given none
+        return list(found.gpus)
     return [sight for sight in found.gpus if sight.gpu.is_visible(found.view.visible)]
+
+
+def in_slices(node: ExaminedNode, found: Examination) -> bool:
+    """Whether it was given slices of GPUs (MIG); nothing tells of which ones."""
+    return any("MIG-" in (view.visible or "") for view in (found.view, *_views(node)))
 
 
 def room_on_gpu(plan: MergePlan, found: Examination, sight: GpuSight) -> EligiblePool:
@@ -126,8 +138,8 @@ def _judge_devices(
     checkup: Checkup,
     book: _Notebook,
 ) -> None:
-    visible, hidden = visible_gpus(found), len(found.gpus) - len(visible_gpus(found))
-    if hidden:
+    visible, slices = visible_gpus(node, found), in_slices(node, found)
+    if hidden := 0 if slices else len(found.gpus) - len(visible):
         what = f"CUDA_VISIBLE_DEVICES={found.view.visible} hides {counted(hidden, 'GPU')}"
         book.note(node.name, what, "Nothing is merged on these")
     for view in node.views:
@@ -141,12 +153,21 @@ def _judge_devices(
     if not checkup.on_ray and visible and found.view.loads and found.view.device is None:
         what = f"torch cannot use its {counted(len(visible), 'GPU')}: {found.view.trouble}"
         book.note(node.name, what, "A merge here runs on the CPU; GPUs need a torch with CUDA")
-    seen = [found.view, *(view for view in node.views if isinstance(view, DeviceView))]
-    if not found.gpus and any(view.device for view in seen):
-        book.note(node.name, "nvidia-smi is not there", "How full its GPUs are is not known")
+    if slices:
+        book.note(node.name, "its workers get slices of GPUs (MIG)", "How full they are is not known")
+    elif not found.gpus and any(view.device for view in (found.view, *_views(node))):
+        book.note(node.name, "nvidia-smi tells nothing", "How full its GPUs are is not known")
+
+
+def _views(node: ExaminedNode) -> list[DeviceView]:
+    """Of workers that were given a GPU."""
+    return [view for view in node.views if isinstance(view, DeviceView)]
 
 
 def _judge_gpu_worker(node: ExaminedNode, view: DeviceView | Silence, book: _Notebook) -> None:
+    if isinstance(view, Silence) and view.kind == "waiting":
+        book.note(node.name, f"a GPU was not looked at: {view.reason}", "A merge waits for it")
+        return
     if isinstance(view, Silence):
         what, remedy = f"a worker with a GPU did not come up: {view.reason}", "See Ray's logs there"
         book.problem(node.name, what, remedy)
@@ -166,16 +187,26 @@ def _judge_room(node: ExaminedNode, found: Examination, checkup: Checkup, book: 
     plan = checkup.plan
     if plan is None:
         return
-    if node.ray_gpus if checkup.on_ray else found.view.device is not None:
-        remedy = "Stop what else runs there, or start Ray with a CUDA_VISIBLE_DEVICES without it"
-        for sight in visible_gpus(found):
-            room = room_on_gpu(plan, found, sight)
-            if not room.eligible:
-                book.problem(f"{node.name}, GPU {sight.gpu.index}", room.reason, remedy)
-    elif node.ray_cpus or not checkup.on_ray:
-        room = cpu_pool(plan, found.memory)
+    on_gpus = node.ray_gpus > 0 if checkup.on_ray else found.view.device is not None
+    gpus = visible_gpus(node, found) if on_gpus else []
+    for sight in gpus:
+        _judge_gpu(node, sight, room_on_gpu(plan, found, sight), book)
+    if not gpus and (on_gpus or node.ray_cpus or not checkup.on_ray):
+        room = (unmeasured_gpu_pool if on_gpus else cpu_pool)(plan, found.memory)
         if not room.eligible:
             book.problem(node.name, room.reason, "Stop what else runs there, or take more memory")
+
+
+def _judge_gpu(node: ExaminedNode, sight: GpuSight, room: EligiblePool, book: _Notebook) -> None:
+    if room.eligible:
+        return
+    place = f"{node.name}, GPU {sight.gpu.index}"
+    actors = [process for process in sight.processes if process.name.startswith(_OF_RAY)]
+    if node.taken and actors and len(actors) == len(sight.processes):
+        book.note(place, room.reason, "Ray hands it out when these actors have ended")
+    else:
+        remedy = "Stop what else runs there, or start Ray with a CUDA_VISIBLE_DEVICES without it"
+        book.problem(place, room.reason, remedy)
 
 
 def _judge_inputs(checkup: Checkup, book: _Notebook) -> None:

@@ -44,6 +44,7 @@ CONFIG = FileSight(
 BASE = InputSight(path=Path("/m/base"), files=(CONFIG,), error=None)
 LOOKED = PathSight(inputs=(BASE,), refusal=None)
 LATE = Silence(reason="no answer within 9 s", kind="late")
+TAKEN = Silence(reason="it was taken meanwhile", kind="waiting")
 OUT = Destination(out=Path("/m/out"), place=Path("/m"), free=10**12)
 
 
@@ -170,7 +171,19 @@ def test_what_is_wrong_with_a_node_is_a_problem(changes: dict[str, Any], said: s
         ),
         (
             {"ray_gpus": 1, "views": (GPU,)},
-            "n1: nvidia-smi is not there. How full its GPUs are is not known",
+            "n1: nvidia-smi tells nothing. How full its GPUs are is not known",
+        ),
+        (
+            {"ray_gpus": 1, "gpus": (FREE,), "views": (TAKEN,)},
+            "n1: a GPU was not looked at: it was taken meanwhile. A merge waits for it",
+        ),
+        (
+            {"ray_gpus": 7, "gpus": (FULL,), "view": replace(CPU, visible="MIG-1,MIG-2")},
+            "n1: its workers get slices of GPUs (MIG). How full they are is not known",
+        ),
+        (
+            {"ray_gpus": 7, "gpus": (FULL,), "views": (replace(GPU, visible="MIG-1"),)},
+            "n1: its workers get slices of GPUs (MIG). How full they are is not known",
         ),
     ],
 )
@@ -214,6 +227,49 @@ def test_a_gpu_that_ray_hands_out_and_that_is_too_full_is_a_problem(small: Merge
     hidden = replace(CPU, visible="1")  # nothing is merged on a GPU that Ray was not given
     found = checkup(node(ray_gpus=1, gpus=(full, FREE), views=(GPU,), view=hidden), plan=small)
     assert diagnose(found).problems == ()
+
+
+def test_a_gpu_that_is_full_of_other_actors_is_a_note_while_ray_does_not_hand_it_out(
+    small: MergePlan,
+) -> None:
+    actor = GpuProcess(pid=4711, name="ray::Learner.learn", used=80 << 30)
+    full = replace(FULL, processes=(actor,))
+    taken = node(ray_gpus=2, taken=1, gpus=(full, FREE), views=(GPU,))
+
+    problems, (_, note) = told(diagnose(checkup(taken, plan=small)))
+    assert problems == []
+    assert note.startswith("n1, GPU 0: one lane needs 2 MB of memory and 2 MB of VRAM")
+    assert note.endswith("(process 4711). Ray hands it out when these actors have ended")
+    both = replace(full, processes=(actor, replace(actor, name="python3")))
+    for other in (replace(taken, taken=0), with_gpus(taken, both, FREE)):
+        (problem,), _ = told(diagnose(checkup(other, plan=small)))
+        assert problem.startswith("n1, GPU 0: one lane needs")
+
+
+def with_gpus(one: ExaminedNode, *gpus: GpuSight) -> ExaminedNode:
+    assert isinstance(one.examination, Examination)
+    return replace(one, examination=replace(one.examination, gpus=gpus))
+
+
+def test_where_ray_hides_all_gpus_from_who_was_given_none_they_count_as_handed_out(
+    small: MergePlan,
+) -> None:
+    gpus = node(ray_gpus=2, gpus=(FULL, FREE), view=replace(CPU, visible=""))
+
+    (problem,), notes = told(diagnose(checkup(gpus, plan=small)))
+    assert problem.startswith("n1, GPU 0: one lane needs")
+    assert notes == []
+
+
+@pytest.mark.parametrize("changes", [{}, {"gpus": (FULL,), "view": replace(CPU, visible="MIG-1")}])
+def test_where_nothing_tells_how_full_gpus_are_the_memory_of_the_machine_is_judged(
+    small: MergePlan, changes: dict[str, Any]
+) -> None:
+    poor = node(ray_gpus=1, views=(GPU,), memory=10**6, **changes)
+
+    (problem,), (note,) = told(diagnose(checkup(poor, plan=small)))
+    assert problem.startswith("n1: one lane needs 2 MB of memory, found free: 1 MB of memory. Stop")
+    assert note.endswith("is not known")
 
 
 def test_too_little_memory_is_a_problem_where_the_cpu_would_merge(small: MergePlan) -> None:
@@ -277,6 +333,11 @@ def test_the_report_has_a_row_a_node_and_the_problems_at_the_end(small: MergePla
     assert "gpu-1 0 H100 0.00 MB too full" in rows
     assert rows[-1] == "result 4 problems to solve"
     assert max(map(len, lines)) > 80  # no terminal: lines are not broken
+    sliced = node(ray_gpus=7, gpus=(FULL,), view=replace(CPU, visible="MIG-1"))
+    found = checkup(sliced, plan=small)
+    rows = [" ".join(line.split()) for line in report_lines(found, diagnose(found))]
+    assert "n1 0 H100 0.00 MB in slices" in rows
+    assert report_document(found, diagnose(found))["nodes"][0]["gpus"][0]["hidden"] is False
 
 
 def test_the_document_is_json_whatever_was_found(small: MergePlan) -> None:

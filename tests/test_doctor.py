@@ -24,7 +24,7 @@ PATIENCE = 60.0
 TOOL = """#!/bin/sh
 case "$*" in
 *--query-gpu=*) echo '0, GPU-1, 1, NVIDIA H100'; echo '1, GPU-2, 81037, NVIDIA H100';;
-*--id=GPU-1*) echo '4711, 80000, /usr/bin/python3';;
+*--query-compute-apps=*) echo 'GPU-1, 4711, 80000, /usr/bin/python3';;
 esac
 """
 """Stands in for nvidia-smi: of two GPUs the first is full."""
