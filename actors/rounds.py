@@ -19,7 +19,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.draining import draining_nodes
-from actors.examiner import ExaminedNode, Examiner, Silence
+from actors.examiner import Examination, ExaminedNode, Examiner, Silence
+from actors.identity import Identity, identify, signer, unsigned
 from actors.ray_errors import cause_of, first_line
 from merge_core.reachable import token_arrived
 
@@ -35,11 +36,11 @@ def examine_nodes(inputs: Sequence[Path], trial: Path | None, seconds: float) ->
     nodes = _live_nodes()
     staying = [node for node, one in nodes.items() if one.leaves_in is None]
     with _examiners(staying) as examiners:
-        said = _ask(examiners, "examine", seconds)
-        up = {}
+        said, driver, up = _ask(examiners, "examine", seconds), identify(), {}
         for node, examiner, answer in zip(staying, examiners, said, strict=True):
-            nodes[node] = replace(nodes[node], examination=answer)
-            if not isinstance(answer, Silence):
+            found = read_examination(answer, driver)
+            nodes[node] = replace(nodes[node], examination=found)
+            if isinstance(found, Examination):
                 up[node] = examiner
         if inputs or trial is not None:
             said = _ask(list(up.values()), "look", seconds, inputs, trial)
@@ -49,6 +50,19 @@ def examine_nodes(inputs: Sequence[Path], trial: Path | None, seconds: float) ->
     for node, one in _with_views({node: nodes[node] for node in up}, seconds):
         nodes[node] = one
     return sorted(nodes.values(), key=lambda one: one.name)
+
+
+def read_examination(answer: Any, driver: Identity) -> Examination | Identity | Silence:
+    """What an examiner answered, as far as ``driver`` can read it: where the code is another, who
+    answered is all that it understands.
+    """
+    if isinstance(answer, Silence):
+        return answer
+    identity = signer(answer)
+    if identity.code_difference(driver):
+        return identity
+    found: Examination = unsigned(answer)
+    return found
 
 
 def _live_nodes() -> dict[str, ExaminedNode]:
@@ -103,7 +117,7 @@ def view_gpus(places: Sequence[str], seconds: float) -> list[Any]:
 def _is_waiting(examiner: Any) -> bool:
     """Whether Ray has not placed it yet."""
     found = ray._private.state.actors(examiner._actor_id.hex())  # noqa: SLF001 - no public way
-    return found.get("State") == "PENDING_CREATION"
+    return bool(found.get("State") == "PENDING_CREATION")
 
 
 @contextlib.contextmanager

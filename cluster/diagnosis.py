@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from actors.examiner import DeviceView, Examination, ExaminedNode, GpuSight, PathSight, Silence
-from actors.identity import SAME_CODE
+from actors.identity import SAME_CODE, Identity
 from cluster.doctor import Checkup
 from cluster.pools import EligiblePool, cpu_pool, gpu_pool, unmeasured_gpu_pool
+from merge_core.adapter import CONFIG as ADAPTER_CONFIG
+from merge_core.checkpoint import CONFIG
 from merge_core.errors import counted, some_of
 from merge_core.plan import MergePlan
+from merge_core.reachable import InputSight
 
 NOT_FOR_MERGING = frozenset({"transformers", "peft", "safetensors", "huggingface_hub"})
 """Libraries without which merge and verify do their work, up to ``--level load``. raymeld reads
@@ -64,7 +67,7 @@ def diagnose(checkup: Checkup) -> Diagnosis:
     """Judge what was found."""
     book = _Notebook()
     for node in checkup.nodes:
-        _judge_answers(node, book)
+        _judge_answers(node, checkup.driver, book)
         if isinstance(node.examination, Examination):
             _judge_software(node.name, node.examination, checkup, book)
             _judge_devices(node, node.examination, checkup, book)
@@ -96,10 +99,12 @@ def room_on_gpu(plan: MergePlan, found: Examination, sight: GpuSight) -> Eligibl
     return gpu_pool(plan, found.memory, sight.gpu, sight.processes)
 
 
-def _judge_answers(node: ExaminedNode, book: _Notebook) -> None:
+def _judge_answers(node: ExaminedNode, driver: Identity, book: _Notebook) -> None:
     if node.leaves_in is not None:
         book.note(node.name, "is about to leave the cluster", "It was not examined")
     match node.examination:
+        case Identity() as stranger:
+            book.problem(node.name, stranger.difference(driver) or "has other code", SAME_CODE)
         case Silence(kind="late", reason=reason):
             remedy = "See Ray's logs there; give it longer with --timeout, or take the node away"
             book.problem(node.name, f"no examiner came up: {reason}", remedy)
@@ -118,6 +123,9 @@ def _judge_software(name: str, found: Examination, checkup: Checkup, book: _Note
     difference = found.identity.difference(checkup.driver)
     if difference:
         book.problem(name, difference, SAME_CODE)
+    if not found.libraries:
+        remedy = "What raymeld depends on was not checked"
+        book.note(name, "runs raymeld from a checkout, without its metadata", remedy)
     for library in found.libraries:
         if library.fits:
             continue
@@ -154,7 +162,9 @@ def _judge_devices(
         what = f"torch cannot use its {counted(len(visible), 'GPU')}: {found.view.trouble}"
         book.note(node.name, what, "A merge here runs on the CPU; GPUs need a torch with CUDA")
     if slices:
-        book.note(node.name, "its workers get slices of GPUs (MIG)", "How full they are is not known")
+        book.note(
+            node.name, "its workers get slices of GPUs (MIG)", "How full they are is not known"
+        )
     elif not found.gpus and any(view.device for view in (found.view, *_views(node))):
         book.note(node.name, "nvidia-smi tells nothing", "How full its GPUs are is not known")
 
@@ -210,19 +220,32 @@ def _judge_gpu(node: ExaminedNode, sight: GpuSight, room: EligiblePool, book: _N
 
 
 def _judge_inputs(checkup: Checkup, book: _Notebook) -> None:
-    remedy = "Check the path and its permissions"
-    if checkup.on_ray:
-        remedy = f"{_SAME_PLACE}, or copy it there with its times (rsync -a)"
+    remedy = _SAME_PLACE if checkup.on_ray else "Check the path and its permissions"
+    unplanned = checkup.plan is None and not checkup.refusals  # which would say it better
     for number, driver in enumerate(checkup.inputs):
-        named = f"{'ADAPTER' if number else 'BASE'} {driver.path}"
+        kind, config = ("ADAPTER", ADAPTER_CONFIG) if number else ("BASE", CONFIG)
+        named = f"{kind} {driver.path}"
         sights = {node.name: paths.inputs[number] for node, paths in _looked(checkup)}
         if checkup.on_ray:
             sights = {"the driver": driver, **sights}
         for name, sight in sights.items():
             if sight.error:
                 book.problem(name, f"{named} cannot be read: {sight.error}", remedy)
-            elif not driver.error and (difference := sight.difference(driver)):
-                book.problem(name, f"{named} {difference}", remedy)
+            elif unplanned and sight.lacks(config) and driver.lacks(config):
+                book.problem(name, f"{named} has no {config}", remedy)
+            elif not driver.error:
+                _compare(name, named, sight, driver, book)
+
+
+def _compare(
+    place: str, named: str, sight: InputSight, driver: InputSight, book: _Notebook
+) -> None:
+    """An input with what the driver sees under its path."""
+    if difference := sight.difference(driver):
+        remedy = f"{_SAME_PLACE}, or copy it there with its times (rsync -a)"
+        book.problem(place, f"{named} {difference}", remedy)
+    elif difference := sight.side_difference(driver):
+        book.note(place, f"{named} {difference}", "No worker reads such files")
 
 
 def _judge_destination(checkup: Checkup, book: _Notebook) -> None:
@@ -250,6 +273,8 @@ def _note_the_rest(checkup: Checkup, book: _Notebook) -> None:
     if checkup.on_ray and not any(node.ray_cpus or node.ray_gpus for node in checkup.nodes):
         remedy = "Those that an autoscaler starts can be examined once they are up"
         book.note(where, "no node has a CPU or a GPU for workers", remedy)
+    for problem in checkup.notes:
+        book.note(problem.where, problem.what, problem.remedy)
     for note in checkup.plan.notes if checkup.plan is not None else ():
         book.note("plan", note)
 

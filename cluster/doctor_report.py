@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.examiner import DeviceView, Examination, ExaminedNode, PathSight, Silence
+from actors.identity import Identity
 from actors.libraries import Library
 from cluster.console import gb
 from cluster.diagnosis import Diagnosis, Finding, in_slices, room_on_gpu, visible_gpus
@@ -89,7 +90,8 @@ def _node_table(checkup: Checkup) -> Table:
         found = node.examination
         cells = [node.name]
         if not isinstance(found, Examination):
-            _add(table, [node.name, "leaves" if found is None else "silent"])
+            state = "other" if isinstance(found, Identity) else "silent"
+            _add(table, [node.name, "leaves" if found is None else state])
             continue
         if checkup.on_ray:
             code = "other" if found.identity.difference(checkup.driver) else "same"
@@ -218,7 +220,10 @@ def _node(node: ExaminedNode, checkup: Checkup) -> dict[str, Any]:
         "gpu_workers": [dataclasses.asdict(view) for view in node.views],
         "silence": next((one.reason for one in (found, paths) if isinstance(one, Silence)), None),
     }
+    if isinstance(found, Identity):
+        document |= _who(found, checkup.driver)
     if isinstance(found, Examination):
+        document |= _who(found.identity, checkup.driver)
         document |= _found(node, found, checkup)
     if isinstance(paths, PathSight):
         pairs = zip(paths.inputs, checkup.inputs, strict=True)
@@ -227,11 +232,13 @@ def _node(node: ExaminedNode, checkup: Checkup) -> dict[str, Any]:
     return document
 
 
+def _who(identity: Identity, driver: Identity) -> dict[str, Any]:
+    return {"identity": dataclasses.asdict(identity), "difference": identity.difference(driver)}
+
+
 def _found(node: ExaminedNode, found: Examination, checkup: Checkup) -> dict[str, Any]:
     plan = checkup.plan
     return {
-        "identity": dataclasses.asdict(found.identity),
-        "difference": found.identity.difference(checkup.driver),
         "libraries": _versions(found.libraries),
         "memory": found.memory,
         "lanes": cpu_pool(plan, found.memory).lanes if plan else None,

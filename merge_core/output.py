@@ -25,6 +25,7 @@ from merge_core import __version__
 from merge_core.checkpoint import CONFIG, INDEX, TEMPLATES
 from merge_core.errors import InputError, Problem, StorageError, refuse
 from merge_core.json_text import parse_object
+from merge_core.lease import live_holder
 from merge_core.plan import MergePlan
 from merge_core.storage import replaced, reported, sync_directory, write_durably
 from merge_core.verify import LEVELS
@@ -64,18 +65,50 @@ def check_location(out: Path, base: Path, adapters: tuple[Path, ...]) -> list[Pr
 
 
 def check_destination(out: Path, plan: MergePlan) -> None:
-    """What ``merge`` would say of OUT before it begins, as far as headers tell.
+    """What ``merge`` would say of OUT before it begins, as far as headers tell: what it says of an
+    earlier merge there depends on the adapters' content, see ``notes_on``.
 
     Raises:
-        InputError: OUT lies in what is read, or holds something else.
-        StorageError: the disk is too small.
+        InputError: OUT lies in what is read, or holds what is not ours.
+        StorageError: the disk is too small, or OUT may not be looked at.
     """
     problems = check_location(out, plan.base, tuple(a.path for a in plan.adapters))
-    if not problems and not _is_new(out) and _read_plan(out) is None:
-        problems.append(_not_ours(out))
     if problems:
         raise InputError(problems)
+    check_ownership(out)
     check_space(out, plan, freed=_written(out))
+
+
+def check_ownership(out: Path) -> None:
+    """Make sure that a merge finds nothing in OUT, or an earlier merge.
+
+    Raises:
+        InputError: it holds something else.
+        StorageError: it may not be looked at.
+    """
+    with reported(out):
+        if not _is_new(out) and _read_plan(out) is None:
+            raise InputError([_not_ours(out)])
+
+
+def notes_on(out: Path) -> list[Problem]:
+    """What lies in OUT, and stands against every merge but one.
+
+    Raises:
+        StorageError: it may not be looked at.
+    """
+    notes, earlier = [], _read_plan(out)
+    if earlier is not None:
+        plan, finished = f"plan {earlier['fingerprint'][:12]}", (out / CONFIG).exists()
+        what = f"holds {'a finished' if finished else 'an unfinished'} merge, of {plan}"
+        same = "finds that it is done" if finished else "goes on with it"
+        remedy = f"The same merge {same}; any other is refused without --overwrite"
+        notes.append(Problem(what, str(out), remedy))
+    holder = live_holder(out)
+    if holder is not None:
+        remedy = "Wait for it (raymeld status shows it) or stop it: no other may begin before"
+        notes.append(Problem(f"{holder} is merging into it", str(out), remedy))
+    return notes
 
 
 def is_finished(out: Path, plan: MergePlan) -> bool:

@@ -100,9 +100,14 @@ def test_who_takes_a_full_gpu_is_named(small: MergePlan, tool: Path) -> None:
 def test_one_question_tells_of_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver that hangs costs its timeout once, and not once a GPU."""
     asked: list[tuple[str, ...]] = []
-    monkeypatch.setattr(nvidia, "_ask", lambda *query, columns: asked.append(query) or [])
+
+    def ask(*query: str, columns: int) -> list[list[str]]:
+        asked.append(query)
+        return [["GPU-7", "4711", "1", "python3"]] * (columns == 4)
+
+    monkeypatch.setattr(nvidia, "_ask", ask)
     gpus = [Gpu(index=str(n), uuid=f"GPU-{n}", name="H100", free=1) for n in range(8)]
     monkeypatch.setattr(examiner, "list_gpus", lambda: gpus)
 
-    assert len(list(examiner._look_at_gpus())) == 8
-    assert len(asked) == 1
+    *others, last = examiner._look_at_gpus()
+    assert (len(others), len(last.processes), len(asked)) == (7, 1, 1)
