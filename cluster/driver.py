@@ -11,6 +11,7 @@ from pathlib import Path
 
 from actors.identity import identify
 from actors.kept_collector import KeptCollector
+from actors.metrics import driver_id
 from actors.pool import Pool, node_resources
 from cluster.checking import verify_on_ray
 from cluster.loop import Loop
@@ -52,6 +53,8 @@ def merge_on_ray(
     check_usable(target, plan, overwrite=overwrite)
     say("starting Ray" if options.address == LOCAL else f"connecting to {options.address}")
     with session(options.address, use_gpus=options.device != "cpu"):
+        if options.address != LOCAL:
+            say(f"its metrics are those of driver {driver_id()}")
         fleet = size_fleet(options, node_resources(), len(plan.shards), plan.pinned)
         with claim(plan, target, overwrite=overwrite, say=say) as run:
             if run is None:  # somebody else has finished it in between
