@@ -170,7 +170,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
         from cluster import console
         from cluster.estimate import Machines, estimate
         from cluster.pools import find_pools
-        from merge_core.output import check_destination, notes_on
+        from merge_core.destination import check_destination, notes_on
 
         counts = node_counts(nodes)
         machines = Machines(

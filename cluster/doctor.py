@@ -18,8 +18,8 @@ from actors.identity import Identity, identify
 from actors.libraries import Library, find_libraries
 from cluster.session import session
 from merge_core.adapter import parse_adapter
+from merge_core.destination import check_destination, check_ownership, notes_on
 from merge_core.errors import InputError, Problem, StorageError
-from merge_core.output import check_destination, check_ownership, notes_on
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.reachable import InputSight, look_at_input, nearest_directory, trial_directory
