@@ -8,7 +8,8 @@ from pathlib import Path
 
 import ray
 
-from actors.greeting import Greeting, greet
+from actors.greeting import greet
+from actors.identity import Signed
 from merge_core.memory import Memory, free_host_memory
 from merge_core.verify import FileCheck, FileResult, check_file
 
@@ -22,8 +23,8 @@ class Checker:
         self._device, self._name = device, name
         self._doing, self._done, self._size = "starting", 0, 0
 
-    def hello(self) -> Greeting:
-        """Who this is, and what it found."""
+    def hello(self) -> Signed:
+        """Who this is, and what it found: a ``Greeting``."""
         self._begin("idle", 0)
         found = Memory(host=free_host_memory(), device=None)
         return greet(self._device, found, "reads files back")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from actors.identity import Identity, identify
+from actors.identity import Identity, Signed, identify, sign
 from actors.libraries import Library, find_libraries
 from merge_core.memory import free_host_memory
-from merge_core.nvidia import Gpu, GpuProcess, list_gpus, processes_on
+from merge_core.nvidia import Gpu, GpuProcess, gpu_processes, list_gpus
 from merge_core.reachable import InputSight, leave_token, look_at_input
 
 
@@ -66,9 +66,9 @@ class Silence:
     """Stands for an answer that did not come."""
 
     reason: str
-    kind: Literal["late", "raised", "died"]
-    """Late: it may still come. Raised: by the code there, mostly because that is not ours.
-    Died: the process or its node."""
+    kind: Literal["late", "waiting", "raised", "died"]
+    """Late: it may still come. Waiting: for a GPU that somebody else took first. Raised: by the
+    code there, mostly because that is not ours. Died: the process or its node."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +76,8 @@ class ExaminedNode:
     """All that the driver learned of one node."""
 
     name: str
-    examination: Examination | Silence | None = None
-    """None: it was not asked."""
+    examination: Examination | Identity | Silence | None = None
+    """An identity: of other code, so that nothing else was read. None: it was not asked."""
     paths: PathSight | Silence | None = None
     arrived: bool = True
     """Whether the driver sees what the node wrote beside OUT."""
@@ -102,15 +102,9 @@ class Examiner:
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def examine(self) -> Examination:
-        """The machine and its software. Imports torch; takes seconds."""
-        return Examination(
-            identity=identify(),
-            libraries=find_libraries(),
-            memory=free_host_memory(),
-            gpus=tuple(_look_at_gpu(gpu) for gpu in list_gpus()),
-            view=self.view_devices(),
-        )
+    def examine(self) -> Signed:
+        """The machine and its software: an ``Examination``. Imports torch; takes seconds."""
+        return sign(_examine())
 
     def look(self, inputs: Sequence[Path], trial: Path | None) -> PathSight:
         """The paths. An access to a file system whose server is gone does not return."""
@@ -121,33 +115,50 @@ class Examiner:
 
     def view_devices(self) -> DeviceView:
         """What torch sees in this process."""
-        device, trouble, loads = None, None, False
-        try:
-            import torch
-
-            loads = True
-            torch.cuda.init()  # type: ignore[no-untyped-call] # where ``is_available`` says only no, this says why
-            device = torch.cuda.get_device_name()
-        except Exception as error:  # noqa: BLE001 - a broken installation raises anything
-            trouble = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return DeviceView(
-            visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
-            device=device,
-            trouble=trouble,
-            loads=loads,
-        )
+        return _view_devices()
 
 
-def examine_here(inputs: Sequence[Path], trial: Path | None) -> ExaminedNode:
-    """This machine, in this process."""
-    examiner = Examiner("here")
+def examine_here(inputs: Sequence[InputSight], trial: Path | None) -> ExaminedNode:
+    """This machine, in this process, which has looked at its inputs already."""
+    refusal = leave_token(trial, "here") if trial is not None else None
     return ExaminedNode(
         name=socket.gethostname(),
-        examination=examiner.examine(),
-        paths=examiner.look(inputs, trial),
+        examination=_examine(),
+        paths=PathSight(inputs=tuple(inputs), refusal=refusal),
     )
 
 
-def _look_at_gpu(gpu: Gpu) -> GpuSight:
-    others = (process for process in processes_on(gpu.uuid) if process.pid != os.getpid())
-    return GpuSight(gpu=gpu, processes=tuple(others))
+def _examine() -> Examination:
+    return Examination(
+        identity=identify(),
+        libraries=find_libraries(),
+        memory=free_host_memory(),
+        gpus=tuple(_look_at_gpus()),
+        view=_view_devices(),
+    )
+
+
+def _view_devices() -> DeviceView:
+    device, trouble, loads = None, None, False
+    try:
+        import torch
+
+        loads = True
+        torch.cuda.init()  # type: ignore[no-untyped-call] # where ``is_available`` says only no, this says why
+        device = torch.cuda.get_device_name()
+    except Exception as error:  # noqa: BLE001 - a broken installation raises anything
+        trouble = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return DeviceView(
+        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        device=device,
+        trouble=trouble,
+        loads=loads,
+    )
+
+
+def _look_at_gpus() -> Iterator[GpuSight]:
+    gpus = list_gpus()
+    processes = gpu_processes() if gpus else {}
+    for gpu in gpus:
+        others = (one for one in processes.get(gpu.uuid, ()) if one.pid != os.getpid())
+        yield GpuSight(gpu=gpu, processes=tuple(others))

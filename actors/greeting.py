@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import ray
 
-from actors.identity import Identity, identify
+from actors.identity import Identity, Signed, identify, sign
 from merge_core.memory import Memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Greeting:
-    """What ``hello()`` returns."""
+    """What ``hello()`` returns, signed."""
 
     identity: Identity
     device: str
@@ -31,13 +31,15 @@ class Greeting:
         return f"{self.device} on {self.identity.host}, process {self.identity.pid}: {self.choice}"
 
 
-def greet(device: str, memory: Memory, choice: str) -> Greeting:
+def greet(device: str, memory: Memory, choice: str) -> Signed:
     """The greeting of this process, which must be an actor's."""
-    return Greeting(
-        identity=identify(),
-        device=device,
-        memory=memory,
-        choice=choice,
-        node=ray.get_runtime_context().get_node_id(),
-        visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
+    return sign(
+        Greeting(
+            identity=identify(),
+            device=device,
+            memory=memory,
+            choice=choice,
+            node=ray.get_runtime_context().get_node_id(),
+            visible_gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        )
     )

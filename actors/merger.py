@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.checker import Checker
-from actors.greeting import Greeting, greet
+from actors.greeting import greet
+from actors.identity import Signed
 from merge_core.ledger import Receipt
 from merge_core.plan import MergePlan
 
@@ -25,8 +26,8 @@ class Merger(Checker):
         self._plan, self._out = plan, out
         self._worker: ShardWorker | None = None
 
-    def hello(self) -> Greeting:
-        """Who this is, and what lanes it chose and why. Imports torch; takes seconds.
+    def hello(self) -> Signed:
+        """Who this is, and what lanes it chose and why: a ``Greeting``. Takes seconds, for torch.
 
         The import waits until here because Ray has set CUDA_VISIBLE_DEVICES by now, and torch
         remembers what it saw first.

@@ -34,20 +34,21 @@ class Metrics:
         self._counts = _connection() == _first_connection()
         self._shards = Counter(
             "raymeld_shards_total",
-            "Shards by result: merged (accepted, too), verified or refuted (as read back), failed"
-            " (an attempt), lost (an attempt, with its worker).",
+            "Shards by result: merged (accepted, too), proven (left by an earlier run), verified,"
+            " refuted (by a proof or a verification), failed (an attempt), lost (an attempt, with"
+            " its worker).",
             ("result", "device"),
         )
         self._bytes = Counter(
             "raymeld_bytes_total",
             "Bytes of finished shards: read (of the base), written (whole files), read_back (to"
-            " verify them).",
+            " prove or verify them, and of the base what they are compared with).",
             ("direction", "device"),
         )
         self._seconds = Counter(
             "raymeld_phase_seconds_total",
             "Seconds of finished shards: read, merge and write (summed over lanes, which overlap),"
-            " verify.",
+            " verify (and prove).",
             ("phase", "device"),
         )
         self._in_flight = Gauge("raymeld_in_flight", "Shards that workers are at.", ("device",))
@@ -59,21 +60,22 @@ class Metrics:
         )
         self._most: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
 
-    def count(self, event: ItemDone | ItemFailed | WorkerLost, device: str) -> None:
+    def count(self, event: ItemDone | ItemFailed | WorkerLost, device: str, well: str = "") -> None:
         """Count how an attempt of a shard ended.
 
         Args:
             event: settled; about an attempt that still counts.
             device: the kind of its worker.
+            well: the result, if it ended well.
         """
         if not self._counts:
             return
         match event:
             case ItemDone(result=Receipt() as receipt):
-                result = "merged"
+                result = well
                 self._count_merged(receipt, device)
             case ItemDone(result=FileResult() as check):
-                result = "refuted" if check.findings else "verified"
+                result = "refuted" if check.findings else well
                 _add(self._bytes, check.bytes_read, direction="read_back", device=device)
                 _add(self._seconds, check.seconds, phase="verify", device=device)
             case WorkerLost():
@@ -103,6 +105,11 @@ class Metrics:
             if peak is not None:
                 most[memory] = max(most[memory], peak)
                 self._peak.set(most[memory], {"memory": memory, "device": device})
+
+
+def driver_id() -> str:
+    """What Prometheus has the metrics of this driver under, as their ``WorkerId``."""
+    return str(ray.get_runtime_context().get_worker_id())
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from actors.events import (
     WorkerUnfit,
 )
 from actors.greeting import Greeting
-from actors.identity import SAME_CODE, Identity
+from actors.identity import SAME_CODE, Identity, Signed, signer, unsigned
 from actors.lifeline import Lifeline
 from actors.ray_errors import cause_of, first_line
 from merge_core.errors import (
@@ -207,11 +207,13 @@ class Pool:
         reason = f"{cause.where}: {cause.what}" if isinstance(cause, RaymeldError) else str(cause)
         return WorkerStartFailed(worker=worker, reason=reason, cause=cause)
 
-    def _greet(self, worker: int, slot: _Slot, greeting: Greeting) -> Event:
-        identity, slot.greeting, slot.answered = greeting.identity, greeting, True
+    def _greet(self, worker: int, slot: _Slot, answer: Signed) -> Event:
+        identity = signer(answer)
         difference = identity.difference(self._driver)
         if difference:
             raise refuse(difference, f"the worker on {identity.host}", SAME_CODE)
+        greeting: Greeting = unsigned(answer)
+        slot.greeting, slot.answered = greeting, True
         return WorkerReady(worker=worker, node=greeting.node)
 
     def _fence(self, worker: int) -> None:

@@ -19,7 +19,8 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.draining import draining_nodes
-from actors.examiner import ExaminedNode, Examiner, Silence
+from actors.examiner import Examination, ExaminedNode, Examiner, Silence
+from actors.identity import Identity, identify, signer, unsigned
 from actors.ray_errors import cause_of, first_line
 from merge_core.reachable import token_arrived
 
@@ -35,11 +36,11 @@ def examine_nodes(inputs: Sequence[Path], trial: Path | None, seconds: float) ->
     nodes = _live_nodes()
     staying = [node for node, one in nodes.items() if one.leaves_in is None]
     with _examiners(staying) as examiners:
-        said = _ask(examiners, "examine", seconds)
-        up = {}
+        said, driver, up = _ask(examiners, "examine", seconds), identify(), {}
         for node, examiner, answer in zip(staying, examiners, said, strict=True):
-            nodes[node] = replace(nodes[node], examination=answer)
-            if not isinstance(answer, Silence):
+            found = read_examination(answer, driver)
+            nodes[node] = replace(nodes[node], examination=found)
+            if isinstance(found, Examination):
                 up[node] = examiner
         if inputs or trial is not None:
             said = _ask(list(up.values()), "look", seconds, inputs, trial)
@@ -49,6 +50,19 @@ def examine_nodes(inputs: Sequence[Path], trial: Path | None, seconds: float) ->
     for node, one in _with_views({node: nodes[node] for node in up}, seconds):
         nodes[node] = one
     return sorted(nodes.values(), key=lambda one: one.name)
+
+
+def read_examination(answer: Any, driver: Identity) -> Examination | Identity | Silence:
+    """What an examiner answered, as far as ``driver`` can read it: where the code is another, who
+    answered is all that it understands.
+    """
+    if isinstance(answer, Silence):
+        return answer
+    identity = signer(answer)
+    if identity.code_difference(driver):
+        return identity
+    found: Examination = unsigned(answer)
+    return found
 
 
 def _live_nodes() -> dict[str, ExaminedNode]:
@@ -78,11 +92,32 @@ def _with_views(
     free = ray._private.state.available_resources_per_node()  # noqa: SLF001 - no public way
     numbers = {node: int(free.get(node, {}).get("GPU", 0)) for node in nodes}
     places = [node for node, number in numbers.items() for _ in range(number)]
-    with _examiners(places, num_gpus=1) as examiners:
-        said = _ask(examiners, "view_devices", seconds)
+    said = view_gpus(places, seconds)
     for node, one in nodes.items():
         views = tuple(view for place, view in zip(places, said, strict=True) if place == node)
         yield node, replace(one, taken=one.ray_gpus - numbers[node], views=views)
+
+
+def view_gpus(places: Sequence[str], seconds: float) -> list[Any]:
+    """What a worker on each of these nodes sees that was given a GPU; a Silence where none came up.
+
+    Args:
+        places: by Ray's ids, which may name a node several times.
+        seconds: that all of them may take.
+    """
+    taken = Silence(reason="it was taken meanwhile", kind="waiting")
+    with _examiners(places, num_gpus=1) as examiners:
+        said = _ask(examiners, "view_devices", seconds)
+        return [
+            taken if isinstance(view, Silence) and _is_waiting(examiner) else view
+            for examiner, view in zip(examiners, said, strict=True)
+        ]
+
+
+def _is_waiting(examiner: Any) -> bool:
+    """Whether Ray has not placed it yet."""
+    found = ray._private.state.actors(examiner._actor_id.hex())  # noqa: SLF001 - no public way
+    return bool(found.get("State") == "PENDING_CREATION")
 
 
 @contextlib.contextmanager

@@ -80,7 +80,8 @@ def _notes(plan: MergePlan, rounds: int, bandwidth: float) -> list[str]:
         "seconds: from the first shard that was handed out to config.json",
         "of linear: the seconds of one worker, over this many times these",
         "estimated: what raymeld plan says of these seconds",
-        "whole: of the merge, where all workers start on two cores",
+        "no worker begins before all are up: they start on one machine, which nodes do not",
+        "whole: seconds of the merge with that start",
         "load: the machine's, a minute's mean at the end; it has other work to do as well",
     ]
 

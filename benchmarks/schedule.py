@@ -51,7 +51,7 @@ SECONDS = {MERGING: 4.0, VERIFYING: 2.0}
 STRETCHES = (1, 10)
 """Times that: what the driver does once a second weighs more in a long merge."""
 
-FAILS, VANISHES, CANNOT_START, DRAINS = 0.02, 0.01, 0.02, 0.01
+FAILS, VANISHES, CANNOT_START, DRAINS = 0.02, 0.01, 0.02, 0.001
 """How many of all attempts, starts, and of all workers in any second."""
 
 
@@ -117,7 +117,7 @@ class StandIn:
     def draining(self) -> list[WorkerDraining]:
         """Nodes that go, some of them new."""
         with self._counted():
-            for worker in [w for w in self.greetings if self._chance.random() < DRAINS / 10]:
+            for worker in [w for w in self.greetings if self._chance.random() < DRAINS]:
                 self._draining.setdefault(worker, self.now + self._chance.uniform(2, 30))
             return [
                 WorkerDraining(worker=worker, seconds_left=end - self.now)

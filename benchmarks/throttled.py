@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from actors.identity import Identity
+from actors.identity import Signed
 from actors.merger import Merger
 from merge_core.storage import PartFile, RangeReader
 from merge_core.verify.reading import Reader
@@ -40,7 +40,7 @@ class ThrottledMerger(Merger):
     bandwidth: float
     workers: int
 
-    def hello(self) -> tuple[Identity, str, str]:
+    def hello(self) -> Signed:
         """Put the gates up, and wait for the others."""
         inwards, outwards = Gate(self.bandwidth), Gate(self.bandwidth)
         _pass(inwards, RangeReader, "read_into", lambda _buffer, _offset, nbytes: nbytes)

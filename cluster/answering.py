@@ -7,10 +7,11 @@ import os
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import typer
 
-from cluster.log_lines import refuse_unknown_form
+from cluster.log_lines import log, logs_json, refuse_unknown_form
 from merge_core.errors import InterruptedMergeError, RaymeldError, refuse
 
 
@@ -33,13 +34,11 @@ def answering(*, as_json: bool, debug: bool, out: Path | None = None) -> Iterato
         )
     except RaymeldError as raised:
         error = raised
-        if debug:
-            traceback.print_exc()
+        _trace(debug=debug)
     except (typer.Exit, typer.Abort):
         raise
     except Exception as raised:  # noqa: BLE001 - a bug of ours, told as one
-        if debug:
-            traceback.print_exc()
+        _trace(debug=debug)
         reason = f"{type(raised).__name__}: {raised}"
         error = RaymeldError(f"unexpected {reason}", "", "Run it with --debug and report it.")
     else:
@@ -49,6 +48,19 @@ def answering(*, as_json: bool, debug: bool, out: Path | None = None) -> Iterato
     with contextlib.suppress(RaymeldError):  # stdout cannot be written to: stderr has it all
         console.complain(error, as_json=as_json, out=out)
     raise typer.Exit(error.exit_code)
+
+
+def end(code: int, why: str, out: Path | None = None) -> NoReturn:
+    """End a command whose answer, on stdout, is bad news; a log of lines has them as an error."""
+    if logs_json():
+        log(why, level="error", exit_code=code, out=out)
+    raise typer.Exit(code)
+
+
+def _trace(*, debug: bool) -> None:
+    if debug:
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
 
 
 def _refuse_deleted_directory() -> None:

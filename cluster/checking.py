@@ -9,6 +9,7 @@ from pathlib import Path
 from actors.checker import Checker
 from actors.events import ItemDone
 from actors.identity import identify
+from actors.metrics import driver_id
 from actors.pool import Pool, node_resources
 from cluster.loop import Loop
 from cluster.session import session
@@ -63,6 +64,7 @@ def _run(
         results.append(event.result)
         return event
 
+    say(f"its metrics are those of driver {driver_id()}")
     fleet = size_fleet(options, node_resources(), len(checks))
     for line in fleet.lines:
         say(line)

@@ -192,7 +192,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
         from cluster.estimate import Machines, estimate
         from cluster.estimate_report import estimate_documents, estimate_lines
         from cluster.pools import find_pools
-        from merge_core.output import check_destination
+        from merge_core.destination import check_destination, notes_on
 
         counts = node_counts(nodes)
         machines = Machines(
@@ -219,6 +219,8 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
         )
         if out is not None:
             check_destination(out.absolute(), planned)
+            notes = map(str, notes_on(out.absolute()))
+            planned = replace(planned, notes=(*planned.notes, *notes))
         pools = find_pools(planned)
         estimates = {n: estimate(planned, replace(machines, nodes=n), verify) for n in counts}
         console.answer(

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from cluster.explain import adapter_documents, adapter_lines, counts_of, summary
 from cluster.log_lines import log, logs_json
 from cluster.pools import EligiblePool
+from cluster.stderr import Stderr
 from merge_core.errors import RaymeldError, counted
 from merge_core.ledger import TensorRecord
 from merge_core.merge import MergeResult
@@ -36,9 +35,7 @@ def complain(error: RaymeldError, *, as_json: bool, out: Path | None = None) -> 
     if logs_json():
         log(str(error), level="error", exit_code=error.exit_code, out=out)
     else:
-        Console(stderr=True, highlight=False).print(
-            f"[bold red]error[/]: {_escaped(str(error))}", soft_wrap=True
-        )
+        Stderr().print(f"[bold red]error[/]: {_escaped(str(error))}", soft_wrap=True)
     if as_json:
         document = {"ok": False, "error": str(error), "exit_code": error.exit_code}
         _print(json.dumps(document, indent=2))

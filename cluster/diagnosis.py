@@ -5,15 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from actors.examiner import DeviceView, Examination, ExaminedNode, GpuSight, PathSight, Silence
-from actors.identity import SAME_CODE
+from actors.identity import SAME_CODE, Identity
 from cluster.doctor import Checkup
-from cluster.pools import EligiblePool, cpu_pool, gpu_pool
+from cluster.pools import EligiblePool, cpu_pool, gpu_pool, unmeasured_gpu_pool
+from merge_core.adapter import CONFIG as ADAPTER_CONFIG
+from merge_core.checkpoint import CONFIG
 from merge_core.errors import counted, some_of
 from merge_core.plan import MergePlan
+from merge_core.reachable import InputSight
 
 NOT_FOR_MERGING = frozenset({"transformers", "peft", "safetensors", "huggingface_hub"})
 """Libraries without which merge and verify do their work, up to ``--level load``. raymeld reads
 and writes adapters and checkpoints itself, so that an old PEFT costs the demo, not a merge."""
+
+_OF_RAY = "ray::"
+"""Ray calls the processes of its workers so, and so does nvidia-smi."""
 
 _SAME_PLACE = "Mount one file system at this path on every node"
 
@@ -61,7 +67,7 @@ def diagnose(checkup: Checkup) -> Diagnosis:
     """Judge what was found."""
     book = _Notebook()
     for node in checkup.nodes:
-        _judge_answers(node, book)
+        _judge_answers(node, checkup.driver, book)
         if isinstance(node.examination, Examination):
             _judge_software(node.name, node.examination, checkup, book)
             _judge_devices(node, node.examination, checkup, book)
@@ -74,9 +80,18 @@ def diagnose(checkup: Checkup) -> Diagnosis:
     return book.close()
 
 
-def visible_gpus(found: Examination) -> list[GpuSight]:
-    """The GPUs of a machine that Ray, or without it this process, was given."""
+def visible_gpus(node: ExaminedNode, found: Examination) -> list[GpuSight]:
+    """The GPUs of a machine that Ray, or without it this process, was given as a whole."""
+    if in_slices(node, found):
+        return []
+    if node.ray_gpus and found.view.visible == "":  # Ray may hide all from who was given none
+        return list(found.gpus)
     return [sight for sight in found.gpus if sight.gpu.is_visible(found.view.visible)]
+
+
+def in_slices(node: ExaminedNode, found: Examination) -> bool:
+    """Whether it was given slices of GPUs (MIG); nothing tells of which ones."""
+    return any("MIG-" in (view.visible or "") for view in (found.view, *_views(node)))
 
 
 def room_on_gpu(plan: MergePlan, found: Examination, sight: GpuSight) -> EligiblePool:
@@ -84,10 +99,12 @@ def room_on_gpu(plan: MergePlan, found: Examination, sight: GpuSight) -> Eligibl
     return gpu_pool(plan, found.memory, sight.gpu, sight.processes)
 
 
-def _judge_answers(node: ExaminedNode, book: _Notebook) -> None:
+def _judge_answers(node: ExaminedNode, driver: Identity, book: _Notebook) -> None:
     if node.leaves_in is not None:
         book.note(node.name, "is about to leave the cluster", "It was not examined")
     match node.examination:
+        case Identity() as stranger:
+            book.problem(node.name, stranger.difference(driver) or "has other code", SAME_CODE)
         case Silence(kind="late", reason=reason):
             remedy = "See Ray's logs there; give it longer with --timeout, or take the node away"
             book.problem(node.name, f"no examiner came up: {reason}", remedy)
@@ -106,6 +123,9 @@ def _judge_software(name: str, found: Examination, checkup: Checkup, book: _Note
     difference = found.identity.difference(checkup.driver)
     if difference:
         book.problem(name, difference, SAME_CODE)
+    if not found.libraries:
+        remedy = "What raymeld depends on was not checked"
+        book.note(name, "runs raymeld from a checkout, without its metadata", remedy)
     for library in found.libraries:
         if library.fits:
             continue
@@ -126,8 +146,8 @@ def _judge_devices(
     checkup: Checkup,
     book: _Notebook,
 ) -> None:
-    visible, hidden = visible_gpus(found), len(found.gpus) - len(visible_gpus(found))
-    if hidden:
+    visible, slices = visible_gpus(node, found), in_slices(node, found)
+    if hidden := 0 if slices else len(found.gpus) - len(visible):
         what = f"CUDA_VISIBLE_DEVICES={found.view.visible} hides {counted(hidden, 'GPU')}"
         book.note(node.name, what, "Nothing is merged on these")
     for view in node.views:
@@ -141,12 +161,23 @@ def _judge_devices(
     if not checkup.on_ray and visible and found.view.loads and found.view.device is None:
         what = f"torch cannot use its {counted(len(visible), 'GPU')}: {found.view.trouble}"
         book.note(node.name, what, "A merge here runs on the CPU; GPUs need a torch with CUDA")
-    seen = [found.view, *(view for view in node.views if isinstance(view, DeviceView))]
-    if not found.gpus and any(view.device for view in seen):
-        book.note(node.name, "nvidia-smi is not there", "How full its GPUs are is not known")
+    if slices:
+        book.note(
+            node.name, "its workers get slices of GPUs (MIG)", "How full they are is not known"
+        )
+    elif not found.gpus and any(view.device for view in (found.view, *_views(node))):
+        book.note(node.name, "nvidia-smi tells nothing", "How full its GPUs are is not known")
+
+
+def _views(node: ExaminedNode) -> list[DeviceView]:
+    """Of workers that were given a GPU."""
+    return [view for view in node.views if isinstance(view, DeviceView)]
 
 
 def _judge_gpu_worker(node: ExaminedNode, view: DeviceView | Silence, book: _Notebook) -> None:
+    if isinstance(view, Silence) and view.kind == "waiting":
+        book.note(node.name, f"a GPU was not looked at: {view.reason}", "A merge waits for it")
+        return
     if isinstance(view, Silence):
         what, remedy = f"a worker with a GPU did not come up: {view.reason}", "See Ray's logs there"
         book.problem(node.name, what, remedy)
@@ -166,32 +197,55 @@ def _judge_room(node: ExaminedNode, found: Examination, checkup: Checkup, book: 
     plan = checkup.plan
     if plan is None:
         return
-    if node.ray_gpus if checkup.on_ray else found.view.device is not None:
-        remedy = "Stop what else runs there, or start Ray with a CUDA_VISIBLE_DEVICES without it"
-        for sight in visible_gpus(found):
-            room = room_on_gpu(plan, found, sight)
-            if not room.eligible:
-                book.problem(f"{node.name}, GPU {sight.gpu.index}", room.reason, remedy)
-    elif node.ray_cpus or not checkup.on_ray:
-        room = cpu_pool(plan, found.memory)
+    on_gpus = node.ray_gpus > 0 if checkup.on_ray else found.view.device is not None
+    gpus = visible_gpus(node, found) if on_gpus else []
+    for sight in gpus:
+        _judge_gpu(node, sight, room_on_gpu(plan, found, sight), book)
+    if not gpus and (on_gpus or node.ray_cpus or not checkup.on_ray):
+        room = (unmeasured_gpu_pool if on_gpus else cpu_pool)(plan, found.memory)
         if not room.eligible:
             book.problem(node.name, room.reason, "Stop what else runs there, or take more memory")
 
 
+def _judge_gpu(node: ExaminedNode, sight: GpuSight, room: EligiblePool, book: _Notebook) -> None:
+    if room.eligible:
+        return
+    place = f"{node.name}, GPU {sight.gpu.index}"
+    actors = [process for process in sight.processes if process.name.startswith(_OF_RAY)]
+    if node.taken and actors and len(actors) == len(sight.processes):
+        book.note(place, room.reason, "Ray hands it out when these actors have ended")
+    else:
+        remedy = "Stop what else runs there, or start Ray with a CUDA_VISIBLE_DEVICES without it"
+        book.problem(place, room.reason, remedy)
+
+
 def _judge_inputs(checkup: Checkup, book: _Notebook) -> None:
-    remedy = "Check the path and its permissions"
-    if checkup.on_ray:
-        remedy = f"{_SAME_PLACE}, or copy it there with its times (rsync -a)"
+    remedy = _SAME_PLACE if checkup.on_ray else "Check the path and its permissions"
+    unplanned = checkup.plan is None and not checkup.refusals  # which would say it better
     for number, driver in enumerate(checkup.inputs):
-        named = f"{'ADAPTER' if number else 'BASE'} {driver.path}"
+        kind, config = ("ADAPTER", ADAPTER_CONFIG) if number else ("BASE", CONFIG)
+        named = f"{kind} {driver.path}"
         sights = {node.name: paths.inputs[number] for node, paths in _looked(checkup)}
         if checkup.on_ray:
             sights = {"the driver": driver, **sights}
         for name, sight in sights.items():
             if sight.error:
                 book.problem(name, f"{named} cannot be read: {sight.error}", remedy)
-            elif not driver.error and (difference := sight.difference(driver)):
-                book.problem(name, f"{named} {difference}", remedy)
+            elif unplanned and sight.lacks(config) and driver.lacks(config):
+                book.problem(name, f"{named} has no {config}", remedy)
+            elif not driver.error:
+                _compare(name, named, sight, driver, book)
+
+
+def _compare(
+    place: str, named: str, sight: InputSight, driver: InputSight, book: _Notebook
+) -> None:
+    """An input with what the driver sees under its path."""
+    if difference := sight.difference(driver):
+        remedy = f"{_SAME_PLACE}, or copy it there with its times (rsync -a)"
+        book.problem(place, f"{named} {difference}", remedy)
+    elif difference := sight.side_difference(driver):
+        book.note(place, f"{named} {difference}", "No worker reads such files")
 
 
 def _judge_destination(checkup: Checkup, book: _Notebook) -> None:
@@ -219,6 +273,8 @@ def _note_the_rest(checkup: Checkup, book: _Notebook) -> None:
     if checkup.on_ray and not any(node.ray_cpus or node.ray_gpus for node in checkup.nodes):
         remedy = "Those that an autoscaler starts can be examined once they are up"
         book.note(where, "no node has a CPU or a GPU for workers", remedy)
+    for problem in checkup.notes:
+        book.note(problem.where, problem.what, problem.remedy)
     for note in checkup.plan.notes if checkup.plan is not None else ():
         book.note("plan", note)
 

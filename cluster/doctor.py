@@ -6,19 +6,25 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Thread
+from typing import TypeVar
 
 from actors.examiner import ExaminedNode, examine_here
 from actors.identity import Identity, identify
 from actors.libraries import Library, find_libraries
 from cluster.session import session
 from merge_core.adapter import parse_adapter
+from merge_core.destination import check_destination, check_ownership, notes_on
 from merge_core.errors import InputError, Problem, StorageError
-from merge_core.output import check_destination
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.reachable import InputSight, look_at_input, nearest_directory, trial_directory
+
+T = TypeVar("T")
 
 INLINE = "inline"
 """The address that means: this process, no Ray."""
@@ -38,6 +44,11 @@ class Intent:
         """Directories to read from, BASE first."""
         adapters = (parse_adapter(text)[0].absolute() for text in self.adapters)
         return [*([self.base] if self.base else []), *adapters]
+
+    @property
+    def paths(self) -> list[Path]:
+        """All of it."""
+        return [*self.inputs, *([self.out] if self.out else [])]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +82,8 @@ class Checkup:
     plan: MergePlan | None
     refusals: tuple[Problem, ...]
     """Of the plan, and of OUT for this plan."""
+    notes: tuple[Problem, ...] = ()
+    """On what lies in OUT."""
 
     @property
     def on_ray(self) -> bool:
@@ -83,28 +96,32 @@ def examine(address: str, intent: Intent, *, seconds: float, say: Callable[[str]
 
     Args:
         address: as for a merge.
-        seconds: that a node may take for an answer.
+        seconds: that a node, this machine's paths among them, may take for an answer.
         say: called with what is being done.
 
     Raises:
         RaymeldError: the cluster cannot be reached, or Ray does not start.
     """
-    inputs, token = intent.inputs, None
-    sights = tuple(look_at_input(path) for path in inputs)
-    with _destination(intent.out) as (destination, trial):
+    if intent.paths:
+        say(f"looking at {', '.join(map(str, intent.paths))}")
+    sights, token = _look(intent.inputs, seconds), None
+    with _destination(intent.out, seconds) as (destination, trial):
         if address == INLINE:
-            nodes = [examine_here(inputs, trial)]
+            nodes = [examine_here(sights, trial)]
         else:
             say(f"connecting to {address}")
             with session(address, use_gpus=True):
                 from actors.rounds import examine_nodes
 
                 token = os.environ.get("RAY_AUTH_MODE") == "token"
-                nodes = examine_nodes(inputs, trial, seconds)
+                nodes = examine_nodes(intent.inputs, trial, seconds)
     plan: MergePlan | None = None
     refusals: list[Problem] = []
     if intent.adapters and not any(sight.error for sight in sights):
-        plan, refusals = _plan(intent)
+        plan, refusals = _plan(intent, destination)
+    notes = _look_into(destination, refusals) if destination else []
+    if trial is not None and trial.exists():
+        notes.append(Problem("could not be removed", str(trial), "Remove it: it is of no use"))
     return Checkup(
         address=address,
         driver=identify(),
@@ -115,11 +132,46 @@ def examine(address: str, intent: Intent, *, seconds: float, say: Callable[[str]
         nodes=tuple(nodes),
         plan=plan,
         refusals=tuple(refusals),
+        notes=tuple(notes),
     )
 
 
+def _look(inputs: Sequence[Path], seconds: float) -> tuple[InputSight, ...]:
+    """At all of them at once, as each node does."""
+    looks = [_in_background(partial(look_at_input, path)) for path in inputs]
+    found = []
+    for path, look in zip(inputs, looks, strict=True):
+        try:
+            found.append(look.result(seconds))
+        except TimeoutError:
+            found.append(InputSight(path=path, files=(), error=_hangs(seconds)))
+    return tuple(found)
+
+
+def _in_background(work: Callable[[], T]) -> Future[T]:
+    """What ``work`` will return, from a thread that nobody has to wait for: an access to a mount
+    whose server is gone does not return, and no signal ends it.
+    """
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future
+
+
+def _hangs(seconds: float) -> str:
+    return f"no answer within {seconds:g} s, as of a mount whose server is gone"
+
+
 @contextlib.contextmanager
-def _destination(out: Path | None) -> Iterator[tuple[Destination | None, Path | None]]:
+def _destination(
+    out: Path | None, seconds: float
+) -> Iterator[tuple[Destination | None, Path | None]]:
     """What is there, and a directory in it for all nodes to write into, if one can be made."""
     if out is None:
         yield None, None
@@ -127,24 +179,45 @@ def _destination(out: Path | None) -> Iterator[tuple[Destination | None, Path | 
     with contextlib.ExitStack() as stack:
         place = free = trial = refusal = None
         try:
-            place = nearest_directory(out)
+            place = _in_background(partial(nearest_directory, out)).result(seconds)
             free = shutil.disk_usage(place).free
             trial = stack.enter_context(trial_directory(place))
         except StorageError as error:
             refusal = Problem(error.what, error.where, error.remedy)
+        except TimeoutError:
+            refusal = Problem(_hangs(seconds), str(out), "Try ls there")
         yield Destination(out=out, place=place, free=free, refusal=refusal), trial
 
 
-def _plan(intent: Intent) -> tuple[MergePlan | None, list[Problem]]:
+def _plan(
+    intent: Intent, destination: Destination | None
+) -> tuple[MergePlan | None, list[Problem]]:
     """The plan, if there can be one, and what stands against it."""
     assert intent.base is not None
     plan = None
     try:
         plan = make_plan(intent.base, intent.adapters)
-        if intent.out is not None:
-            check_destination(intent.out, plan)
+        if destination is not None and destination.refusal is None:  # or it may hang
+            check_destination(destination.out, plan)
     except InputError as error:
         return plan, list(error.problems)
     except StorageError as error:
         return plan, [Problem(error.what, error.where, error.remedy)]
     return plan, []
+
+
+def _look_into(destination: Destination, refusals: list[Problem]) -> list[Problem]:
+    """What lies in OUT that a merge would stop at; what every merge stops at is a refusal, if a
+    plan has not led to it.
+    """
+    if destination.refusal is not None:
+        return []
+    try:
+        if not refusals:
+            check_ownership(destination.out)
+        return notes_on(destination.out)
+    except InputError as error:
+        refusals += error.problems
+    except StorageError as error:
+        refusals.append(Problem(error.what, error.where, error.remedy))
+    return []

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.answering import answering
+from cluster.answering import answering, end
 from cluster.options import Debug, Json, Quiet
 
 
@@ -65,4 +65,4 @@ def doctor(
             as_json=as_json,
         )
         if diagnosis.problems:
-            raise typer.Exit(1)
+            end(1, "; ".join(map(str, diagnosis.problems)), out=intent.out)

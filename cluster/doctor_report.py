@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.examiner import DeviceView, Examination, ExaminedNode, PathSight, Silence
+from actors.identity import Identity
 from actors.libraries import Library
 from cluster.console import gb
-from cluster.diagnosis import Diagnosis, Finding, room_on_gpu, visible_gpus
+from cluster.diagnosis import Diagnosis, Finding, in_slices, room_on_gpu, visible_gpus
 from cluster.doctor import Checkup
 from cluster.pools import EligiblePool, cpu_pool
 from merge_core.errors import counted, some_of
@@ -89,7 +90,8 @@ def _node_table(checkup: Checkup) -> Table:
         found = node.examination
         cells = [node.name]
         if not isinstance(found, Examination):
-            _add(table, [node.name, "leaves" if found is None else "silent"])
+            state = "other" if isinstance(found, Identity) else "silent"
+            _add(table, [node.name, "leaves" if found is None else state])
             continue
         if checkup.on_ray:
             code = "other" if found.identity.difference(checkup.driver) else "same"
@@ -138,11 +140,13 @@ def _device_tables(checkup: Checkup) -> Iterator[Table]:
         number = node.ray_gpus if checkup.on_ray else len(found.gpus)
         workers = ", ".join(_visible(view) for view in seen) or "-"
         _add(views, [node.name, str(number), workers, _visible(found.view), "; ".join(said)])
+        whole = visible_gpus(node, found)
+        unseen = "in slices" if in_slices(node, found) else "hidden"
         for sight in found.gpus:
             cells = [node.name, f"{sight.gpu.index} {sight.gpu.name}", gb(sight.gpu.free)]
             if checkup.plan:
                 room = room_on_gpu(checkup.plan, found, sight)
-                cells.append(_lanes(room) if sight in visible_gpus(found) else "hidden")
+                cells.append(_lanes(room) if sight in whole else unseen)
             _add(gpus, [*cells, ", ".join(map(str, sight.processes))])
     yield views
     yield gpus
@@ -216,8 +220,11 @@ def _node(node: ExaminedNode, checkup: Checkup) -> dict[str, Any]:
         "gpu_workers": [dataclasses.asdict(view) for view in node.views],
         "silence": next((one.reason for one in (found, paths) if isinstance(one, Silence)), None),
     }
+    if isinstance(found, Identity):
+        document |= _who(found, checkup.driver)
     if isinstance(found, Examination):
-        document |= _found(found, checkup)
+        document |= _who(found.identity, checkup.driver)
+        document |= _found(node, found, checkup)
     if isinstance(paths, PathSight):
         pairs = zip(paths.inputs, checkup.inputs, strict=True)
         document["inputs"] = [_input(sight, driver) for sight, driver in pairs]
@@ -225,11 +232,13 @@ def _node(node: ExaminedNode, checkup: Checkup) -> dict[str, Any]:
     return document
 
 
-def _found(found: Examination, checkup: Checkup) -> dict[str, Any]:
+def _who(identity: Identity, driver: Identity) -> dict[str, Any]:
+    return {"identity": dataclasses.asdict(identity), "difference": identity.difference(driver)}
+
+
+def _found(node: ExaminedNode, found: Examination, checkup: Checkup) -> dict[str, Any]:
     plan = checkup.plan
     return {
-        "identity": dataclasses.asdict(found.identity),
-        "difference": found.identity.difference(checkup.driver),
         "libraries": _versions(found.libraries),
         "memory": found.memory,
         "lanes": cpu_pool(plan, found.memory).lanes if plan else None,
@@ -237,7 +246,7 @@ def _found(found: Examination, checkup: Checkup) -> dict[str, Any]:
         "gpus": [
             {
                 **dataclasses.asdict(sight.gpu),
-                "hidden": sight not in visible_gpus(found),
+                "hidden": not in_slices(node, found) and sight not in visible_gpus(node, found),
                 "lanes": room_on_gpu(plan, found, sight).lanes if plan else None,
                 "processes": [dataclasses.asdict(process) for process in sight.processes],
             }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from actors.identity import identify
 from actors.kept_collector import KeptCollector
+from actors.metrics import driver_id
 from actors.pool import Pool, node_resources
 from cluster.checking import verify_on_ray
 from cluster.loop import Loop
@@ -18,8 +19,8 @@ from cluster.merging import Merging
 from cluster.session import LOCAL, session
 from cluster.workers import ClusterOptions, size_fleet
 from merge_core.lease import is_held
-from merge_core.merge import MergeResult, begin, claim, result_of
-from merge_core.output import check_usable, is_finished, parts_directory
+from merge_core.merge import MergeResult, begin, claim, holds_result, result_of
+from merge_core.output import check_usable, parts_directory
 from merge_core.plan import MergePlan
 from merge_core.progress import ProgressFile, Watch
 from merge_core.verdict import conclude, verify_deeper
@@ -45,13 +46,15 @@ def merge_on_ray(
     """
     clock, target = time.perf_counter(), Path(out).absolute()
     plan = begin(plan, target, level)
-    if not overwrite and is_finished(target, plan):  # it needs no Ray, unless it is read back
+    if not overwrite and holds_result(target, plan, say):  # it needs no Ray, unless it is read back
         readers = replace(options, device="cpu", cpu_workers=0)
         spread = partial(verify_on_ray, options=readers, watch=watch, say=say)
         return result_of(plan, target, {}, verify_deeper(target, level, spread), clock)
     check_usable(target, plan, overwrite=overwrite)
     say("starting Ray" if options.address == LOCAL else f"connecting to {options.address}")
     with session(options.address, use_gpus=options.device != "cpu"):
+        if options.address != LOCAL:
+            say(f"its metrics are those of driver {driver_id()}")
         fleet = size_fleet(options, node_resources(), len(plan.stage), plan.pinned)
         with claim(plan, target, overwrite=overwrite, say=say) as run:
             if run is None:  # somebody else has finished it in between

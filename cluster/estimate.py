@@ -15,7 +15,8 @@ from merge_core.layout import TensorSpec
 from merge_core.plan import MergePlan, Shard
 
 START_SECONDS = 5.0
-"""From the command to the first shard: Python, Ray's connection, workers that import torch."""
+"""From the command to the first shard: Python, Ray's connection, a worker that imports torch. Seen
+with one worker on two busy cores; many, each on a node of its own, are taken to be as quick."""
 
 COMMIT_SECONDS = 0.5
 """Index, ledger, side files, config.json."""
@@ -190,11 +191,12 @@ def _merges(plan: MergePlan, arithmetic: Arithmetic) -> Iterator[_Item]:
         read, products = 0, 0
         factors: set[tuple[int, TensorSpec]] = set()  # some are of many tensors, and read once
         for task in shard.tasks:
-            read += task.source.tensor.nbytes
+            passes = 1 + task.column_norms  # which are known only when all of it was read
+            read += passes * task.source.tensor.nbytes
             for part in task.parts:
                 factors |= {(part.adapter, tensor) for tensor in part.tensors}
             for update in task.updates:
-                products += 2 * update.rank * math.prod(task.target.shape)
+                products += passes * 2 * update.rank * math.prod(task.target.shape)
         read += sum(tensor.nbytes for _, tensor in factors)
         busy = shard.size / arithmetic.passes + products / arithmetic.products
         last = min(CELL_BYTES, max(task.target.nbytes for task in shard.tasks))

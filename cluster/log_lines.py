@@ -7,6 +7,7 @@ text that the same merge says in a terminal.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -49,12 +50,14 @@ def logs_json() -> bool:
 
 
 def log(message: str, *, level: str = "info", **fields: Any) -> None:
-    """Write a line to stderr.
+    """Write a line to stderr, if it can be written to: no merge depends on its log.
 
     Args:
         level: ``info`` or ``error``.
         fields: what the message says, for programs; left out where None.
     """
+    if sys.stderr is None:  # closed by who started us; print would take stdout for it
+        return
     record = {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "level": level,
@@ -63,7 +66,8 @@ def log(message: str, *, level: str = "info", **fields: Any) -> None:
         **fields,
     }
     said = {key: value for key, value in record.items() if value is not None}
-    print(json.dumps(said, default=str), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print(json.dumps(said, default=str), file=sys.stderr, flush=True)
 
 
 def _job_id() -> str | None:

@@ -13,7 +13,7 @@ from actors.pool import Pool
 from cluster.commands import Abort, Assign, Command, Release, Start
 from cluster.patience import Patience
 from cluster.schedule import Schedule
-from cluster.tasks import PHASES, Task
+from cluster.tasks import PHASES, RESULTS, Task
 from cluster.workers import Fleet, amounts
 from merge_core.errors import InputError, RaymeldError
 from merge_core.progress import Progress, Watch, WorkerProgress
@@ -101,6 +101,7 @@ class Loop:
             self._metrics.show(idle, idle)
 
     def _handle(self, event: Event) -> None:
+        well = ""
         if isinstance(event, ItemDone):
             if not self.schedule.awaits(event.worker, event.item):
                 return  # a second worker was first
@@ -109,10 +110,11 @@ class Loop:
                 item = self.tasks[event.item].item
                 self._open[item.rank] -= 1
                 self._done[item.rank] += item.size
+                well = RESULTS[item.rank]
         if isinstance(event, ItemDone | ItemFailed | WorkerLost):
             device = self.schedule.at_work(event.worker)
             if device is not None:
-                self._metrics.count(event, device)
+                self._metrics.count(event, device, well)
         self._obey(self.schedule.handle(event, time.monotonic()))
 
     def _obey(self, commands: Sequence[Command]) -> None:

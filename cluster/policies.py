@@ -32,6 +32,11 @@ STRAGGLER_SECONDS = 10.0
 TIMED_ITEMS = 3
 """Fewer durations than these say nothing about what is usual."""
 
+HUNG_SECONDS, SLOWEST = 600.0, 5e6
+"""Where so few are known, an item is given to a second worker after ten minutes, and the time that
+its bytes take at 5 MB a second: nobody waits for slower storage than that, but a worker that hangs
+with one of the first items would otherwise be waited for for ever."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
@@ -95,6 +100,8 @@ def give_out_again(elapsed: float, cost: int, paces: Sequence[float], fastest: f
         paces: seconds a byte of all items of its rank so far.
         fastest: seconds a byte of the workers that could take it.
     """
+    if len(paces) < TIMED_ITEMS and elapsed > HUNG_SECONDS + cost / SLOWEST:
+        return Decision(yes=True, reason=f"it has taken {elapsed:.0f} s, and may hang")
     if len(paces) < TIMED_ITEMS or elapsed < STRAGGLER_SECONDS:
         return Decision(yes=False, reason="too early to tell")
     usual = statistics.median(paces) * cost

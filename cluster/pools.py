@@ -46,6 +46,11 @@ def gpu_pool(
     return _pool(plan, f"cuda:{gpu.index} {gpu.name}", "cuda", found)
 
 
+def unmeasured_gpu_pool(plan: MergePlan, host: int) -> EligiblePool:
+    """A GPU of which nothing tells how full it is: the machine's memory alone decides."""
+    return _pool(plan, "cuda", "cuda", Memory(host=host, device=None))
+
+
 def _pool(plan: MergePlan, name: str, device: str, found: Memory) -> EligiblePool:
     try:
         choice = choose_lanes(plan, device, found)

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from cluster.answering import answering
+from cluster.answering import answering, end
 from cluster.options import Debug, Json, Level, Quiet, StartTimeout, Workers, refuse_workers
-from merge_core.errors import VerificationError
+from merge_core.errors import VerificationError, counted
 
 
 def register(app: typer.Typer) -> None:
@@ -72,7 +72,12 @@ def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
         document = {"ok": report.ok, **console.report_document(report)}
         console.answer(console.report_lines(report), document, as_json=as_json)
         if not report.ok:
-            raise typer.Exit(VerificationError.exit_code)
+            failed = counted(len(report.findings), "check")
+            end(
+                VerificationError.exit_code,
+                f"{failed} failed, the first: {report.findings[0]}",
+                out=out,
+            )
 
 
 def status(

@@ -27,6 +27,7 @@ from rich.table import Column
 from rich.text import Text
 
 from cluster.log_lines import log, logs_json
+from cluster.stderr import Stderr
 from merge_core.errors import counted
 from merge_core.progress import Progress
 
@@ -48,10 +49,10 @@ class Talk:
     def __init__(self, *, quiet: bool, out: Path | None = None) -> None:
         self._quiet, self._out = quiet, out
         self._json = logs_json()
-        self._console = Console(stderr=True, highlight=False)
+        self._console: Console = Stderr()
         self._bars: Bars | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._phase, self._since, self._printed = "", 0.0, 0.0
+        self._phase, self._since, self._before, self._printed = "", 0.0, 0, 0.0
 
     def say(self, line: str) -> None:
         """Print a line of talk."""
@@ -108,10 +109,11 @@ class Talk:
         now = time.monotonic()
         if progress.phase != self._phase:
             self._phase, self._since, self._printed = progress.phase, now, now
+            self._before = progress.done  # checks are done while shards are merged
         if now - self._printed < LINE_SECONDS:
             return
         self._printed = now
-        rate = progress.done / (now - self._since)
+        rate = max(0, progress.done - self._before) / (now - self._since)
         workers = f", {counted(len(progress.workers), 'worker')}" * bool(progress.workers)
         left = f", {(progress.total - progress.done) / rate:.0f} s left" if rate else ""
         self._tell(

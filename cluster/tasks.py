@@ -15,6 +15,9 @@ PHASES = ("proving", "merging", "verifying")
 """Ranks of the items: first what an earlier run did, so that what fails its proof is merged with
 the rest; checks last, when no shard waits."""
 
+RESULTS = ("proven", "merged", "verified")
+"""What an item of each rank is counted as when it ended well."""
+
 PROVING, MERGING, VERIFYING = range(3)
 
 

@@ -144,8 +144,7 @@ class Assembly:
         write_durably(state / "verified.json", json.dumps(verified, indent=1).encode())
         self._check_run()  # again: looking at the inputs may have taken long
         write_durably(self._out / CONFIG, (state / CONFIG).read_bytes())
-        for leftover in (parts_directory(self._out), receipts_directory(self._out)):
-            shutil.rmtree(leftover, ignore_errors=True)  # it is published: nothing may fail now
+        remove_leftovers(self._out)
 
     def _remove_parts(self, pattern: str) -> None:
         """Parts of attempts that were killed, or that came too late."""
@@ -206,6 +205,12 @@ class Assembly:
             if size != file.size:
                 raise replaced(source)
         return digests
+
+
+def remove_leftovers(out: Path) -> None:
+    """Remove what is of no use any more once OUT is published; nothing may fail then."""
+    for leftover in (parts_directory(out), receipts_directory(out)):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_of(out: Path, file: str, receipt: Receipt, level: str) -> FileCheck:

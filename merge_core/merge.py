@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_core.commit import Assembly
-from merge_core.errors import DeviceMemoryError, InputError, gathered, refuse
+from merge_core.commit import Assembly, remove_leftovers
+from merge_core.errors import DeviceMemoryError, InputError, RaymeldError, gathered, refuse
 from merge_core.factors import seal
-from merge_core.lease import Lease
+from merge_core.lease import Lease, live_holder
 from merge_core.ledger import Receipt
 from merge_core.output import (
     check_location,
     check_usable,
     is_finished,
     prepare,
+    receipts_directory,
 )
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, ProgressFile, Watch, WorkerProgress
@@ -164,7 +165,7 @@ def claim(
         InputError: it holds something else, or another merge is at work there.
         StorageError: it cannot be made, or the disk is too small.
     """
-    if not overwrite and is_finished(out, plan):
+    if not overwrite and holds_result(out, plan, say):
         yield None
         return
     check_usable(out, plan, overwrite=overwrite)
@@ -174,6 +175,22 @@ def claim(
         else:
             prepare(out, plan, overwrite=overwrite)
             yield lease.holder.run
+
+
+def holds_result(out: Path, plan: MergePlan, say: Callable[[str], None]) -> bool:
+    """Whether ``out`` holds this very result; ``plan`` must be sealed.
+
+    A machine that dies right after the commit leaves receipts there: they are removed, if nobody is
+    at work who may need his own.
+    """
+    if not is_finished(out, plan):
+        return False
+    with contextlib.suppress(RaymeldError):  # they harm nobody
+        if receipts_directory(out).exists() and live_holder(out) is None:
+            with Lease(out, say):
+                if is_finished(out, plan):
+                    remove_leftovers(out)
+    return True
 
 
 def _resume(assembly: Assembly, plan: MergePlan, watch: Watch) -> int:

@@ -58,18 +58,20 @@ def list_gpus() -> list[Gpu]:
     ]
 
 
-def processes_on(uuid: str) -> list[GpuProcess]:
-    """The processes that compute on a GPU, as far as this one's container can see them.
+def gpu_processes() -> dict[str, list[GpuProcess]]:
+    """The processes that compute on GPUs, as far as this one's container can see them.
 
-    Args:
-        uuid: of the GPU, such as ``GPU-8932f937-d72c-4106-c12f-20bd9faed9f6``.
+    Returns:
+        Those of each GPU that has any, by its UUID, such as
+        ``GPU-8932f937-d72c-4106-c12f-20bd9faed9f6``.
     """
-    rows = _ask("--query-compute-apps=pid,used_memory,process_name", f"--id={uuid}", columns=3)
-    return [
-        GpuProcess(pid=int(pid), name=name, used=int(used) << 20 if used.isdigit() else None)
-        for pid, used, name in rows
-        if pid.isdigit()
-    ]
+    found: dict[str, list[GpuProcess]] = {}
+    query = "--query-compute-apps=gpu_uuid,pid,used_memory,process_name"
+    for uuid, pid, used, name in _ask(query, columns=4):
+        if pid.isdigit():
+            vram = int(used) << 20 if used.isdigit() else None
+            found.setdefault(uuid, []).append(GpuProcess(pid=int(pid), name=name, used=vram))
+    return found
 
 
 def _ask(*query: str, columns: int) -> list[list[str]]:

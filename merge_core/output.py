@@ -63,24 +63,9 @@ def check_location(out: Path, base: Path, adapters: tuple[Path, ...]) -> list[Pr
     return problems
 
 
-def check_destination(out: Path, plan: MergePlan) -> None:
-    """What ``merge`` would say of OUT before it begins, as far as headers tell.
-
-    Raises:
-        InputError: OUT lies in what is read, or holds something else.
-        StorageError: the disk is too small.
-    """
-    problems = check_location(out, plan.base, tuple(a.path for a in plan.adapters))
-    if not problems and not _is_new(out) and _read_plan(out) is None:
-        problems.append(_not_ours(out))
-    if problems:
-        raise InputError(problems)
-    check_space(out, plan, freed=_written(out))
-
-
 def is_finished(out: Path, plan: MergePlan) -> bool:
     """Whether OUT holds the committed result of exactly this plan, every file in its size."""
-    earlier = _read_plan(out)
+    earlier = read_plan(out)
     if earlier is None or earlier["fingerprint"] != plan.fingerprint:
         return False
     if earlier.get("inputs") != _inputs(plan):
@@ -116,13 +101,13 @@ def check_usable(out: Path, plan: MergePlan, *, overwrite: bool = False) -> None
         InputError: OUT holds something else, and ``overwrite`` is not given or does not apply.
         StorageError: the disk is too small.
     """
-    if not _is_new(out):
-        earlier = _read_plan(out)
+    if not is_new(out):
+        earlier = read_plan(out)
         if earlier is None:
-            raise InputError([_not_ours(out)])
+            raise InputError([not_ours(out)])
         if not overwrite and not _can_go_on(out, plan, earlier):
             raise _other_merge(out, plan, earlier)
-    check_space(out, plan, freed=_written(out))
+    check_space(out, plan, freed=written_bytes(out))
 
 
 def prepare(out: Path, plan: MergePlan, *, overwrite: bool = False) -> None:
@@ -135,7 +120,7 @@ def prepare(out: Path, plan: MergePlan, *, overwrite: bool = False) -> None:
         StorageError: OUT cannot be made, or the disk is too small.
     """
     check_usable(out, plan, overwrite=overwrite)
-    earlier = None if _is_new(out) else _read_plan(out)
+    earlier = None if is_new(out) else read_plan(out)
     if earlier is not None and (overwrite or not _can_go_on(out, plan, earlier)):
         _make_room(out, earlier)
     state, config = state_directory(out), config_to_publish(plan)
@@ -203,7 +188,8 @@ def describe(plan: MergePlan) -> dict[str, Any]:
     }
 
 
-def _not_ours(out: Path) -> Problem:
+def not_ours(out: Path) -> Problem:
+    """What is wrong with an OUT that holds something else than an earlier merge."""
     return Problem(
         "OUT is not empty, and raymeld did not make it", str(out), "Choose another --out"
     )
@@ -218,7 +204,7 @@ def _inputs(plan: MergePlan) -> list[list[Any]]:
     return [[file.name, file.size, file.mtime_ns] for file in files]
 
 
-def _is_new(out: Path) -> bool:
+def is_new(out: Path) -> bool:
     """Whether nothing lies there, or nothing but what a merge leaves that wrote no plan yet."""
     entries = list(out.iterdir()) if out.is_dir() else []
     return entries in ([], [state_directory(out)]) and not _plan_path(out).exists()
@@ -263,9 +249,9 @@ def _make_room(out: Path, earlier: Mapping[str, Any]) -> None:
                 path.unlink()
 
 
-def _written(out: Path) -> int:
+def written_bytes(out: Path) -> int:
     """Bytes of an earlier merge's shards, which this one replaces or needs no room for."""
-    earlier = _read_plan(out)
+    earlier = read_plan(out)
     names = [shard["name"] for shard in earlier["shards"]] if earlier else []
     return sum((out / name).stat().st_size for name in names if (out / name).is_file())
 
@@ -274,7 +260,7 @@ def _plan_path(out: Path) -> Path:
     return state_directory(out) / "plan.json"
 
 
-def _read_plan(out: Path) -> dict[str, Any] | None:
+def read_plan(out: Path) -> dict[str, Any] | None:
     """plan.json, or None if it is not one of ours: its names decide what --overwrite removes."""
     try:
         plan = json.loads(_plan_path(out).read_bytes())

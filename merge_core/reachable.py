@@ -12,10 +12,11 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from merge_core.checkpoint import CONFIG, INDEX
 from merge_core.digest import bytes_digest
 from merge_core.errors import StorageError
 from merge_core.storage import FileIdentity, reported, sync_directory, write_durably
@@ -37,6 +38,13 @@ class FileSight:
     digest: str
     """Over both its ends."""
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether weights come from it, or what they mean; not a tokenizer, a lock, a README."""
+        name = self.identity.name
+        ours = name in {CONFIG, INDEX} or name.startswith("adapter_")
+        return ours or name.endswith(".safetensors")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputSight:
@@ -48,19 +56,35 @@ class InputSight:
     error: str | None
     """Why it cannot be read, if it cannot."""
 
+    def lacks(self, name: str) -> bool:
+        """Whether there is no such file in it."""
+        return all(file.identity.name != name for file in self.files)
+
     def difference(self, driver: InputSight) -> str | None:
-        """How it differs from what the driver sees under the same path, or None."""
-        mine, theirs = ({f.identity.name: f for f in sight.files} for sight in (self, driver))
-        missing, more = sorted(theirs.keys() - mine.keys()), sorted(mine.keys() - theirs.keys())
-        both = sorted(mine.keys() & theirs.keys())
-        other = [name for name in both if _content(mine[name]) != _content(theirs[name])]
-        for names, verb in ((missing, "is missing"), (more, "is there alone"), (other, "differs")):
-            if names:
-                rest = f" ({len(names)} such files)" * (len(names) > 1)
-                return f"holds other files than the driver sees there: {names[0]} {verb}{rest}"
-        if any(mine[name] != theirs[name] for name in both):
+        """How what is merged from it differs from what the driver sees under the same path, or
+        None.
+        """
+        mine, theirs = ([f for f in sight.files if f.is_merged] for sight in (self, driver))
+        other = _other_content(mine, theirs)
+        if other is None and set(mine) != set(theirs):
             return "is a copy with other times, which a merge takes for files that changed"
-        return None
+        return other
+
+    def side_difference(self, driver: InputSight) -> str | None:
+        """How the rest of it differs, which only the driver reads, if anybody."""
+        mine, theirs = ([f for f in sight.files if not f.is_merged] for sight in (self, driver))
+        return _other_content(mine, theirs)
+
+
+def _other_content(here: Sequence[FileSight], driver: Sequence[FileSight]) -> str | None:
+    mine, theirs = ({f.identity.name: _content(f) for f in files} for files in (here, driver))
+    missing, more = sorted(theirs.keys() - mine.keys()), sorted(mine.keys() - theirs.keys())
+    other = sorted(name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name])
+    for names, verb in ((missing, "is missing"), (more, "is there alone"), (other, "differs")):
+        if names:
+            rest = f" ({len(names)} such files)" * (len(names) > 1)
+            return f"holds other files than the driver sees there: {names[0]} {verb}{rest}"
+    return None
 
 
 def look_at_input(path: Path) -> InputSight:
@@ -88,10 +112,11 @@ def nearest_directory(out: Path) -> Path:
 
 @contextlib.contextmanager
 def trial_directory(place: Path) -> Iterator[Path]:
-    """A directory in ``place`` to write into while inside; nothing of it is left at the end.
+    """A directory in ``place`` to write into while inside; nothing of it is left at the end, if it
+    can be removed: whoever wants to know looks.
 
     Raises:
-        StorageError: it cannot be made, or not be removed.
+        StorageError: it cannot be made.
     """
     trial = place / f"{_TRIAL}{secrets.token_hex(8)}"
     with reported(place):
@@ -101,8 +126,8 @@ def trial_directory(place: Path) -> Iterator[Path]:
         sync_directory(place)
         yield trial
     finally:
-        with reported(trial):
-            shutil.rmtree(trial)
+        for _ in range(2):  # a node that answers late may have put a file there meanwhile
+            shutil.rmtree(trial, ignore_errors=True)
 
 
 def leave_token(trial: Path, name: str) -> str | None:

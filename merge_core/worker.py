@@ -20,7 +20,7 @@ from merge_core.kernel import LoadedUpdates
 from merge_core.lanes import Lane, out_of_memory_reported
 from merge_core.ledger import Receipt, TensorRecord
 from merge_core.memory import LaneChoice, Memory, choose_lanes, free_host_memory, lane_need
-from merge_core.nvidia import processes_on
+from merge_core.nvidia import gpu_processes
 from merge_core.output import parts_directory
 from merge_core.peaks import Peaks
 from merge_core.plan import MergePlan, Shard, TensorTask
@@ -45,7 +45,8 @@ def measure_memory(device: str) -> Memory:
     if device != "cuda":
         return Memory(host=free_host_memory(), device=None)
     vram, _ = torch.cuda.mem_get_info()
-    seen = processes_on(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+    uuid = f"GPU-{torch.cuda.get_device_properties(0).uuid}"
+    seen = gpu_processes().get(uuid, [])
     others = tuple(process for process in seen if process.pid != os.getpid())
     return Memory(host=free_host_memory(), device=vram, neighbours=others)
 

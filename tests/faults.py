@@ -18,7 +18,7 @@ from kills import drain
 from leases import take_over
 
 from actors.collector import Collector
-from actors.greeting import Greeting
+from actors.identity import Signed
 from actors.merger import Merger
 from merge_core.errors import DeviceMemoryError
 from merge_core.ledger import Receipt
@@ -74,14 +74,14 @@ class Stopped(Hangs):
 class CannotStart(Merger):
     """Never comes up."""
 
-    def hello(self) -> Greeting:
+    def hello(self) -> Signed:
         raise RuntimeError("no driver for this device")
 
 
 class FullOnce(Merger):
     """Finds next to no memory where the first worker is."""
 
-    def hello(self) -> Greeting:
+    def hello(self) -> Signed:
         from merge_core import worker
         from merge_core.memory import Memory
 

@@ -94,11 +94,13 @@ def scraped_cluster(cpus: int) -> Iterator[Scraped]:
         yield Scraped(nodes.address, port)
 
 
-def merge_in_trouble(where: Scraped, plan: MergePlan, out: Path) -> tuple[MergeResult, bool]:
-    """A merge with two workers that fails in every way before it succeeds, and whether Prometheus
-    could see the two at work.
+def merge_in_trouble(
+    where: Scraped, plan: MergePlan, out: Path
+) -> tuple[MergeResult, bool, list[str]]:
+    """A merge with two workers that fails in every way before it succeeds, whether Prometheus could
+    see the two at work, and what was said.
     """
-    shown, patience = False, 60
+    shown, patience, said = False, 60, list[str]()
 
     def watch(progress: Progress) -> None:
         nonlocal shown, patience
@@ -111,8 +113,8 @@ def merge_in_trouble(where: Scraped, plan: MergePlan, out: Path) -> tuple[MergeR
 
     faults.by_value()
     options = ClusterOptions(address=where.address, workers=2, merger=faults.FailsInEveryWay)
-    result = merge_on_ray(plan, out, options, watch=watch, say=lambda _: None)
-    return result, shown
+    result = merge_on_ray(plan, out, options, watch=watch, say=said.append)
+    return result, shown, said
 
 
 def verify_there(where: Scraped, out: Path) -> VerifyReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,12 @@ from handmade import (
     write_base,
 )
 from scenes import SMALL, BaseScene, Scene, adapter_of
+from typer.testing import CliRunner
 
+from cluster.cli import app
 from merge_core.errors import InputError
+from merge_core.factors import seal
+from merge_core.lease import Lease
 from merge_core.merge import MergeResult, merge
 from merge_core.planner import make_plan
 
@@ -192,3 +197,34 @@ def test_another_merge_in_out_is_replaced_only_when_asked(scene: BaseScene, tmp_
         assert said in text
     scene.merge(overwrite=True)
     assert published(scene.out) == {**published(elsewhere.out), "notes.txt": b"mine"}
+
+
+def test_a_plan_and_a_doctor_tell_what_lies_in_out(base: Path, adapter: Path, out: Path) -> None:
+    def told(words: Sequence[Path | str]) -> str:
+        done = CliRunner().invoke(app, list(map(str, words)))
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    run(base, adapter, out)
+    fingerprint = seal(make_plan(base, [adapter])).fingerprint[:12]
+    finished = f"{out}: holds a finished merge, of plan {fingerprint}. The same merge finds that it"
+    for words in (["plan", base, adapter], ["doctor", base, adapter], ["doctor"]):
+        assert finished in told([*words, "--out", out])
+
+    (out / "config.json").unlink()
+    with Lease(out, lambda _: None) as lease:
+        for words in (["plan", base, adapter], ["doctor", base, adapter], ["doctor"]):
+            said = told([*words, "--out", out])
+            assert f"{out}: holds an unfinished merge, of plan {fingerprint}. The same" in said
+            assert f"{out}: {lease.holder} is merging into it. Wait for it" in said
+    assert "is merging" not in told(["doctor", "--out", out])
+
+
+def test_a_doctor_tells_of_an_out_that_is_not_ours_also_without_a_plan(out: Path) -> None:
+    out.mkdir()
+    (out / "mine").touch()
+
+    done = CliRunner().invoke(app, ["doctor", "--out", str(out)])
+
+    assert done.exit_code == 1
+    assert f"{out}: OUT is not empty, and raymeld did not make it" in done.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,8 @@ from actors.identity import Identity
 from actors.libraries import Library
 from cluster.diagnosis import Diagnosis, diagnose
 from cluster.doctor import Checkup, Destination
-from cluster.doctor_report import report_document, report_lines
 from merge_core.errors import Problem
-from merge_core.nvidia import Gpu, GpuProcess
+from merge_core.nvidia import Gpu
 from merge_core.plan import MergePlan
 from merge_core.reachable import FileSight, InputSight
 from merge_core.storage import FileIdentity
@@ -37,13 +35,16 @@ FULL, FREE = (
     GpuSight(gpu=Gpu(index=i, uuid=f"GPU-{i}", name="H100", free=free), processes=())
     for i, free in (("0", 1), ("1", 10**11))
 )
-FOUND = Examination(identity=DRIVER, libraries=(), memory=10**11, gpus=(), view=CPU)
+TORCH = Library(name="torch", wanted=">=2.4", found="2.9.0")
+FOUND = Examination(identity=DRIVER, libraries=(TORCH,), memory=10**11, gpus=(), view=CPU)
 CONFIG = FileSight(
     identity=FileIdentity(name="config.json", size=2, mtime_ns=1), digest="of the content"
 )
+README = replace(CONFIG, identity=replace(CONFIG.identity, name="README.md"))
 BASE = InputSight(path=Path("/m/base"), files=(CONFIG,), error=None)
 LOOKED = PathSight(inputs=(BASE,), refusal=None)
 LATE = Silence(reason="no answer within 9 s", kind="late")
+TAKEN = Silence(reason="it was taken meanwhile", kind="waiting")
 OUT = Destination(out=Path("/m/out"), place=Path("/m"), free=10**12)
 
 
@@ -82,7 +83,11 @@ def test_nothing_is_said_of_nodes_that_are_well(small: MergePlan) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"identity": replace(DRIVER, raymeld="9", digest="x")}, "n1: has raymeld 9, the driver 1"),
+        (
+            {"examination": replace(DRIVER, raymeld="9", digest="x"), "paths": None},
+            "n1: has raymeld 9, the driver 1. Install the same raymeld on every node",
+        ),
+        ({"identity": replace(DRIVER, torch="2.8.0")}, "n1: has torch 2.8.0, the driver 2.9.0"),
         (
             {"libraries": (Library(name="numpy", wanted=">=1.26", found="1.0"),)},
             "n1: numpy is 1.0, and should be >=1.26. Install raymeld there with all",
@@ -157,6 +162,14 @@ def test_what_is_wrong_with_a_node_is_a_problem(changes: dict[str, Any], said: s
             "n1: peft is 0.7.1, and should be >=0.20. A merge does without it",
         ),
         (
+            {"libraries": ()},
+            "n1: runs raymeld from a checkout, without its metadata. What raymeld",
+        ),
+        (
+            {"paths": replace(LOOKED, inputs=(replace(BASE, files=(CONFIG, README)),))},
+            "n1: BASE /m/base holds other files than the driver sees there: README.md is",
+        ),
+        (
             {"gpus": (FULL, FREE), "view": replace(CPU, visible="1"), "ray_gpus": 1},
             "n1: CUDA_VISIBLE_DEVICES=1 hides 1 GPU. Nothing is merged on these",
         ),
@@ -170,7 +183,19 @@ def test_what_is_wrong_with_a_node_is_a_problem(changes: dict[str, Any], said: s
         ),
         (
             {"ray_gpus": 1, "views": (GPU,)},
-            "n1: nvidia-smi is not there. How full its GPUs are is not known",
+            "n1: nvidia-smi tells nothing. How full its GPUs are is not known",
+        ),
+        (
+            {"ray_gpus": 1, "gpus": (FREE,), "views": (TAKEN,)},
+            "n1: a GPU was not looked at: it was taken meanwhile. A merge waits for it",
+        ),
+        (
+            {"ray_gpus": 7, "gpus": (FULL,), "view": replace(CPU, visible="MIG-1,MIG-2")},
+            "n1: its workers get slices of GPUs (MIG). How full they are is not known",
+        ),
+        (
+            {"ray_gpus": 7, "gpus": (FULL,), "views": (replace(GPU, visible="MIG-1"),)},
+            "n1: its workers get slices of GPUs (MIG). How full they are is not known",
         ),
     ],
 )
@@ -191,45 +216,6 @@ def test_an_open_cluster_and_one_without_workers_are_noted(small: MergePlan) -> 
     ]
 
 
-def test_one_thing_on_many_nodes_is_one_problem_and_the_document_names_all() -> None:
-    gone = replace(LOOKED, inputs=(replace(BASE, error="No such file or directory"),))
-    found = checkup(*(node(f"n{n}", paths=gone) for n in range(5)))
-    diagnosis = diagnose(found)
-
-    ((said,), _) = told(diagnosis)
-    assert said.startswith("n0, n1, n2 and 2 more: BASE /m/base cannot be read: No such file")
-    (problem,) = report_document(found, diagnosis)["problems"]
-    assert problem["places"] == ["n0", "n1", "n2", "n3", "n4"]
-
-
-def test_a_gpu_that_ray_hands_out_and_that_is_too_full_is_a_problem(small: MergePlan) -> None:
-    taker = GpuProcess(pid=4711, name="python3", used=80 << 30)
-    full = replace(FULL, processes=(taker,))
-    found = checkup(node(ray_gpus=2, gpus=(full, FREE), views=(GPU, GPU)), plan=small)
-
-    (problem,), notes = told(diagnose(found))
-    assert problem.startswith("n1, GPU 0: one lane needs 2 MB of memory and 2 MB of VRAM")
-    assert "taken: 85,899 MB by python3 (process 4711)" in problem
-    assert notes == []
-    hidden = replace(CPU, visible="1")  # nothing is merged on a GPU that Ray was not given
-    found = checkup(node(ray_gpus=1, gpus=(full, FREE), views=(GPU,), view=hidden), plan=small)
-    assert diagnose(found).problems == ()
-
-
-def test_too_little_memory_is_a_problem_where_the_cpu_would_merge(small: MergePlan) -> None:
-    (problem,), _ = told(diagnose(checkup(node(memory=10**6), plan=small)))
-
-    assert problem.startswith("n1: one lane needs 2 MB of memory, found free: 1 MB of memory. Stop")
-
-
-def test_without_ray_a_gpu_that_torch_cannot_use_leaves_the_cpu() -> None:
-    found = checkup(node(gpus=(FULL,)), address="inline", token=None)
-
-    problems, (note,) = told(diagnose(found))
-    assert problems == []
-    assert note.startswith("n1: torch cannot use its 1 GPU: no CUDA here. A merge here runs on the")
-
-
 def test_what_the_driver_cannot_read_or_write_is_said_of_the_driver() -> None:
     gone = replace(BASE, files=(), error="No such file or directory")
     refused = replace(OUT, refusal=Problem("Permission denied", "/m", "Check that."))
@@ -241,6 +227,27 @@ def test_what_the_driver_cannot_read_or_write_is_said_of_the_driver() -> None:
     ]
 
 
+def test_a_base_or_an_adapter_without_its_config_is_a_problem_everywhere() -> None:
+    bare = replace(BASE, files=())
+    looked = replace(LOOKED, inputs=(bare,))
+
+    (problem,), _ = told(diagnose(checkup(node(paths=looked), inputs=(bare,))))
+    assert problem.startswith("the driver, n1: BASE /m/base has no config.json. Mount one file")
+    here = checkup(node(paths=looked), inputs=(bare,), address="inline", token=None)
+    assert told(diagnose(here))[0] == [
+        "n1: BASE /m/base has no config.json. Check the path and its permissions"
+    ]
+
+
+def test_what_lies_in_out_and_stops_other_merges_is_noted() -> None:
+    finished = Problem("holds a finished merge, of plan 1f", "/m/out", "The same merge finds it.")
+
+    assert told(diagnose(checkup(node(), notes=(finished,)))) == (
+        [],
+        ["/m/out: holds a finished merge, of plan 1f. The same merge finds it"],
+    )
+
+
 def test_what_stands_against_the_plan_is_a_problem(small: MergePlan) -> None:
     full = Problem("no space: the result takes 2 GB", "/m/out", "Free space there.")
     problems, notes = told(
@@ -249,49 +256,3 @@ def test_what_stands_against_the_plan_is_a_problem(small: MergePlan) -> None:
 
     assert problems == ["/m/out: no space: the result takes 2 GB. Free space there"]
     assert notes == ["plan: a note"]
-
-
-def test_the_report_has_a_row_a_node_and_the_problems_at_the_end(small: MergePlan) -> None:
-    gone = replace(LOOKED, inputs=(replace(BASE, error="No such file or directory"),))
-    hidden = replace(CPU, visible="")
-    found = checkup(
-        node("gpu-1", ray_gpus=2, gpus=(FULL, FREE), views=(GPU, replace(GPU, visible="1"))),
-        node("n2", paths=gone, view=hidden, identity=replace(DRIVER, digest="x")),
-        node("n3", examination=LATE, paths=None),
-        node("n4", leaves_in=20.0, examination=None, paths=None),
-        plan=small,
-    )
-    lines = report_lines(found, diagnose(found))
-
-    assert lines[0] == "cluster   head:6379: 4 nodes, a token in use"
-    rows = [" ".join(line.split()) for line in lines]
-    assert rows[6:12] == [
-        "node code CPUs memory free lanes BASE OUT",
-        "gpu-1 same 4 100.00 GB 8 same writable",
-        "n2 other 4 100.00 GB 8 unreadable writable",
-        "n3 silent",
-        "n4 leaves",
-        "",
-    ]
-    assert "gpu-1 2 0, 1 all NVIDIA H100" in rows
-    assert "gpu-1 0 H100 0.00 MB too full" in rows
-    assert rows[-1] == "result 4 problems to solve"
-    assert max(map(len, lines)) > 80  # no terminal: lines are not broken
-
-
-def test_the_document_is_json_whatever_was_found(small: MergePlan) -> None:
-    silent = node("n2", examination=LATE, paths=None)
-    leaving = node("n3", leaves_in=math.inf, examination=None, paths=None)
-    gpus = node("n1", ray_gpus=1, gpus=(FULL,), views=(GPU,))
-    found = checkup(gpus, silent, leaving, plan=small)
-    document = json.loads(json.dumps(report_document(found, diagnose(found)), allow_nan=False))
-
-    assert document["ok"] is False
-    assert document["nodes"][0]["gpus"][0]["lanes"] == 0
-    assert document["nodes"][0]["inputs"] == [
-        {"path": "/m/base", "files": 1, "error": None, "difference": None}
-    ]
-    assert (document["nodes"][1]["silence"], document["nodes"][2]["leaves_in"]) == (
-        LATE.reason,
-        None,
-    )

@@ -15,7 +15,8 @@ import pytest
 from clusters import cluster, environment, joined
 from handmade import files_below, small_merge
 
-from actors.examiner import DeviceView, Examination, ExaminedNode, Examiner, Silence
+from actors.examiner import DeviceView, ExaminedNode, Examiner, Silence
+from actors.identity import Identity
 from cluster.diagnosis import Finding, diagnose
 from cluster.doctor import Checkup, Intent, examine
 from cluster.session import session
@@ -24,7 +25,7 @@ PATIENCE = 60.0
 TOOL = """#!/bin/sh
 case "$*" in
 *--query-gpu=*) echo '0, GPU-1, 1, NVIDIA H100'; echo '1, GPU-2, 81037, NVIDIA H100';;
-*--id=GPU-1*) echo '4711, 80000, /usr/bin/python3';;
+*--query-compute-apps=*) echo 'GPU-1, 4711, 80000, /usr/bin/python3';;
 esac
 """
 """Stands in for nvidia-smi: of two GPUs the first is full."""
@@ -97,14 +98,14 @@ def test_a_cluster_that_is_well_ends_with_exit_code_0(
 def test_nodes_that_do_not_answer_in_time_are_named(nodes: Any, paths: Path) -> None:
     checkup = looked_at(nodes.address, paths, paths / "results", seconds=0)
 
-    (problem,) = diagnose(checkup).problems
+    problem, *_ = diagnose(checkup).problems  # the others are of the driver's own looks
     assert problem.what == "no examiner came up: no answer within 0 s"
     assert sorted(problem.places) == sorted(node.name for node in checkup.nodes)
 
 
 @pytest.fixture(scope="module")
 def ill(nodes: Any, paths: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Checkup]:
-    """The same cluster after three more nodes came, none of which is well."""
+    """The same cluster after four more nodes came, none of which is well."""
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("mounting takes root")
     user, broken, other = (tmp_path_factory.mktemp(name) for name in ("user", "broken", "other"))
@@ -112,8 +113,10 @@ def ill(nodes: Any, paths: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     package_of_the_user(broken, "merge_core")
     stand_in(user / "nvidia-smi")
     path = f"{user}{os.pathsep}{os.environ['PATH']}"
-    with environment(PYTHONPATH=str(user), PATH=path, **UNAPART):
+    with environment(PATH=path, **UNAPART):
         nodes.add_node(num_cpus=1, num_gpus=2)
+    with environment(PYTHONPATH=str(user)):
+        nodes.add_node(num_cpus=1)
     with environment(PYTHONPATH=str(broken)):
         nodes.add_node(num_cpus=1)
     mounts = mounted_elsewhere(paths, other)
@@ -150,14 +153,20 @@ def mounted_elsewhere(paths: Path, other: Path) -> str:
 def take_a_gpu_of(nodes: Any) -> None:
     """One of the two; the actor stays when its driver has gone."""
     with environment(), session(nodes.address, use_gpus=True):
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+        start_a_taker(lifetime="detached", name="taker")
 
-        (two,) = (n["NodeID"] for n in ray.nodes() if n["Resources"].get("GPU") == 2)
-        place = NodeAffinitySchedulingStrategy(two, soft=False)
-        taker = ray.remote(num_cpus=0, num_gpus=1)(Examiner)
-        actor = taker.options(lifetime="detached", name="taker", scheduling_strategy=place)
-        ray.get(actor.remote("taker").look.remote([], None), timeout=PATIENCE)
+
+def start_a_taker(**options: Any) -> tuple[str, Any]:
+    """An actor that holds one of the two GPUs; with the node's id."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    (two,) = (n["NodeID"] for n in ray.nodes() if n["Resources"].get("GPU") == 2)
+    place = NodeAffinitySchedulingStrategy(two, soft=False)
+    taker = ray.remote(num_cpus=0, num_gpus=1)(Examiner)
+    actor = taker.options(scheduling_strategy=place, **options).remote("taker")
+    ray.get(actor.look.remote([], None), timeout=PATIENCE)
+    return two, actor
 
 
 def the_one(checkup: Checkup, gpus: int) -> ExaminedNode:
@@ -171,15 +180,21 @@ def met_on(node: ExaminedNode, findings: Sequence[Finding]) -> list[str]:
     return sorted(one.what for one in mine)
 
 
-def test_a_node_with_other_code_and_gpus_unfit_for_a_merge_is_told(ill: Checkup) -> None:
+def test_gpus_unfit_for_a_merge_are_told(ill: Checkup) -> None:
     node = the_one(ill, gpus=2)
-    unseen, apart, code, full = met_on(node, diagnose(ill).problems)
+    unseen, apart, full = met_on(node, diagnose(ill).problems)
 
     assert unseen.startswith("Ray hands out GPUs that torch cannot use: Torch not compiled with")
     assert apart.startswith("a worker that was given one GPU sees all")
-    assert isinstance(node.examination, Examination)
-    assert code.startswith(f"imports 'cluster' from {node.examination.identity.paths[0]}, the driv")
     assert full.endswith("and 1 MB of VRAM; taken: 83,886 MB by /usr/bin/python3 (process 4711)")
+
+
+def test_of_a_node_with_other_code_only_that_is_told(ill: Checkup) -> None:
+    (node,) = (node for node in ill.nodes if isinstance(node.examination, Identity))
+
+    (said,) = met_on(node, diagnose(ill).problems)
+    assert said.startswith(f"imports 'cluster' from {node.examination.paths[0]}, the driver from")
+    assert node.paths is None
 
 
 def test_a_gpu_that_is_taken_is_left_alone(ill: Checkup) -> None:
@@ -187,6 +202,17 @@ def test_a_gpu_that_is_taken_is_left_alone(ill: Checkup) -> None:
 
     assert (node.taken, len(node.views)) == (1, 1)
     assert met_on(node, diagnose(ill).notes) == ["GPUs are taken by other actors: 1 of 2"]
+
+
+@pytest.mark.usefixtures("ill")
+def test_a_gpu_that_was_taken_since_it_was_seen_free_is_waited_for(nodes: Any) -> None:
+    with environment(), session(nodes.address, use_gpus=True):
+        from actors.rounds import view_gpus
+
+        node, _taker = start_a_taker()
+        assert view_gpus([node], seconds=1) == [
+            Silence(reason="it was taken meanwhile", kind="waiting")
+        ]
 
 
 def test_code_that_cannot_even_be_imported_is_told(ill: Checkup) -> None:
@@ -221,10 +247,11 @@ def test_without_ray_this_machine_is_examined_and_a_problem_ends_with_exit_code_
     (tmp_path / "file").touch()
     ill = raymeld(paths / "base", tmp_path, "--out", tmp_path / "file" / "out", cwd=tmp_path)
 
-    assert (well.returncode, well.stderr) == (0, "")
+    looking = f"looking at {paths / 'base'}, {paths / 'adapter'}, {tmp_path / 'out'}\n"
+    assert (well.returncode, well.stderr) == (0, looking)
     assert well.stdout.splitlines()[0].endswith(", without Ray")
     assert well.stdout.splitlines()[-1] == "result  no problem was found"
-    assert (ill.returncode, ill.stderr) == (1, "")
+    assert ill.returncode == 1
     assert f"problem  {tmp_path}: has no adapter_config.json" in ill.stdout
     assert "OUT cannot be written: Not a directory" in ill.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

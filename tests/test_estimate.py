@@ -27,7 +27,7 @@ from merge_core.errors import InputError
 from merge_core.layout import TensorSpec
 from merge_core.plan import AdapterInput, MergePlan, Shard, Source, TensorTask
 from merge_core.storage import FileIdentity
-from merge_core.updates import Factor, LowRankUpdate
+from merge_core.updates import DoraUpdate, Factor, LowRankUpdate
 from merge_core.updates.combined import Combination
 
 GB = 1_000_000_000
@@ -122,6 +122,24 @@ def test_factors_are_read_and_multiplied() -> None:
         5.5 + 0.05 / 1.5 + 1 / 2.2 + product + 2 * 0.03, abs=0.001
     )
     assert found.bottleneck == "arithmetic"
+
+
+@pytest.mark.parametrize(("transposed", "passes"), [(False, 1), (True, 2)])
+def test_a_base_is_read_twice_where_dora_takes_the_norms_of_columns(
+    transposed: bool, passes: int
+) -> None:
+    plan = plan_of([500_000], rank=1)
+    (shard,) = plan.shards
+    (task,) = shard.tasks
+    (delta,) = task.updates
+    assert isinstance(delta, LowRankUpdate)
+    magnitude = spec(1, 1, item=4)
+    dora = DoraUpdate(delta=replace(delta, transposed=transposed), magnitude=magnitude, weight=1.0)
+    plan = replace(plan, shards=(replace(shard, tasks=(replace(task, updates=(dora,)),)),))
+
+    factors = 4 * (1000 + 500_000 + 1)
+    seconds = FIXED + MERGE + 10 * (passes - 1) + factors / 1e8 + 0.03
+    assert estimate(plan, SLOW, "structure").seconds == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(

@@ -19,19 +19,25 @@ from scrape import (
     verify_three_times,
 )
 
+from actors import metrics
+from actors.events import ItemDone
+from cluster.tasks import PROVING, RESULTS, VERIFYING
 from merge_core.ledger import Receipt
 from merge_core.plan import MergePlan
+from merge_core.verify import FileResult
+from merge_core.verify.report import Finding
 
 DOCUMENTATION = Path(__file__).resolve().parent.parent / "docs" / "observability.md"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Merged:
     """A merge in which one part was a lie, two attempts raised, and one lost its worker."""
 
     receipts: tuple[Receipt, ...]
     out: Path
     shown: bool
+    said: list[str]
     samples: list[Sample]
 
 
@@ -44,8 +50,8 @@ def where() -> Iterator[Scraped]:
 @pytest.fixture(scope="module")
 def merged(where: Scraped, plan: MergePlan, tmp_path_factory: pytest.TempPathFactory) -> Merged:
     out = tmp_path_factory.mktemp("counted") / "out"
-    (result, shown), samples = where.drive(merge_in_trouble, plan, out)
-    return Merged(receipts=tuple(result.receipts), out=out, shown=shown, samples=samples)
+    (result, shown, said), samples = where.drive(merge_in_trouble, plan, out)
+    return Merged(tuple(result.receipts), out, shown, said, samples)
 
 
 def test_a_shard_is_merged_when_it_is_accepted_and_an_attempt_that_is_not_has_failed(
@@ -84,6 +90,11 @@ def test_what_is_under_way_shows_while_it_is(merged: Merged) -> None:
     assert merged.shown
     assert values(merged.samples, "in_flight") == {("cpu",): 0}
     assert values(merged.samples, "workers") == {("cpu",): 0}
+
+
+def test_the_log_names_the_driver_that_prometheus_knows(merged: Merged) -> None:
+    (driver,) = {sample.labels["WorkerId"] for sample in merged.samples}
+    assert f"its metrics are those of driver {driver}" in merged.said
 
 
 def test_the_most_memory_is_that_of_the_greediest_shard(merged: Merged) -> None:
@@ -148,3 +159,26 @@ def test_the_dashboard_compares_with_values_that_there_are(merged: Merged) -> No
         for value in values_of(query, label)
     }
     assert compared - there == {"refuted"}  # in the merge nothing is
+
+
+def test_what_an_earlier_run_left_is_proven_and_not_verified(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counted: list[dict[str, str]] = []
+    monkeypatch.setattr(metrics, "_add", lambda *_, **tags: counted.append(tags))
+    counter = metrics.Metrics.__new__(metrics.Metrics)  # it counts on Ray
+    counter._counts = True
+    for name in ("_shards", "_bytes", "_seconds"):
+        setattr(counter, name, None)
+
+    for finding in ((), (Finding(check="digest", where="f", what="differs"),)):
+        check = FileResult(path="f", findings=finding, tensors=1, bytes_read=1, seconds=1)
+        for rank in (PROVING, VERIFYING):
+            counter.count(ItemDone(worker=0, item=0, result=check), "cpu", RESULTS[rank])
+
+    assert [tags["result"] for tags in counted if "result" in tags] == [
+        "proven",
+        "verified",
+        "refuted",
+        "refuted",
+    ]

@@ -6,17 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from actors import examiner
+from merge_core import nvidia
 from merge_core.errors import DeviceMemoryError
 from merge_core.memory import Memory, choose_lanes
-from merge_core.nvidia import Gpu, GpuProcess, list_gpus, processes_on
+from merge_core.nvidia import Gpu, GpuProcess, gpu_processes, list_gpus
 from merge_core.plan import MergePlan
 
 ANSWERS = {
     "--query-gpu=index,uuid,memory.free,name": (
         "0, GPU-1, 81037, NVIDIA H100 80GB HBM3\n1, GPU-2, [N/A], Broken\n"
     ),
-    "--query-compute-apps=pid,used_memory,process_name --id=GPU-1": (
-        "4711, 70000, /usr/bin/python3\n815, [N/A], a, b\nNo running processes found\n"
+    "--query-compute-apps=gpu_uuid,pid,used_memory,process_name": (
+        "GPU-1, 4711, 70000, /usr/bin/python3\nGPU-2, 9, 1, c\nGPU-1, 815, [N/A], a, b\n"
+        "No running processes found\n"
     ),
 }
 
@@ -61,21 +64,29 @@ def test_cuda_visible_devices_hides_gpus_by_number_and_by_name(
 
 
 def test_processes_are_named_even_where_the_driver_hides_what_they_take(tool: Path) -> None:
-    assert processes_on("GPU-1") == [
-        GpuProcess(pid=4711, name="/usr/bin/python3", used=70000 << 20),
-        GpuProcess(pid=815, name="a, b", used=None),
-    ]
-    assert processes_on("GPU-2") == []  # the tool fails
+    assert gpu_processes() == {
+        "GPU-1": [
+            GpuProcess(pid=4711, name="/usr/bin/python3", used=70000 << 20),
+            GpuProcess(pid=815, name="a, b", used=None),
+        ],
+        "GPU-2": [GpuProcess(pid=9, name="c", used=1 << 20)],
+    }
 
 
 def test_without_the_tool_nothing_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
 
-    assert (list_gpus(), processes_on("GPU-1")) == ([], [])
+    assert (list_gpus(), gpu_processes()) == ([], {})
+
+
+def test_a_tool_that_fails_tells_nothing(tool: Path) -> None:
+    tool.write_text("#!/bin/sh\nexit 9\n")
+
+    assert (list_gpus(), gpu_processes()) == ([], {})
 
 
 def test_who_takes_a_full_gpu_is_named(small: MergePlan, tool: Path) -> None:
-    found = Memory(host=10**12, device=10**6, neighbours=tuple(processes_on("GPU-1")))
+    found = Memory(host=10**12, device=10**6, neighbours=tuple(gpu_processes()["GPU-1"]))
 
     with pytest.raises(DeviceMemoryError) as caught:
         choose_lanes(small, "cuda", found)
@@ -84,3 +95,19 @@ def test_who_takes_a_full_gpu_is_named(small: MergePlan, tool: Path) -> None:
         "found free: 1,000,000 MB of memory and 1 MB of VRAM;"
         " taken: 73,400 MB by /usr/bin/python3 (process 4711), VRAM by a, b (process 815)"
     )
+
+
+def test_one_question_tells_of_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that hangs costs its timeout once, and not once a GPU."""
+    asked: list[tuple[str, ...]] = []
+
+    def ask(*query: str, columns: int) -> list[list[str]]:
+        asked.append(query)
+        return [["GPU-7", "4711", "1", "python3"]] * (columns == 4)
+
+    monkeypatch.setattr(nvidia, "_ask", ask)
+    gpus = [Gpu(index=str(n), uuid=f"GPU-{n}", name="H100", free=1) for n in range(8)]
+    monkeypatch.setattr(examiner, "list_gpus", lambda: gpus)
+
+    *others, last = examiner._look_at_gpus()
+    assert (len(others), len(last.processes), len(asked)) == (7, 1, 1)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from handmade import files_below
@@ -55,12 +56,33 @@ def test_a_file_that_is_missing_or_more_or_other_is_named(ours: Path, theirs: Pa
     said = "holds other files than the driver sees there: "
     assert difference(theirs, ours) == said + "config.json differs"
 
-    (theirs / "a.json").touch()
-    assert difference(theirs, ours) == said + "a.json is there alone"
+    (theirs / "adapter_config.json").touch()
+    assert difference(theirs, ours) == said + "adapter_config.json is there alone"
 
     (theirs / "config.json").unlink()
     (theirs / "model.safetensors").unlink()
     assert difference(theirs, ours) == said + "config.json is missing (2 such files)"
+
+
+def test_files_that_no_worker_reads_are_told_apart_and_their_times_never(
+    ours: Path, theirs: Path
+) -> None:
+    for name, change in (
+        ("tokenizer.json", lambda path: os.utime(path, (1, 1))),
+        ("README.md", lambda path: path.write_text("other")),
+        ("download.lock", Path.unlink),
+    ):
+        for directory in (ours, theirs):
+            (directory / name).write_text("same")
+        change(theirs / name)
+
+    assert difference(theirs, ours) is None
+    assert look_at_input(theirs).side_difference(look_at_input(ours)) == (
+        "holds other files than the driver sees there: download.lock is missing"
+    )
+    shutil.copy2(ours / "download.lock", theirs)
+    shutil.copy2(ours / "README.md", theirs)
+    assert look_at_input(theirs).side_difference(look_at_input(ours)) is None
 
 
 @pytest.mark.parametrize("place", [0, SAMPLE_BYTES - 1, 2 * SAMPLE_BYTES, 3 * SAMPLE_BYTES - 1])
@@ -122,6 +144,36 @@ def test_a_trial_is_removed_when_what_happens_inside_fails(tmp_path: Path) -> No
         interrupt(trial)
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trial_that_is_written_into_while_it_is_removed_is_removed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = shutil.rmtree
+
+    def late(trial: Path, **options: Any) -> None:
+        """A token arrives after the directory was listed."""
+        monkeypatch.setattr(shutil, "rmtree", remove)
+        assert (trial, options) == (made, {"ignore_errors": True})
+
+    monkeypatch.setattr(shutil, "rmtree", late)
+    with trial_directory(tmp_path) as made:
+        leave_token(made, "a")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trial_that_cannot_be_removed_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken, trial_directory(tmp_path) as trial:
+        broken.setattr(os, "rmdir", refused)
+
+    assert trial.exists()
+
+
+def refused(*_: object, **__: object) -> None:
+    raise PermissionError
 
 
 def test_trials_of_doctors_that_were_killed_are_removed_and_others_left(tmp_path: Path) -> None:

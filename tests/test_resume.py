@@ -23,7 +23,7 @@ from handmade import (
 from kills import Kill, command, marked
 from leases import move_elsewhere, take, take_over
 
-from merge_core import lease
+from merge_core import commit, lease
 from merge_core.errors import InputError, LeaseLostError, RaymeldError
 from merge_core.lease import Lease
 from merge_core.merge import MergeResult, merge
@@ -186,6 +186,23 @@ def test_a_merge_that_was_killed_goes_on_wherever_it_was(
     assert result.resumed == resumed
     assert published(out) == expected
     assert_tidy(out)
+
+
+def test_what_a_machine_left_that_died_right_after_the_commit_is_removed(
+    plan: MergePlan, out: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as dying:
+        dying.setattr(commit, "remove_leftovers", lambda _: None)
+        merge(plan, out, choice=TWO_LANES)
+    receipts = out / ".raymeld" / "receipts"
+    with Lease(out, lambda _: None):
+        assert not merge(plan, out, choice=TWO_LANES).receipts
+        assert receipts.exists()  # whoever is at work may be about to begin anew
+
+    assert not merge(plan, out, choice=TWO_LANES).receipts
+
+    assert_tidy(out)
+    assert published(out) == expected
 
 
 def test_a_second_merge_into_the_same_directory_is_refused(plan: MergePlan, out: Path) -> None:

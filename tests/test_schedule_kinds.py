@@ -6,7 +6,8 @@ import pytest
 from rehearsal import FAST, SLOW, Rehearsal, gave_up
 
 from actors.events import ItemDone, ItemFailed, WorkerLost, WorkerReady, WorkerUnfit
-from cluster.policies import STRAGGLER_FACTOR, STRAGGLER_SECONDS
+from cluster.backlog import OVERHEAD_BYTES
+from cluster.policies import HUNG_SECONDS, SLOWEST, STRAGGLER_FACTOR, STRAGGLER_SECONDS
 from merge_core.errors import DeviceMemoryError
 
 GB = 1_000_000_000
@@ -175,8 +176,26 @@ def test_nothing_is_given_out_twice_within_seconds_or_on_a_first_impression() ->
     young = up(Rehearsal(dict.fromkeys(range(3), GB), 2))
     finish(young, 0)
     finish(young, 0)
-    young.pass_time(1000)
+    young.pass_time(HUNG_SECONDS)
     assert young.starting == set()
+
+
+def test_a_worker_that_hangs_before_it_is_known_what_is_usual_is_not_waited_for_for_ever() -> None:
+    pool = up(Rehearsal(dict.fromkeys(range(2), GB), 2))
+    finish(pool, 0)
+    patience = HUNG_SECONDS + (GB + OVERHEAD_BYTES) / SLOWEST
+    pool.pass_time(patience - pool.now)
+    assert pool.starting == set()
+
+    pool.pass_time(1)
+    up(pool)
+
+    assert pool.running == {1: 1, 2: 1}
+    assert pool.schedule.log[-1] == (
+        "giving item 1 to a second worker beside worker-1: it has taken 804 s, and may hang"
+    )
+    finish(pool, 2)
+    assert (pool.over, pool.gone) == (True, {0, 1, 2})
 
 
 def test_a_worker_on_a_full_gpu_is_left_alone_and_another_takes_its_place() -> None:

@@ -59,6 +59,19 @@ def test_each_phase_counts_its_own_time(
     ]
 
 
+def test_a_phase_counts_from_what_was_done_when_it_began(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the checks most are done while shards are still merged."""
+    events = [(0.0, progress(0)), (1.0, progress(3 * 10**9, "verifying"))]
+    watched(monkeypatch, [*events, (11.0, progress(35 * 10**8, "verifying"))])
+
+    assert capsys.readouterr().err.splitlines() == [
+        "verifying: 3.50 of 4.00 GB, 0.05 GB/s, 10 s left, 2 workers",
+        "[done]",
+    ]
+
+
 def test_nothing_done_yet_promises_no_end(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
