@@ -101,7 +101,7 @@ def test_an_answer_that_is_bad_news_is_also_an_error_in_a_log_of_lines(
 
     done = CliRunner().invoke(app, [word.replace("OUT", str(finished)) for word in words])
 
-    (record,) = map(json.loads, done.stderr.splitlines())
+    *_, record = map(json.loads, done.stderr.splitlines())
     assert done.exit_code == record["exit_code"] == code
     assert record["level"] == "error"
     assert said in record["message"]
