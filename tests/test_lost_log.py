@@ -12,6 +12,7 @@ from typing import TextIO
 
 import pytest
 from test_talk import progress, watched
+from typer import Exit
 from typer.testing import CliRunner
 
 from cluster import console
@@ -40,36 +41,43 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 @pytest.fixture(params=[full_disk, pipe_that_nobody_reads])
-def nowhere(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A stderr that refuses what is written to it."""
+def nowhere(request: pytest.FixtureRequest) -> Iterator[TextIO]:
+    """A stderr that refuses what is written to it. Not set here: pytest would set its own again
+    before the test begins.
+    """
     stream: TextIO = request.param()
     with pytest.raises(OSError, match=r"No space left|Broken pipe"):
         stream.write("so it does\n")
-    monkeypatch.setattr(sys, "stderr", stream)
-    yield
-    monkeypatch.undo()
+    yield stream
     with contextlib.suppress(OSError):
         stream.close()
 
 
-@pytest.mark.usefixtures("form", "nowhere")
+@pytest.mark.usefixtures("form")
 def test_talk_that_cannot_be_written_stops_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    nowhere: TextIO, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(sys, "stderr", nowhere)
+
     watched(monkeypatch, [(0.0, progress(0)), (10.0, progress(10**9))])
 
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.usefixtures("form", "nowhere")
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("debug", [False, True])
 def test_an_error_that_cannot_be_told_keeps_its_exit_code_and_its_document(
-    capsys: pytest.CaptureFixture[str], debug: bool
+    nowhere: TextIO,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    debug: bool,
 ) -> None:
-    with pytest.raises(Exception) as caught, answering(as_json=True, debug=debug):  # noqa: PT011
+    monkeypatch.setattr(sys, "stderr", nowhere)
+
+    with pytest.raises(Exit) as caught, answering(as_json=True, debug=debug):
         raise ERROR
 
-    assert getattr(caught.value, "exit_code", None) == ERROR.exit_code
+    assert caught.value.exit_code == ERROR.exit_code
     assert json.loads(capsys.readouterr().out)["error"] == str(ERROR)
 
 
@@ -101,7 +109,7 @@ def test_an_answer_that_is_bad_news_is_also_an_error_in_a_log_of_lines(
 
     done = CliRunner().invoke(app, [word.replace("OUT", str(finished)) for word in words])
 
-    (record,) = map(json.loads, done.stderr.splitlines())
+    *_, record = map(json.loads, done.stderr.splitlines())
     assert done.exit_code == record["exit_code"] == code
     assert record["level"] == "error"
     assert said in record["message"]
