@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from merge_core.digest import CELL_BYTES
+from merge_core.layout import TensorSpec
 from merge_core.plan import MergePlan, Shard
 
 START_SECONDS = 5.0
@@ -187,11 +188,13 @@ def _hand_out(busy: list[float], items: Iterable[_Item], pace: _Pace) -> list[fl
 def _merges(plan: MergePlan, arithmetic: Arithmetic) -> Iterator[_Item]:
     for shard in _in_order(plan):
         read, products = 0, 0
+        factors: set[tuple[int, TensorSpec]] = set()  # some are of many tensors, and read once
         for task in shard.tasks:
             read += task.source.tensor.nbytes
             for update in task.updates:
-                read += sum(tensor.nbytes for tensor in update.tensors)
+                factors |= {(update.adapter, tensor) for tensor in update.tensors}
                 products += 2 * update.rank * math.prod(task.target.shape)
+        read += sum(tensor.nbytes for _, tensor in factors)
         busy = shard.size / arithmetic.passes + products / arithmetic.products
         last = min(CELL_BYTES, max(task.target.nbytes for task in shard.tasks))
         yield _Item(read=read, written=shard.size, last=last, busy=busy)

@@ -71,7 +71,8 @@ def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
         trained = read_trained(tensors, config, str(path / name)) if tensors else None
     if config is None or trained is None or problems:
         raise InputError(problems)
-    notes = [f"{path}: {slip} matches no module" for slip in config.idle_patterns(trained.pairs)]
+    paths = [*map(config.key_of, trained.pairs), *trained.experts]
+    notes = [f"{path}: {slip} matches no module" for slip in config.idle_patterns(paths)]
     if name == SAFETENSORS and (path / PICKLE).exists():
         notes.append(f"{path}: {PICKLE} is left out, as PEFT does beside {SAFETENSORS}")
     return Adapter(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from merge_core.block_diagonal import BlockDiagonal, read_block_diagonal
 from merge_core.config_values import are_names, at_end, is_regex, malformed, whole
 from merge_core.errors import InputError, Problem, shortened
 from merge_core.peft_fields import (
@@ -51,12 +53,27 @@ class AdapterConfig:
     """Whether what was trained of tied embeddings was trained of the head as well."""
     targets: str | tuple[str, ...] = ()
     """``target_modules``; empty where other fields narrow it down, so that it says nothing."""
+    parameters: tuple[str, ...] = ()
+    """``target_parameters``: ends of the paths of parameters that were trained by themselves."""
+    peft_release: tuple[int, int] | None = None
+    """The release of PEFT that saved the adapter; None if it was none."""
+    block_diagonal: BlockDiagonal | None = None
+    """``use_bdlora``"""
 
     def is_target(self, module: str) -> bool:
         """Whether the config says that ``module`` was trained (PEFT: a regex, or suffixes)."""
         if isinstance(self.targets, str):
             return self.targets != "" and whole(self.targets).match(module) is not None
         return any(module == name or module.endswith(f".{name}") for name in self.targets)
+
+    def is_parameter(self, path: str) -> bool:
+        """Whether the parameter at ``path`` was trained by itself."""
+        return any(path == name or path.endswith(f".{name}") for name in self.parameters)
+
+    def key_of(self, module: str) -> str:
+        """What the patterns are matched with, for the factors of a module's weight."""
+        weight = f"{module}.weight"
+        return weight if self.is_parameter(weight) else module
 
     def is_saved(self, module: str) -> bool:
         """Whether ``module`` was trained as a whole."""
@@ -76,7 +93,8 @@ class AdapterConfig:
         return None
 
     def resolve(self, module: str) -> tuple[int, float]:
-        """Rank and scaling of ``module``, a path such as ``model.layers.0.self_attn.q_proj``.
+        """Rank and scaling of ``module``, a path such as ``model.layers.0.self_attn.q_proj``, or
+        of a parameter that was trained by itself.
 
         Scaling is alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732), where r and alpha
         may each be overridden by the first pattern that matches.
@@ -136,7 +154,18 @@ def read_config(fields: Mapping[str, Any], where: str) -> AdapterConfig:
         tokens=_tokens(fields),
         ensures_tying=fields.get("ensure_weight_tying") or False,
         targets=_targets(fields) if kind == "LORA" else (),
+        parameters=tuple(fields.get("target_parameters") or ()),
+        peft_release=_release(fields.get("peft_version")),
+        block_diagonal=read_block_diagonal(fields.get("use_bdlora")),
     )
+
+
+def _release(version: str | None) -> tuple[int, int] | None:
+    """PEFT has written its version since 0.18."""
+    if version is None:
+        return (0, 17)
+    match = re.fullmatch(r"(\d+)\.(\d+)(?:\.\d+)?", version)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def _tokens(fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

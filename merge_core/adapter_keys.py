@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 PREFIX = "base_model.model."
+_INNER = ".base_layer"
 
 
 class Part(StrEnum):
@@ -40,7 +41,9 @@ class Key:
     """A tensor's name, taken apart."""
 
     module: str
-    """Path of the module, such as ``model.layers.0.self_attn.q_proj``."""
+    """Path of the module, such as ``model.layers.0.self_attn.q_proj``. Where PEFT wrapped it once
+    for each of its parameters, ``.base_layer`` follows for each wrapper around the one meant.
+    """
     part: Part
 
 
@@ -61,6 +64,8 @@ _NAMES = (
     (r"original_module\.bias", Part.ORIGINAL_BIAS),
 )
 _KEYS = tuple((re.compile(rf"{re.escape(PREFIX)}(.+?)\.{name}"), part) for name, part in _NAMES)
+_WRAPPED = frozenset({Part.A, Part.B})
+"""What a wrapper within a wrapper can have."""
 _FOREIGN = re.compile(
     r"\.(lora_|base_layer\.|modules_to_save|original_module|ranknum|token_adapter)"
 )
@@ -71,6 +76,17 @@ def parse_key(name: str) -> Key | None:
     """The key of a tensor; None if it is of no known kind."""
     for pattern, part in _KEYS:
         match = pattern.fullmatch(name)
-        if match and not _FOREIGN.search(f".{match[1]}."):
+        if match is None:
+            continue
+        wrapped = unwrapped(match[1])[0] if part in _WRAPPED else match[1]
+        if not _FOREIGN.search(f".{wrapped}."):
             return Key(module=match[1], part=part)
     return None
+
+
+def unwrapped(module: str) -> tuple[str, int]:
+    """The path of a module itself, and how many wrappers are around the one that is meant."""
+    path = module
+    while path.endswith(_INNER):
+        path = path.removesuffix(_INNER)
+    return path, (len(module) - len(path)) // len(_INNER)

@@ -1,8 +1,10 @@
-"""Which tensors, of which shapes, a dense Qwen1.5 checkpoint must hold, from its config alone.
+"""Which tensors, of which shapes, a Qwen1.5 checkpoint must hold, from its config alone.
 
 This is how a base that lacks a layer, or whose config belongs to another size, is refused before
 the merge instead of loading with random weights afterwards. Shapes follow transformers'
-``Qwen2ForCausalLM``: q, k and v carry a bias, o and the MLP do not.
+``Qwen2ForCausalLM``: q, k and v carry a bias, o and the MLP do not. ``Qwen2MoeForCausalLM`` has
+experts in the place of the MLP of some layers: each in tensors of its own, as it was published, or
+all experts of a layer in one, as transformers 5 has them in memory and can save them.
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ _SIZES = (
     "intermediate_size",
     "vocab_size",
 )
-_DERIVED = ("num_key_value_heads", "head_dim")
-"""Sizes that follow from the others where the config is silent."""
+_DERIVED = ("num_key_value_heads", "head_dim", "decoder_sparse_step")
+"""Sizes that follow from the others, or are 1, where the config is silent."""
+_MOE_SIZES = ("num_experts", "moe_intermediate_size", "shared_expert_intermediate_size")
 
 
+_FUSED = (".experts.gate_up_proj", ".experts.down_proj")
 _LAYER = re.compile(r"model\.layers\.\d+\.")
 
 
@@ -44,7 +48,7 @@ def check_architecture(
     """Compare the tensors ``found`` with what ``config`` asks for; return notes for the user.
 
     Raises:
-        InputError: a tensor of a dense Qwen1.5 model is missing or has another shape.
+        InputError: a tensor of a Qwen1.5 model is missing or has another shape.
     """
     kind = config.get("model_type")
     notes = []
@@ -53,44 +57,93 @@ def check_architecture(
     if not isinstance(kind, str):
         what = "config.json has no model_type"
         raise InputError([Problem(what, where, "Fetch config.json again")])
-    if kind != "qwen2":
+    if kind not in ("qwen2", "qwen2_moe"):
         return [*notes, f"model_type {kind!r} is not tested; tensors are matched by their names"]
-    wrong = [name for name in _SIZES if not _is_size(config.get(name))]
+    sizes = (*_SIZES, *(_MOE_SIZES if kind == "qwen2_moe" else ()))
+    wrong = [name for name in sizes if not _is_size(config.get(name))]
     wrong += [name for name in _DERIVED if config.get(name) and not _is_size(config[name])]
+    wrong += ["mlp_only_layers"] * (not isinstance(config.get("mlp_only_layers") or [], list))
     if wrong:
         what = f"config.json has no valid {', '.join(wrong)}"
         raise InputError([Problem(what, where, "Fetch config.json again")])
-    if config["num_hidden_layers"] > len(found):  # before anything counts up to it
-        asked = f"config.json asks for {config['num_hidden_layers']}"
-        what = f"the checkpoint lacks layers: {asked}, there are {len(found)} tensors in all"
-        raise InputError([Problem(what, where, "Fetch config.json again")])
-    problems = list(_differences(dict(expected_tensors(config)), found, where))
+    fused = any(name.endswith(_FUSED) for name in found)
+    _check_counts(config, len(found), where, fused=fused)
+    expected = dict(expected_tensors(config, fused=fused))
+    problems = list(_differences(expected, found, where))
     if problems:
         raise InputError(problems)
     return notes
 
 
-def expected_tensors(config: Mapping[str, Any]) -> Iterator[tuple[str, Shape]]:
-    """Names and shapes of a ``Qwen2ForCausalLM`` with this config."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
+def _check_counts(config: Mapping[str, Any], found: int, where: str, *, fused: bool) -> None:
+    """Make sure that there are about as many tensors as asked for, before anything counts them."""
+    layers, each = config["num_hidden_layers"], config.get("num_experts", 0)
+    if layers > found:
+        what = f"layers: config.json asks for {layers}"
+    elif not fused and each * sum(_has_experts(config, n) for n in range(layers)) > found:
+        what = f"experts: config.json asks for {each} in a layer"
+    else:
+        return
+    what = f"the checkpoint lacks {what}, there are {found} tensors in all"
+    raise InputError([Problem(what, where, "Fetch config.json again")])
+
+
+def expected_tensors(
+    config: Mapping[str, Any], *, fused: bool = False
+) -> Iterator[tuple[str, Shape]]:
+    """Names and shapes of a ``Qwen2ForCausalLM`` or ``Qwen2MoeForCausalLM`` with this config.
+
+    Args:
+        fused: whether all experts of a layer are in one tensor.
+    """
+    hidden = config["hidden_size"]
     heads = config["num_attention_heads"]
     head = config.get("head_dim") or hidden // heads
     queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
+    biased = config.get("model_type") != "qwen2_moe" or config.get("qkv_bias", True)
     yield "model.embed_tokens.weight", (config["vocab_size"], hidden)
     for n in range(config["num_hidden_layers"]):
         layer = f"model.layers.{n}"
         for name, width in (("q", queries), ("k", keys), ("v", keys)):
             yield f"{layer}.self_attn.{name}_proj.weight", (width, hidden)
-            yield f"{layer}.self_attn.{name}_proj.bias", (width,)
+            if biased:
+                yield f"{layer}.self_attn.{name}_proj.bias", (width,)
         yield f"{layer}.self_attn.o_proj.weight", (hidden, queries)
-        yield f"{layer}.mlp.gate_proj.weight", (inner, hidden)
-        yield f"{layer}.mlp.up_proj.weight", (inner, hidden)
-        yield f"{layer}.mlp.down_proj.weight", (hidden, inner)
+        if _has_experts(config, n):
+            yield from _experts(config, f"{layer}.mlp", fused=fused)
+        else:
+            yield from _mlp(f"{layer}.mlp", hidden, config["intermediate_size"])
         yield f"{layer}.input_layernorm.weight", (hidden,)
         yield f"{layer}.post_attention_layernorm.weight", (hidden,)
     yield "model.norm.weight", (hidden,)
     if not is_tied(config):
         yield "lm_head.weight", (config["vocab_size"], hidden)
+
+
+def _has_experts(config: Mapping[str, Any], layer: int) -> bool:
+    if config.get("model_type") != "qwen2_moe" or layer in (config.get("mlp_only_layers") or ()):
+        return False
+    return (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0
+
+
+def _mlp(module: str, hidden: int, inner: int) -> Iterator[tuple[str, Shape]]:
+    yield f"{module}.gate_proj.weight", (inner, hidden)
+    yield f"{module}.up_proj.weight", (inner, hidden)
+    yield f"{module}.down_proj.weight", (hidden, inner)
+
+
+def _experts(config: Mapping[str, Any], module: str, *, fused: bool) -> Iterator[tuple[str, Shape]]:
+    hidden, inner = config["hidden_size"], config["moe_intermediate_size"]
+    experts = config["num_experts"]
+    if fused:
+        yield f"{module}.experts.gate_up_proj", (experts, 2 * inner, hidden)
+        yield f"{module}.experts.down_proj", (experts, hidden, inner)
+    else:
+        for number in range(experts):
+            yield from _mlp(f"{module}.experts.{number}", hidden, inner)
+    yield from _mlp(f"{module}.shared_expert", hidden, config["shared_expert_intermediate_size"])
+    yield f"{module}.shared_expert_gate.weight", (1, hidden)
+    yield f"{module}.gate.weight", (experts, hidden)
 
 
 def _is_size(value: Any) -> bool:

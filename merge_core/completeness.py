@@ -6,6 +6,7 @@ Whatever is missing would be merged as if it had not been trained.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 from merge_core.adapter import Adapter
@@ -13,7 +14,10 @@ from merge_core.adapter_config import saves
 from merge_core.architecture import is_tied
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import Problem, some_of
+from merge_core.expert_factors import EXPERT_PARAMETERS, holds_experts
 from merge_core.plan import Source
+
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\.([^.]+)")
 
 _REPAIR = "Save the adapter again; part of it is missing"
 
@@ -23,10 +27,12 @@ def missing_parts(
 ) -> Iterator[Problem]:
     """A problem for each field of the config that names more than the file holds."""
     tied = is_tied(checkpoint.config)
-    known = checkpoint.config.get("model_type") == "qwen2"  # of others not every module is known
+    # Of other models not every module is known.
+    known = checkpoint.config.get("model_type") in ("qwen2", "qwen2_moe")
     fields = {
         "modules_to_save": list(_unsaved(adapter, bases)),
         "target_modules": list(_without_factors(adapter, bases)) if known else [],
+        "target_parameters": list(_without_parameters(adapter, bases)) if known else [],
         f"bias={adapter.config.bias}": list(_without_bias(adapter, bases)) if known else [],
         "trained tokens": list(_without_rows(adapter, tied=tied)),
     }
@@ -49,13 +55,48 @@ def _unsaved(adapter: Adapter, bases: Mapping[str, Source]) -> Iterator[str]:
 
 
 def _without_factors(adapter: Adapter, bases: Mapping[str, Source]) -> Iterator[str]:
-    """Modules that PEFT gives factors."""
+    """Modules that PEFT gives factors.
+
+    Experts were modules in older transformers alone: they are expected where the file has factors
+    of any.
+    """
+    trained, config = adapter.trained.pairs, adapter.config
+    as_modules = any(map(_EXPERT.match, trained))
     for name, source in bases.items():
-        module = name.removesuffix(".weight")
-        if len(source.tensor.shape) != 2 or module in adapter.trained.pairs:
-            continue
-        if adapter.config.is_target(module) and not adapter.config.is_saved(module):
-            yield module
+        for module in _modules(name, source.tensor.shape):
+            if module in trained or (_EXPERT.match(module) and not as_modules):
+                continue
+            if config.is_target(module) and not config.is_saved(module):
+                yield module
+
+
+def _modules(name: str, shape: tuple[int, ...]) -> Iterator[str]:
+    """The modules whose weights a tensor of the base holds."""
+    module, _, part = name.rpartition(".")
+    if len(shape) == 2:
+        yield name.removesuffix(".weight")
+    elif len(shape) == 3 and holds_experts(module):
+        for layer in EXPERT_PARAMETERS.get(part, ()):
+            yield from (f"{module}.{expert}.{layer}" for expert in range(shape[0]))
+
+
+def _without_parameters(adapter: Adapter, bases: Mapping[str, Source]) -> Iterator[str]:
+    """Parameters that PEFT gives factors; those of experts by their names in transformers 5."""
+    trained = adapter.trained
+    parameters = dict.fromkeys(path for name in bases for path in _parameters(name))
+    for path in filter(adapter.config.is_parameter, parameters):
+        if path not in trained.experts and path.removesuffix(".weight") not in trained.pairs:
+            yield path
+
+
+def _parameters(name: str) -> Iterator[str]:
+    """The parameter that a tensor of the base is, or is part of."""
+    match = _EXPERT.match(name)
+    if match is None:
+        yield name
+        return
+    module, layer = match.groups()
+    yield from (f"{module}.{p}" for p, layers in EXPERT_PARAMETERS.items() if layer in layers)
 
 
 def _without_bias(adapter: Adapter, bases: Mapping[str, Source]) -> Iterator[str]:

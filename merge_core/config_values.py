@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from merge_core.block_diagonal import is_block_diagonal
 from merge_core.errors import Problem, shortened
 
 MAX_RANK, MAX_SCALE, MAX_ROW = 10**6, 10**9, 10**9
@@ -36,6 +37,9 @@ def malformed(fields: Mapping[str, Any], where: str) -> list[Problem]:
         ("ensure_weight_tying", False, _is_flag, "true or false"),
         ("bias", "none", lambda v: v in ("none", "all", "lora_only"), "none, all or lora_only"),
         ("modules_to_save", (), are_names, "a list of names"),
+        ("target_parameters", (), are_names, "a list of names"),
+        ("peft_version", None, lambda v: v is None or isinstance(v, str), "a version"),
+        ("use_bdlora", None, is_block_diagonal, "a BdLoraConfig"),
         ("trainable_token_indices", (), _are_tokens, "different rows, by module or without"),
         ("token_indices", (), _are_rows, "different rows"),
     )

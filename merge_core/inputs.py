@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from merge_core.lanes import TORCH_DTYPES, aligned
 from merge_core.layout import TensorSpec
 from merge_core.plan import MergePlan, Shard, TensorTask
 from merge_core.storage import SLACK, RangeReader
+from merge_core.updates.factor import KEPT_TENSORS, Factor
 
 
 class Inputs:
@@ -34,6 +36,7 @@ class Inputs:
             paths = [plan.base / file.name for file in plan.base_files]
             self._readers = [opened(closing(RangeReader(path))) for path in paths]
             self._opened = inputs.pop_all()
+        self._kept = _Kept(KEPT_TENSORS * len(plan.adapters))
 
     def read(self, task: TensorTask, first: int, behind: int, into: memoryview) -> memoryview:
         """See ``stream.Read``."""
@@ -46,6 +49,14 @@ class Inputs:
         view = into[: behind - first]
         view[:] = self.factors[source.adapter].part(source.tensor, first, behind)
         return view
+
+    def shared(self, adapter: int, tensor: TensorSpec) -> torch.Tensor:
+        """A tensor of an adapter in float32 on the host, kept for who asks for it next."""
+
+        def load() -> torch.Tensor:
+            return self.factors[adapter].load(tensor, torch.device("cpu"))
+
+        return self._kept.get((adapter, tensor.name), load)
 
     def of(self, task: TensorTask, device: torch.device) -> TaskInputs:
         """Those of one task's updates."""
@@ -69,6 +80,25 @@ class Inputs:
         self._opened.close()
 
 
+class _Kept:
+    """The tensors that were asked for last, at most so many. Threads may share it."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._tensors: dict[tuple[int, str], torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[int, str], load: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with self._lock:  # also while it is loaded: who else asks wants the same one
+            tensor = self._tensors.pop(key, None)
+            if tensor is None:
+                while len(self._tensors) >= self._most:
+                    del self._tensors[next(iter(self._tensors))]
+                tensor = load()
+            self._tensors[key] = tensor  # behind all others
+            return tensor
+
+
 @dataclass(frozen=True, slots=True)
 class TaskInputs:
     """See ``updates.loading.Loading``."""
@@ -80,6 +110,12 @@ class TaskInputs:
     def factor(self, adapter: int, tensor: TensorSpec) -> torch.Tensor:
         """See ``Loading``."""
         return self.inputs.factors[adapter].load(tensor, self.device)
+
+    def matrix(self, adapter: int, factor: Factor) -> torch.Tensor:
+        """See ``Loading``."""
+        if factor.is_stored:
+            return self.factor(adapter, factor.tensor)
+        return factor.taken_from(self.inputs.shared(adapter, factor.tensor)).to(self.device)
 
     def base_rows(self) -> Iterator[tuple[int, torch.Tensor]]:
         """See ``Loading``."""

@@ -22,13 +22,16 @@ from merge_core.updates.low_rank import LoadedLowRank
 from merge_core.updates.piece import Change, Piece
 from merge_core.updates.rows import LoadedRows
 from merge_core.updates.shift import LoadedShift
+from merge_core.updates.stacked import LoadedStack
+
+_DELTAS = (LoadedLowRank, LoadedStack, LoadedShift)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedUpdates:
     """The updates of one tensor, on the device."""
 
-    deltas: tuple[LoadedLowRank | LoadedShift, ...] = ()
+    deltas: tuple[LoadedLowRank | LoadedStack | LoadedShift, ...] = ()
     """To be summed, in this order."""
     dora: tuple[LoadedDora, ...] = ()
     rows: tuple[LoadedRows, ...] = ()
@@ -38,7 +41,7 @@ class LoadedUpdates:
         """Load them."""
         loaded = [update.load(inputs) for update in updates]
         return cls(
-            deltas=tuple(one for one in loaded if isinstance(one, (LoadedLowRank, LoadedShift))),
+            deltas=tuple(one for one in loaded if isinstance(one, _DELTAS)),
             dora=tuple(one for one in loaded if isinstance(one, LoadedDora)),
             rows=tuple(one for one in loaded if isinstance(one, LoadedRows)),
         )

@@ -3,45 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from merge_core.adapter import Adapter
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import InputError, Problem, gathered, refuse, some_of
+from merge_core.expert_factors import ExpertFactors
+from merge_core.experts import Place, deltas_of, place_of
 from merge_core.layout import TensorSpec
+from merge_core.matched import Matched
 from merge_core.orientation import check_mergeable, is_transposed
 from merge_core.plan import Source, Twins
 from merge_core.trained import LowRankPair, TokenRows, has_token_rows
-from merge_core.updates import DoraUpdate, LowRankUpdate, RowsUpdate, ShiftUpdate, Update
+from merge_core.updates import (
+    DoraUpdate,
+    LowRankUpdate,
+    RowsUpdate,
+    ShiftUpdate,
+)
 
 _OTHER_BASE = "Give the base that this adapter was trained on"
-
-
-@dataclass(slots=True)
-class Matched:
-    """The tensors of the result by name, before they are cut into shards."""
-
-    sources: dict[str, Source]
-    dtypes: dict[str, str]
-    """Of the base's tensors, whatever an adapter brings in their place."""
-    updates: dict[str, list[Update]] = field(default_factory=dict)
-    """In the order of the adapters."""
-    twins: list[Twins] = field(default_factory=list)
-    """Tensors of adapters that must be the same."""
-    config_changes: dict[str, Any] = field(default_factory=dict)
-    """Fields of config.json that the adapters change."""
-    notes: list[str] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, bases: Mapping[str, Source]) -> Matched:
-        """The base as it is."""
-        dtypes = {name: source.tensor.dtype for name, source in bases.items()}
-        return cls(sources=dict(bases), dtypes=dtypes)
-
-    def add(self, name: str, update: Update) -> None:
-        """Have a tensor updated."""
-        self.updates.setdefault(name, []).append(update)
 
 
 def match(
@@ -60,15 +40,20 @@ def match(
     for number, adapter in enumerate(adapters):
         with gathered(problems):
             _replace(matched, bases, number, adapter)
+    model = checkpoint.config.get("model_type")
     for number, adapter in enumerate(adapters):
         missing = []
         for module, pair in adapter.trained.pairs.items():
-            if f"{module}.weight" not in matched.sources:
+            place = place_of(f"{module}.weight", matched.sources, model)
+            if place is None:
                 missing.append(f"{module}.weight")
                 continue
             with gathered(problems):
-                _update(matched, number, adapter, module, pair, checkpoint)
+                _update(matched, number, adapter, (module, pair, place), checkpoint)
         problems += _no_such(missing, adapter)
+        for parameter, factors in adapter.trained.experts.items():
+            with gathered(problems):
+                _update_experts(matched, number, adapter, (parameter, factors), model)
         for module, rows in adapter.trained.tokens.items():
             with gathered(problems):
                 _put_rows(matched, number, adapter, module, rows)
@@ -159,24 +144,13 @@ def _update(
     matched: Matched,
     number: int,
     adapter: Adapter,
-    module: str,
-    pair: LowRankPair,
+    found: tuple[str, LowRankPair, Place],
     checkpoint: Checkpoint,
 ) -> None:
-    name, at = f"{module}.weight", f"{adapter.path}, module {module}"
-    base = matched.sources[name].tensor
-    check_mergeable(base, at)
-    if pair.embedding:
-        transposed = True
-        shape = (pair.a.shape[1], pair.b.shape[0])
-        if base.shape != shape:
-            what = f"the delta is {list(shape)}, the base tensor {list(base.shape)}"
-            raise refuse(what, at, _OTHER_BASE)
-    elif "embed" in module.rpartition(".")[2]:
-        what = "has linear factors on an embedding, which PEFT never writes"
-        raise refuse(what, at, "Save the adapter again with PEFT")
-    else:
-        transposed = is_transposed(base, pair.a, pair.b, adapter, checkpoint, at)
+    module, pair, place = found
+    name, at = place.name, f"{adapter.path}, module {module}"
+    check_mergeable(place.tensor, at)
+    transposed = _is_transposed(module, pair, place, adapter, checkpoint)
     weight = 1.0 if pair.magnitude else adapter.weight
     delta = LowRankUpdate(
         adapter=number,
@@ -185,12 +159,63 @@ def _update(
         scaling=pair.scaling * weight,
         transposed=transposed,
     )
-    if pair.magnitude is None:
+    if place.first is not None:
+        if pair.magnitude is not None:
+            what = f"DoRA on one expert of the fused tensor {name!r} is not merged"
+            raise refuse(what, at, "Give a base with a tensor for each expert")
+        matched.add_to_rows(name, place.first, delta)
+    elif pair.magnitude is None:
         matched.add(name, delta)
     else:
         matched.add(name, DoraUpdate(delta=delta, magnitude=pair.magnitude, weight=adapter.weight))
     if pair.shift is not None:
         _shift(matched, number, adapter, module, pair)
+
+
+def _is_transposed(
+    module: str, pair: LowRankPair, place: Place, adapter: Adapter, checkpoint: Checkpoint
+) -> bool:
+    """Whether the base stores [in, out]."""
+    at, delta = f"{adapter.path}, module {module}", (pair.b.shape[0], pair.a.shape[1])
+    if pair.embedding or adapter.config.is_parameter(f"{module}.weight"):
+        # PEFT takes a parameter as it lies, whatever its module is.
+        shape = delta[::-1] if pair.embedding else delta
+        if place.shape != shape:
+            what = f"the delta is {list(shape)}, the base tensor {list(place.shape)}"
+            raise refuse(what, at, _OTHER_BASE)
+        return pair.embedding
+    if "embed" in module.rpartition(".")[2]:
+        what = "has linear factors on an embedding, which PEFT never writes"
+        raise refuse(what, at, "Save the adapter again with PEFT")
+    return is_transposed(place.shape, delta, adapter, checkpoint, at)
+
+
+def _update_experts(
+    matched: Matched,
+    number: int,
+    adapter: Adapter,
+    found: tuple[str, ExpertFactors],
+    model: object,
+) -> None:
+    parameter, factors = found
+    at = f"{adapter.path}, parameter {parameter}"
+    for one in deltas_of(parameter, factors, matched.sources, adapter.config, model):
+        place = place_of(one.weight, matched.sources, model)
+        size = (one.b.shape[0], one.a.shape[1])
+        if place is None or place.shape != (size[::-1] if one.transposed else size):
+            raise refuse(f"the base has no {one.weight} of that shape", at, _OTHER_BASE)
+        check_mergeable(place.tensor, at)
+        delta = LowRankUpdate(
+            adapter=number,
+            a=one.a,
+            b=one.b,
+            scaling=factors.scaling * adapter.weight,
+            transposed=one.transposed,
+        )
+        if place.first is None:
+            matched.add(place.name, delta)
+        else:
+            matched.add_to_rows(place.name, place.first, delta)
 
 
 def _shift(matched: Matched, number: int, adapter: Adapter, module: str, pair: LowRankPair) -> None:

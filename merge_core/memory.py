@@ -12,10 +12,12 @@ from merge_core.blocks import largest_block
 from merge_core.cgroup import free_in_cgroups
 from merge_core.digest import CELL_BYTES
 from merge_core.errors import DeviceMemoryError, counted
-from merge_core.layout import DTYPE_BYTES, TensorSpec
+from merge_core.layout import DTYPE_BYTES
 from merge_core.nvidia import GpuProcess
 from merge_core.plan import MergePlan
 from merge_core.storage import SLACK
+from merge_core.updates import LowRankUpdate, StackedUpdate
+from merge_core.updates.factor import KEPT_TENSORS
 
 MAX_LANES = 8
 """While some lanes multiply, enough others must wait on the disk to keep it busy: on two cores a
@@ -59,11 +61,13 @@ class LaneNeed:
     factors: int
     """Of the tensor with the largest factors, in float32. Each lane holds on to those of its last
     block, and one more tensor's are being loaded."""
+    kept: int = 0
+    """Of the tensors of adapters that many updates take parts of, on the host."""
 
     def on_host(self, lanes: int, device: str) -> int:
         """Host memory for that many lanes, without the runtime."""
         each = self.inbox + self.outbox + (4 * self.scratch * self.block if device == "cpu" else 0)
-        return lanes * each + (lanes + 1) * self.factors
+        return lanes * each + (lanes + 1) * self.factors + self.kept
 
     def on_device(self, lanes: int) -> int:
         """VRAM for that many lanes."""
@@ -94,7 +98,7 @@ def lane_need(plan: MergePlan, device: str, read_bytes: int) -> LaneNeed:
             rows, width = task.matrix
             block = max(block, largest_block(rows, width, device))
             scratch = max(scratch, 4 if task.whole_rows else 2)
-            loaded = sum(4 * _elements(*update.tensors) for update in task.updates)
+            loaded = sum(4 * update.elements for update in task.updates)
             if task.column_norms:
                 loaded += NORM_BYTES * largest_block(rows, width, device)
             factors = max(factors, loaded)
@@ -106,6 +110,7 @@ def lane_need(plan: MergePlan, device: str, read_bytes: int) -> LaneNeed:
         block=block,
         scratch=scratch,
         factors=factors,
+        kept=_kept(plan),
     )
 
 
@@ -151,8 +156,13 @@ def _meminfo_available() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _elements(*factors: TensorSpec) -> int:
-    return sum(math.prod(factor.shape) for factor in factors)
+def _kept(plan: MergePlan) -> int:
+    """Bytes of the tensors that ``inputs`` keeps, since many updates take parts of them."""
+    stacks = (LowRankUpdate, StackedUpdate)
+    updates = (u for task in plan.tasks for u in task.updates if isinstance(u, stacks))
+    parts = (factor for update in updates for factor in update.factors if not factor.is_stored)
+    largest = max((math.prod(part.tensor.shape) for part in parts), default=0)
+    return len(plan.adapters) * KEPT_TENSORS * 4 * largest
 
 
 def _reason(lanes: int, read_bytes: int, host: int, vram: int, found: Memory) -> str:

@@ -29,27 +29,27 @@ def check_mergeable(base: TensorSpec, at: str) -> None:
 
 
 def is_transposed(
-    base: TensorSpec,
-    a: TensorSpec,
-    b: TensorSpec,
+    shape: tuple[int, ...],
+    delta: tuple[int, int],
     adapter: Adapter,
     checkpoint: Checkpoint,
     at: str,
 ) -> bool:
-    """Whether the base stores [in, out]: PEFT decides by the layer's class (nn.Linear or Conv1D).
+    """Whether a base tensor of ``shape`` is [in, out], for a delta of [out, in].
 
-    Without classes the model type and the shapes say the same. fan_in_fan_out says it only for
-    models of linear layers alone: PEFT corrects it while it wraps layers, so in a model of both
-    kinds the adapter carries what the last of them was.
+    PEFT decides by the layer's class (nn.Linear or Conv1D). Without classes the model type and the
+    shapes say the same. fan_in_fan_out says it only for models of linear layers alone: PEFT
+    corrects it while it wraps layers, so in a model of both kinds the adapter carries what the last
+    of them was.
     """
-    delta, model = (b.shape[0], a.shape[1]), checkpoint.config.get("model_type")
+    model = checkpoint.config.get("model_type")
     flag = adapter.config.fan_in_fan_out and model not in LINEAR_MODELS
     square, conv1d = delta[0] == delta[1], model in CONV1D_MODELS
-    if base.shape == delta and not (square and (conv1d or flag)):
+    if shape == delta and not (square and (conv1d or flag)):
         return False
-    if base.shape == delta[::-1] and conv1d:
+    if shape == delta[::-1] and conv1d:
         return True
-    if base.shape == delta[::-1] and flag:
+    if shape == delta[::-1] and flag:
         if not square:
             return True
         raise refuse(
@@ -58,7 +58,7 @@ def is_transposed(
             "Merge this adapter with PEFT's merge_and_unload",
         )
     raise refuse(
-        f"the delta is {list(delta)}, the base tensor {list(base.shape)}",
+        f"the delta is {list(delta)}, the base tensor {list(shape)}",
         at,
         "Give the base that this adapter was trained on",
     )

@@ -26,11 +26,14 @@ READ_FIELDS = frozenset(
         "trainable_token_indices",
         "ensure_weight_tying",
         "init_lora_weights",
+        "target_parameters",
+        "use_bdlora",
+        "peft_version",
     }
 )
 """Fields that decide what a LoRA merge computes; ``adapter_config`` reads each of them."""
 
-TOKEN_FIELDS = frozenset({"peft_type", "token_indices"})
+TOKEN_FIELDS = frozenset({"peft_type", "token_indices", "peft_version"})
 """Fields that decide it for TRAINABLE_TOKENS."""
 
 INERT_FIELDS = frozenset(
@@ -38,7 +41,6 @@ INERT_FIELDS = frozenset(
         # Where the adapter came from.
         "task_type",
         "auto_mapping",
-        "peft_version",
         "base_model_name_or_path",
         "revision",
         "inference_mode",
@@ -66,9 +68,7 @@ INERT_FIELDS = frozenset(
 
 FEATURE_FIELDS = MappingProxyType(
     {
-        "target_parameters": "LoRA on parameters (target_parameters)",
         "layer_replication": "layer replication",
-        "use_bdlora": "BD-LoRA",
         "kasa_config": "KaSA",
         "alora_invocation_tokens": "aLoRA",
         "arrow_config": "Arrow",
@@ -79,7 +79,6 @@ FEATURE_FIELDS = MappingProxyType(
 
 FEATURE_KEYS = (
     (re.compile(r"\.lora_diag\Z"), "KaSA"),
-    (re.compile(r"\.base_layer\.lora_[AB]\.weight\Z"), "LoRA on parameters (target_parameters)"),
     (re.compile(r"\.lora_E\Z|\.ranknum\Z"), "AdaLoRA"),
 )
 """Kinds of keys that are not merged yet."""

@@ -14,7 +14,8 @@ from merge_core.completeness import missing_parts
 from merge_core.device_map import DeviceMap, read_device_map
 from merge_core.errors import InputError, Problem, gathered
 from merge_core.layout import lay_out
-from merge_core.matching import Matched, check_together, match
+from merge_core.matched import Matched
+from merge_core.matching import check_together, match
 from merge_core.orientation import MERGEABLE
 from merge_core.plan import AdapterInput, MergePlan, Shard, Source, TensorTask
 from merge_core.shards import OutputTensor, cut_shards, shard_name

@@ -14,7 +14,7 @@ from dataclasses import replace
 from merge_core.adapter import Adapter
 from merge_core.architecture import is_tied
 from merge_core.checkpoint import Checkpoint
-from merge_core.matching import Matched
+from merge_core.matched import Matched
 from merge_core.plan import Source, Twins
 from merge_core.updates import LowRankUpdate, RowsUpdate, Update
 
@@ -124,7 +124,7 @@ def _recognise_twins(matched: Matched, embeddings: str, adapters: Sequence[Adapt
         if not isinstance(update, LowRankUpdate) or other is None:
             continue
         if adapters[update.adapter].config.ensures_tying and other.scaling == update.scaling:
-            for mine, its in ((update.a, other.b), (update.b, other.a)):
+            for mine, its in ((update.a.tensor, other.b.tensor), (update.b.tensor, other.a.tensor)):
                 twins = Twins(one=(update.adapter, mine), other=(other.adapter, its))
                 matched.twins.append(replace(twins, transposed=True))
             _exchange(matched, other, update)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from merge_core.adapter_config import AdapterConfig
 from merge_core.adapter_keys import Part, parse_key
 from merge_core.errors import InputError, Problem, counted, gathered, refuse
+from merge_core.expert_factors import ExpertFactors, parameter_of, read_experts
 from merge_core.layout import TensorSpec
 from merge_core.peft_fields import FEATURE_KEYS, TRAINING_KEYS
+from merge_core.updates import Factor
 
 DTYPES = frozenset({"F32", "F16", "BF16"})
 
@@ -24,9 +26,9 @@ Parts = Mapping[Part, TensorSpec]
 class LowRankPair:
     """The factors of one module: delta = scaling * B @ A."""
 
-    a: TensorSpec
+    a: Factor
     """[rank, in_features]"""
-    b: TensorSpec
+    b: Factor
     """[out_features, rank]"""
     scaling: float
     """alpha / r (or alpha / sqrt(r)), without the adapter's weight."""
@@ -52,6 +54,8 @@ class Trained:
     """Everything that an adapter's file holds, by the path of the module."""
 
     pairs: Mapping[str, LowRankPair]
+    experts: Mapping[str, ExpertFactors]
+    """By the path of the parameter."""
     tokens: Mapping[str, TokenRows]
     whole: Mapping[str, TensorSpec]
     """Tensors that take the place of the base's, by their name there."""
@@ -82,12 +86,17 @@ def _sorted_out(
     modules: Mapping[str, Parts], config: AdapterConfig, where: str, problems: list[Problem]
 ) -> Trained:
     pairs: dict[str, LowRankPair] = {}
+    experts: dict[str, ExpertFactors] = {}
     tokens: dict[str, TokenRows] = {}
     for module, parts in modules.items():
         at = f"{where}, module {module}"
         with gathered(problems):
             if parts.keys() & _FACTORS:
-                pairs[module] = _pair(module, parts, config, at)
+                parameter = parameter_of(module, config, at)
+                if parameter is None:
+                    pairs[module] = _pair(module, parts, config, at)
+                else:
+                    experts[parameter] = read_experts(parameter, parts, config, at)
         with gathered(problems):
             if Part.TOKENS in parts:
                 tokens[module] = _token_rows(module, parts[Part.TOKENS], config, at)
@@ -100,7 +109,7 @@ def _sorted_out(
                 if brought is not None:
                     whole[f"{module}.{part}"] = brought
                     twins += [(brought, parts[kind]) for kind in others[:1] if kind in parts]
-    return Trained(pairs=pairs, tokens=tokens, whole=whole, twins=tuple(twins))
+    return Trained(pairs=pairs, experts=experts, tokens=tokens, whole=whole, twins=tuple(twins))
 
 
 _WHOLE = (
@@ -164,12 +173,11 @@ def _pair(module: str, parts: Parts, config: AdapterConfig, at: str) -> LowRankP
             raise refuse(f"has {side} but no {other}", at, _REPAIR)
     if sides[0] not in parts:
         raise refuse(f"has {min(parts.keys() & _FACTORS)} but no factors", at, _REPAIR)
-    a, b = (parts[side] for side in sides)
-    for factor in (a, b):
-        if len(factor.shape) != 2 or 0 in factor.shape:
-            what = f"{factor.name} has shape {list(factor.shape)}, not two sizes above 0"
-            raise refuse(what, at, _REPAIR)
-    rank, scaling = config.resolve(module)
+    blocks = (1, 1)
+    if config.block_diagonal and not embedding and config.key_of(module) == module:
+        blocks = config.block_diagonal.blocks_of(module, at)
+    a, b = (_factor(parts[s], n, at) for s, n in zip(sides, blocks, strict=True))
+    rank, scaling = config.resolve(config.key_of(module))
     if not a.shape[0] == b.shape[1] == rank:
         what = f"{sides[0]} has rank {a.shape[0]}, {sides[1]} {b.shape[1]}, the config says {rank}"
         raise refuse(what, at, _OTHER_CONFIG)
@@ -183,6 +191,16 @@ def _pair(module: str, parts: Parts, config: AdapterConfig, at: str) -> LowRankP
             parts, Part.B_BIAS, "lora_bias", b.shape[0], config.lora_bias and not embedding, at
         ),
     )
+
+
+def _factor(stored: TensorSpec, blocks: int, at: str) -> Factor:
+    if len(stored.shape) != 2 or 0 in stored.shape:
+        what = f"{stored.name} has shape {list(stored.shape)}, not two sizes above 0"
+        raise refuse(what, at, _REPAIR)
+    if stored.shape[0] % blocks:
+        what = f"{stored.name} has {stored.shape[0]} rows, in {blocks} blocks of use_bdlora"
+        raise refuse(what, at, _OTHER_CONFIG)
+    return Factor(tensor=stored, blocks=blocks)
 
 
 def _vector(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from merge_core.verify import FileCheck, Finding, check_file, verify
 from merge_core.verify.against_base import Comparison
 from merge_core.verify.header import read_header
-from merge_core.verify.recipe import Delta
+from merge_core.verify.updates import Delta
 from merge_core.verify.weights import BaseTensor
 
 NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64"}

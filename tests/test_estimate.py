@@ -27,7 +27,7 @@ from merge_core.errors import InputError
 from merge_core.layout import TensorSpec
 from merge_core.plan import AdapterInput, MergePlan, Shard, Source, TensorTask
 from merge_core.storage import FileIdentity
-from merge_core.updates import LowRankUpdate
+from merge_core.updates import Factor, LowRankUpdate
 
 GB = 1_000_000_000
 SLOW = Machines(nodes=1, network=1e8)
@@ -40,15 +40,19 @@ def spec(*shape: int, item: int = 2) -> TensorSpec:
     return TensorSpec(name="t", dtype=dtype, shape=shape, offset=0, nbytes=size)
 
 
+def factor(*shape: int) -> Factor:
+    return Factor(tensor=spec(*shape, item=4))
+
+
 def plan_of(rows: Sequence[int], rank: int = 0) -> MergePlan:
     """A shard of one bfloat16 tensor of [rows, 1000] for each of ``rows``, and an adapter."""
     update = LowRankUpdate(
-        adapter=0, a=spec(rank, 1000, item=4), b=spec(1, rank, item=4), scaling=1, transposed=False
+        adapter=0, a=factor(rank, 1000), b=factor(1, rank), scaling=1, transposed=False
     )
     shards = []
     for n, count in enumerate(rows):
         tensor = spec(count, 1000)
-        updates = (replace(update, b=spec(count, rank, item=4)),) if rank else ()
+        updates = (replace(update, b=factor(count, rank)),) if rank else ()
         task = TensorTask(target=tensor, source=Source(tensor=tensor, file=0), updates=updates)
         shards.append(Shard(index=n, name=f"{n}", size=tensor.nbytes, tasks=(task,)))
     file = FileIdentity(name="adapter", size=50_000_000, mtime_ns=0)

@@ -10,7 +10,8 @@ import torch
 from merged_by_hand import write_weights
 from zero_adapters import BASE, UP, Q, write_adapter
 
-from merge_core.verify.recipe import Delta, adapter_recipe
+from merge_core.verify.recipe import adapter_recipe
+from merge_core.verify.updates import Delta
 
 
 def deltas(path: Path, weight: float = 1.0, model_type: str = "qwen2") -> dict[str, Delta]:

@@ -7,10 +7,20 @@ to know), and what becomes of it on the device, where it does its part on rows o
 from __future__ import annotations
 
 from merge_core.updates.dora import DoraUpdate
+from merge_core.updates.factor import Factor
 from merge_core.updates.low_rank import LowRankUpdate
 from merge_core.updates.rows import RowsUpdate
 from merge_core.updates.shift import ShiftUpdate
+from merge_core.updates.stacked import StackedUpdate
 
-Update = LowRankUpdate | ShiftUpdate | DoraUpdate | RowsUpdate
+Update = LowRankUpdate | StackedUpdate | ShiftUpdate | DoraUpdate | RowsUpdate
 
-__all__ = ["DoraUpdate", "LowRankUpdate", "RowsUpdate", "ShiftUpdate", "Update"]
+__all__ = [
+    "DoraUpdate",
+    "Factor",
+    "LowRankUpdate",
+    "RowsUpdate",
+    "ShiftUpdate",
+    "StackedUpdate",
+    "Update",
+]

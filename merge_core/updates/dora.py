@@ -11,6 +11,7 @@ embedding it rounds to the dtype of the base, which this does not.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -48,6 +49,11 @@ class DoraUpdate:
     def tensors(self) -> tuple[TensorSpec, ...]:
         """What it reads of the adapter."""
         return *self.delta.tensors, self.magnitude
+
+    @property
+    def elements(self) -> int:
+        """What it holds on the device, in float32."""
+        return self.delta.elements + math.prod(self.magnitude.shape)
 
     def load(self, inputs: Loading) -> LoadedDora:
         """Factors and magnitude on the device, and where norms are of columns, these as well."""

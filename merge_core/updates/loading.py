@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from merge_core.layout import TensorSpec
+from merge_core.updates.factor import Factor
 
 if TYPE_CHECKING:
     import torch
@@ -16,6 +17,10 @@ class Loading(Protocol):
 
     def factor(self, adapter: int, tensor: TensorSpec) -> torch.Tensor:
         """A tensor of an adapter, in float32 on the device."""
+        ...
+
+    def matrix(self, adapter: int, factor: Factor) -> torch.Tensor:
+        """A factor of an adapter, in float32 on the device."""
         ...
 
     def base_rows(self) -> Iterator[tuple[int, torch.Tensor]]:

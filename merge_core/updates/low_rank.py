@@ -6,10 +6,12 @@ B is [dim, r], so its delta is transposed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from merge_core.layout import TensorSpec
+from merge_core.updates.factor import Factor
 from merge_core.updates.loading import Loading
 
 if TYPE_CHECKING:
@@ -22,9 +24,9 @@ class LowRankUpdate:
 
     adapter: int
     """Index into ``MergePlan.adapters``."""
-    a: TensorSpec
+    a: Factor
     """[rank, in_features]"""
-    b: TensorSpec
+    b: Factor
     """[out_features, rank]"""
     scaling: float
     """alpha / r (or alpha / sqrt(r)) times the adapter's weight."""
@@ -40,11 +42,21 @@ class LowRankUpdate:
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """What it reads of the adapter."""
+        return self.a.tensor, self.b.tensor
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """A and B."""
         return self.a, self.b
+
+    @property
+    def elements(self) -> int:
+        """What it holds on the device, in float32."""
+        return sum(math.prod(factor.shape) for factor in self.factors)
 
     def load(self, inputs: Loading) -> LoadedLowRank:
         """Its factors, on the device."""
-        a, b = (inputs.factor(self.adapter, tensor) for tensor in self.tensors)
+        a, b = (inputs.matrix(self.adapter, factor) for factor in self.factors)
         return LoadedLowRank(a=a, b=b, scaling=self.scaling, transposed=self.transposed)
 
 
@@ -56,6 +68,11 @@ class LoadedLowRank:
     b: torch.Tensor
     scaling: float
     transposed: bool
+
+    @property
+    def rows(self) -> int:
+        """How many rows the delta has."""
+        return self.a.shape[1] if self.transposed else self.b.shape[0]
 
     def write(self, into: torch.Tensor, top: int, work: torch.Tensor, *, add: bool) -> None:
         """Write the delta of rows ``top`` ... ``top + len(into)``, or add it to what is there.

@@ -5,6 +5,7 @@ PEFT calls the tensor ``trainable_tokens_delta``, but its rows are the tokens' n
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -37,6 +38,11 @@ class RowsUpdate:
     def tensors(self) -> tuple[TensorSpec, ...]:
         """What it reads of the adapter."""
         return (self.rows,)
+
+    @property
+    def elements(self) -> int:
+        """What it holds on the device, in float32."""
+        return math.prod(self.rows.shape)
 
     def load(self, inputs: Loading) -> LoadedRows:
         """The rows, on the device."""

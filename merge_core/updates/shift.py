@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -31,6 +32,11 @@ class ShiftUpdate:
     def tensors(self) -> tuple[TensorSpec, ...]:
         """What it reads of the adapter."""
         return (self.vector,)
+
+    @property
+    def elements(self) -> int:
+        """What it holds on the device, in float32."""
+        return math.prod(self.vector.shape)
 
     def load(self, inputs: Loading) -> LoadedShift:
         """The vector, on the device."""

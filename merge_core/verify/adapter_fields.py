@@ -22,8 +22,8 @@ REMEDY = "Check this merge with --level digest"
 _UNDERSTOOD = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 _UNDERSTOOD |= {"fan_in_fan_out", "init_lora_weights", "use_dora", "lora_bias", "bias"}
 _UNDERSTOOD |= {"modules_to_save", "trainable_token_indices", "token_indices"}
-_UNDERSTOOD |= {"ensure_weight_tying"}
-_NO_EFFECT = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+_UNDERSTOOD |= {"ensure_weight_tying", "target_parameters", "peft_version"}
+_NO_EFFECT = {"task_type", "auto_mapping", "base_model_name_or_path", "revision"}
 _NO_EFFECT |= {"inference_mode", "lora_dropout", "target_modules", "exclude_modules"}
 _NO_EFFECT |= {"layers_to_transform", "layers_pattern", "loftq_config", "eva_config"}
 _NO_EFFECT |= {"corda_config", "lora_ga_config", "megatron_config", "megatron_core"}
@@ -81,9 +81,10 @@ def _strange_lists(config: Mapping[str, Any]) -> Iterator[str]:
         lists = value.values() if isinstance(value, dict) else [value or []]
         if not all(isinstance(rows, list) and all(map(_is_row, rows)) for rows in lists):
             yield f"{field} = {value!r}"
-    saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        yield f"modules_to_save = {saved!r}"
+    for field in ("modules_to_save", "target_parameters"):
+        named = config.get(field) or []
+        if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+            yield f"{field} = {named!r}"
 
 
 def rank_of(config: Mapping[str, Any], module: str) -> float:

@@ -6,6 +6,7 @@ is not in the list makes a key unknown, and then the adapter cannot be checked.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 _PREFIX = "base_model.model."
@@ -48,6 +49,9 @@ _OTHER_TUNERS = (
 )
 """A module's path has no such part; where it seems to, the ending is one that is not known here."""
 
+_WRAPPERS = re.compile(r"(\.base_layer)+$")
+"""What follows the path of a module of which several parameters were trained."""
+
 _UNUSED = ("lora_velora_embed", "lora_monteclora_sampler.", "original_module.")
 """Tensors that PEFT's merge does not look at: of the training with VeLoRA and MonteCLoRA, and from
 before the training of a whole module."""
@@ -71,7 +75,8 @@ def _parse(key: str) -> tuple[str, str | None]:
     for ending, kind in _ENDINGS.items():
         if key.startswith(_PREFIX) and key.endswith(f".{ending}"):
             module = key[len(_PREFIX) : -len(ending) - 1]
-            if module and not any(p.startswith(_OTHER_TUNERS) for p in module.split(".")):
+            inside = _WRAPPERS.sub("", module) if kind in (A, B) else module
+            if inside and not any(p.startswith(_OTHER_TUNERS) for p in inside.split(".")):
                 return module, kind
             return module, None
     return key, None

@@ -11,13 +11,14 @@ from typing import Any
 from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.verify.header import TensorEntry
 from merge_core.verify.ledger import Row
-from merge_core.verify.recipe import Recipe, Update, adapter_recipe
+from merge_core.verify.recipe import Recipe, adapter_recipe
 from merge_core.verify.report import Finding, at
 from merge_core.verify.rounding import FLOATS
 from merge_core.verify.same_values import same_values
 from merge_core.verify.strict_json import MalformedError, parse_object
 from merge_core.verify.structure import RECORD, Structure
 from merge_core.verify.tied import HEAD, Wanted, settle, tied_embeddings
+from merge_core.verify.updates import Update
 from merge_core.verify.weights import BaseTensor, open_base
 
 WeightedAdapter = tuple[Path, float]

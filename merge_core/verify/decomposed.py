@@ -37,9 +37,9 @@ from merge_core.verify.merged import (
     read_rows,
 )
 from merge_core.verify.reading import Buffers, Lanes, Source
-from merge_core.verify.recipe import Decomposed, Delta
 from merge_core.verify.report import Finding
 from merge_core.verify.rounding import half_ulp, quick_half_ulp, to_float32
+from merge_core.verify.updates import Decomposed, Delta
 from merge_core.verify.wrong import Wrong, findings_of, wrong_values
 
 _TILE = 512 << 10

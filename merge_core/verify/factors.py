@@ -6,6 +6,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from merge_core.verify.strict_json import MalformedError
 from merge_core.verify.weights import BaseTensor
 
 Matrix = npt.NDArray[np.float32]
+_KEPT = 4
+"""A and B of both parameters that hold the experts of a layer."""
+
 _REMEDY = "Check without --level numeric, or with the adapter that was merged"
 
 
@@ -34,6 +38,8 @@ class Factors:
     """Where the tensor of a key lies; in a ``.bin``, as if it were alone in there."""
     read: Callable[[str], Matrix]
     """Tensor of a key, converted to float32 (exact: only BF16, F16 and F32 are accepted)."""
+    recall: Callable[[str], Matrix]
+    """The same, of tensors that many others need too: the last few are kept."""
     mapped: Callable[[str], Bytes]
     """The bytes of a key's tensor, mapped where that is possible."""
 
@@ -91,7 +97,8 @@ def _safetensors(path: str) -> Factors:
         return np.memmap(path, np.uint8, "r", offset=entry.start, shape=(entry.nbytes,))
 
     shapes = {name: entry.shape for name, entry in entries.items()}
-    return Factors(path=path, shapes=shapes, tensor=tensor, read=read, mapped=mapped)
+    recall = lru_cache(_KEPT)(read)
+    return Factors(path=path, shapes=shapes, tensor=tensor, read=read, recall=recall, mapped=mapped)
 
 
 def _pickled(path: str) -> Factors:
@@ -127,7 +134,10 @@ def _pickled(path: str) -> Factors:
         return data
 
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    return Factors(path=path, shapes=shapes, tensor=tensor, read=read, mapped=bytes_of)
+    recall = lru_cache(_KEPT)(read)
+    return Factors(
+        path=path, shapes=shapes, tensor=tensor, read=read, recall=recall, mapped=bytes_of
+    )
 
 
 def _refuse_dtypes(path: str, dtypes: Mapping[str, object], accepted: Any) -> None:

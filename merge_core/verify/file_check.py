@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from merge_core.errors import InputError
 from merge_core.verify.against_base import Comparison
 from merge_core.verify.decomposed import DecomposedTensor
 from merge_core.verify.digests import CELL_BYTES, check_digests
+from merge_core.verify.experts import slab, slabs
 from merge_core.verify.factors import Factors, open_factors, open_source
 from merge_core.verify.header import TensorEntry, read_header
 from merge_core.verify.ledger import Row
 from merge_core.verify.merged import MergedTensor, load_product
 from merge_core.verify.reading import Lanes, Reader, Source
-from merge_core.verify.recipe import Decomposed, Delta, Rows, Shift
 from merge_core.verify.replaced_rows import check_rows
 from merge_core.verify.report import Finding, at
 from merge_core.verify.strict_json import MalformedError
 from merge_core.verify.untouched import check_converted, check_copied
+from merge_core.verify.updates import Decomposed, Delta, Rows, Shift
 
 NUMERIC_BLOCK_BYTES = 4 << 20
 """Read at a time from output and base each: large enough for the disk, and the float32 and
@@ -165,15 +167,36 @@ def _compare(
     if decomposed:
         both = [update for update in updates if isinstance(update, Decomposed | Delta)]
         return DecomposedTensor(out, base, both, factors).findings(file, lanes)
+    if added and len(out[1].shape) > 2:
+        return _compare_slabs(file, out, base, item, factors, lanes)
     if added:
         return MergedTensor(*out, *base, load_product(added, factors)).findings(file, lanes)
     check = check_copied if out[1].dtype == base[1].dtype else check_converted
     return check(file, out, base, lanes, "the adapter's" if item.replaced else "the base's")
 
 
+def _compare_slabs(
+    file: str,
+    out: tuple[Reader, TensorEntry],
+    base: tuple[Source, TensorEntry],
+    item: Comparison,
+    factors: Mapping[str, Factors],
+    lanes: Lanes,
+) -> Iterator[Finding]:
+    """A tensor that experts share, a range of rows after the other."""
+    deltas = [update for update in item.updates if isinstance(update, Delta)]
+    rows = math.prod(out[1].shape[:-1])
+    for first, stop, parts in slabs([delta.part for delta in deltas], rows):
+        pairs = zip(deltas, parts, strict=True)
+        mine = tuple(replace(delta, part=part) for delta, part in pairs if part is not None)
+        places = (out[0], slab(out[1], first, stop)), (base[0], slab(base[1], first, stop))
+        yield from _compare(file, *places, replace(item, updates=mine), factors, lanes)
+
+
 def _widest_row(pair: tuple[TensorEntry, Comparison]) -> int:
     """Bytes of the longer row of a merged tensor or its base: a block holds one row at least."""
     entry, item = pair
-    if not item.updates or not entry.shape[0]:
+    rows = math.prod(entry.shape[:-1]) if len(entry.shape) > 1 else entry.shape[0]
+    if not item.updates or not rows:
         return 0
-    return max(entry.nbytes, item.base.entry.nbytes) // entry.shape[0]
+    return max(entry.nbytes, item.base.entry.nbytes) // rows

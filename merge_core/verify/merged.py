@@ -31,12 +31,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from merge_core.verify.experts import factors_of, taken
 from merge_core.verify.factors import Factors
 from merge_core.verify.header import TensorEntry
 from merge_core.verify.reading import Buffers, Lanes, Source
-from merge_core.verify.recipe import Delta, Shift
 from merge_core.verify.report import Finding
 from merge_core.verify.rounding import Array, half_ulp, quick_half_ulp, stored, to_float32
+from merge_core.verify.updates import Delta, Shift
 from merge_core.verify.wrong import Wrong, findings_of, first_of, wrong_values
 
 SAMPLES = 16
@@ -74,8 +75,11 @@ def load_product(updates: Sequence[Delta | Shift], factors: Mapping[str, Factors
         if isinstance(update, Shift):
             left, right = read(update.vector)[:, None], np.ones((1, 1), np.float32)
         else:
-            a, b = read(update.a), read(update.b)
+            if update.part.expert is not None:
+                read = factors[update.path].recall
+            a, b = factors_of(read(update.a), read(update.b), update.part)
             left, right = (a.T, b.T) if update.transposed else (b, a)
+            left = taken(left, update.part)
         lefts.append(left)
         rights.append(right)
         scales.append(np.full(left.shape[1], update.scale))

@@ -1,8 +1,7 @@
 """What an adapter does to which base tensor, worked out from its config and keys alone.
 
-For a module with factors A [r, in] and B [out, r], PEFT adds ``s * B @ A`` to its weight, see
-``adapter_fields`` for s. The other kinds are described with their records. Anything else is refused
-by name: this module must not call a merge right that it has not understood.
+Anything that is not known is refused by name: this module must not call a merge right that it has
+not understood.
 """
 
 from __future__ import annotations
@@ -35,70 +34,26 @@ from merge_core.verify.adapter_keys import (
     B,
     sort_keys,
 )
+from merge_core.verify.experts import (
+    Part,
+    is_parameter,
+    is_swapped,
+    parameter_of,
+    parts_of,
+    shape_of,
+    span_of,
+)
 from merge_core.verify.factors import Factors, open_factors, weights_path
 from merge_core.verify.report import Finding
 from merge_core.verify.same_values import same_values
 from merge_core.verify.strict_json import MalformedError
+from merge_core.verify.updates import Decomposed, Delta, Rows, Shift, Update
 
 _LINEAR_ONLY = ("qwen2", "qwen2_moe")
 """Their layers are nn.Linear, for which PEFT ignores ``fan_in_fan_out``."""
 
 _CONV1D = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")
 """Their layers are transformers' Conv1D, [in, out], whatever ``fan_in_fan_out`` says."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
-    """``scale * B @ A`` of one adapter, to be added to one base tensor."""
-
-    path: str
-    """Weights file of the adapter."""
-    a: str
-    """Key of A, [r, in]."""
-    b: str
-    """Key of B, [out, r]."""
-    scale: float
-    transposed: bool
-    """Whether the base tensor is [in, out], as in Conv1D layers and embeddings."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shift:
-    """``scale * vector``, the bias of B, to be added to a bias."""
-
-    path: str
-    vector: str
-    scale: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decomposed:
-    """DoRA: W becomes (1 - weight) W + weight m V / norm(V) with V = W + delta, where the norm is
-    taken, and the magnitude m given, for each output.
-    """
-
-    delta: Delta
-    magnitude: str
-    """Key of m, [out]."""
-    weight: float
-
-    @property
-    def path(self) -> str:
-        """Weights file of the adapter."""
-        return self.delta.path
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rows:
-    """Rows of an embedding that are replaced."""
-
-    path: str
-    rows: str
-    """Key of the new rows, one for each token."""
-    tokens: tuple[int, ...]
-
-
-Update = Delta | Shift | Decomposed | Rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,7 +144,8 @@ def adapter_recipe(
             model_type=model_type,
         )
         try:
-            updates |= _updates(held)
+            for name, found in _updates(held).items():
+                updates[name] = (*updates.get(name, ()), *found)
         except MalformedError as error:
             where = f"{path}: {module}"
             findings.append(Finding(check="adapter", where=where, what=str(error)))
@@ -205,17 +161,20 @@ def _updates(module: _Module) -> dict[str, tuple[Update, ...]]:
         updates[weight] = (_rows(module),)
     if module.keys.keys() <= {TOKENS, WEIGHT, BIAS, SAVED_WEIGHT, SAVED_BIAS}:
         return updates
+    parameter = parameter_of(module.path, module.config)
+    if parameter is not None:
+        return _expert_updates(module, parameter)
     embedding = EMBEDDING_A in module.keys or EMBEDDING_B in module.keys
     delta = _delta(module, embedding=embedding)
-    magnitude, shift = module.shape(MAGNITUDE), module.shape(B_BIAS)
-    out = (module.shape(EMBEDDING_B if embedding else B) or (0,))[0]
-    for field, shape in (("use_dora", magnitude), ("lora_bias", shift)):
-        wanted = (out,) if module.config.get(field) else None
-        if shape != wanted and not (embedding and field == "lora_bias" and shape is None):
-            raise MalformedError(f"{field} asks for a vector of {wanted}, there is {shape}")
+    spanned = span_of(module.path, module.sizes, module.model_type)
+    if spanned is not None:
+        weight = spanned[0]
+    magnitude, shift = _vectors(module, embedding=embedding)
     mine: Update = delta
     if magnitude is None:
         mine = replace(delta, scale=delta.scale * module.weight)
+    elif spanned is not None:
+        raise MalformedError("DoRA on one of the experts that share a tensor is not known")
     else:
         mine = Decomposed(delta=delta, magnitude=module.keys[MAGNITUDE], weight=module.weight)
     updates[weight] = (*updates.get(weight, ()), mine)
@@ -225,6 +184,19 @@ def _updates(module: _Module) -> dict[str, tuple[Update, ...]]:
         scale = delta.scale * module.weight
         updates[bias] = (Shift(path=module.factors.path, vector=module.keys[B_BIAS], scale=scale),)
     return updates
+
+
+def _vectors(
+    module: _Module, *, embedding: bool
+) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Shapes of the magnitudes and of the bias of B, which are there as the config says."""
+    magnitude, shift = module.shape(MAGNITUDE), module.shape(B_BIAS)
+    out = (module.shape(EMBEDDING_B if embedding else B) or (0,))[0]
+    for field, shape in (("use_dora", magnitude), ("lora_bias", shift)):
+        wanted = (out,) if module.config.get(field) else None
+        if shape != wanted and not (embedding and field == "lora_bias" and shape is None):
+            raise MalformedError(f"{field} asks for a vector of {wanted}, there is {shape}")
+    return magnitude, shift
 
 
 def _rows(module: _Module) -> Rows:
@@ -237,9 +209,36 @@ def _rows(module: _Module) -> Rows:
     return Rows(path=module.factors.path, rows=module.keys[TOKENS], tokens=tuple(tokens))
 
 
+def _expert_updates(module: _Module, parameter: str) -> dict[str, tuple[Update, ...]]:
+    """Of factors that all experts of a layer share."""
+    if set(module.keys) != {A, B} or module.config.get("use_dora"):
+        raise MalformedError(f"it has {sorted(module.keys)}, of which parameters have A and B")
+    (rows, width), (out, columns) = (module.shape(kind) or () for kind in (A, B))
+    rank, sizes = rank_of(module.config, parameter), module.sizes
+    shape = shape_of(parameter, sizes, module.model_type)
+    if not rows == columns == rank * shape[0]:
+        what = f"A has {rows} rows, B {columns} columns; the config says rank {rank:g} of"
+        raise MalformedError(f"{what} {shape[0]} experts")
+    delta = Delta(
+        path=module.factors.path,
+        a=module.keys[A],
+        b=module.keys[B],
+        scale=scale_of(module.config, parameter) * module.weight,
+        transposed=is_swapped((out, width), shape[1:], module.config),
+    )
+    updates: dict[str, tuple[Update, ...]] = {}
+    for name, part in parts_of(parameter, sizes, module.model_type):
+        updates[name] = (*updates.get(name, ()), replace(delta, part=part))
+    return updates
+
+
 def _delta(module: _Module, *, embedding: bool) -> Delta:
     kinds = (EMBEDDING_A, EMBEDDING_B) if embedding else (A, B)
-    shape, rank = module.goal("weight"), rank_of(module.config, module.path)
+    spanned = span_of(module.path, module.sizes, module.model_type)
+    shape = module.goal("weight") if spanned is None else spanned[2]
+    by_itself = is_parameter(module.config, f"{module.path}.weight")
+    path = f"{module.path}.weight" if by_itself else module.path
+    rank = rank_of(module.config, path)
     a, b = (module.shape(kind) for kind in kinds)
     if a is None or b is None or len(a) != 2 or len(b) != 2 or (a[0], b[1]) != (rank, rank):
         raise MalformedError(f"A is {a}, B is {b}; the config says rank {rank:g}")
@@ -251,16 +250,20 @@ def _delta(module: _Module, *, embedding: bool) -> Delta:
         path=module.factors.path,
         a=module.keys[kinds[0]],
         b=module.keys[kinds[1]],
-        scale=scale_of(module.config, module.path),
-        transposed=embedding or _is_transposed(shape, product, module.config, module.model_type),
+        scale=scale_of(module.config, path),
+        transposed=embedding or _is_transposed(shape, product, module, by_itself=by_itself),
+        part=Part(span=None if spanned is None else spanned[1]),
     )
 
 
 def _is_transposed(
-    shape: tuple[int, ...], product: tuple[int, int], config: Mapping[str, Any], model_type: object
+    shape: tuple[int, ...], product: tuple[int, int], module: _Module, *, by_itself: bool
 ) -> bool:
-    """PEFT decides by the class of the layer, which the type of the model tells."""
-    flag = bool(config.get("fan_in_fan_out")) and model_type not in _LINEAR_ONLY
+    """PEFT decides by the class of the layer, which the type of the model tells; a parameter that
+    was trained by itself is taken as it lies.
+    """
+    model_type = None if by_itself else module.model_type
+    flag = bool(module.config.get("fan_in_fan_out")) and model_type not in _LINEAR_ONLY
     if product[0] != product[1]:
         transposed = shape == product[::-1] and model_type not in _LINEAR_ONLY
     elif flag and model_type not in _CONV1D:

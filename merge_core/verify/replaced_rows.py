@@ -10,9 +10,9 @@ from merge_core.verify.factors import Factors
 from merge_core.verify.header import TensorEntry
 from merge_core.verify.merged import matrix, read_rows
 from merge_core.verify.reading import Buffers, Lanes, Source
-from merge_core.verify.recipe import Rows
 from merge_core.verify.report import Finding, at
 from merge_core.verify.rounding import from_float32, to_float32
+from merge_core.verify.updates import Rows
 
 Place = tuple[Source, TensorEntry]
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from merge_core.verify.adapter_fields import saved_whole
-from merge_core.verify.recipe import Delta, Recipe, Rows, Update
+from merge_core.verify.recipe import Recipe
+from merge_core.verify.updates import Delta, Rows, Update
 from merge_core.verify.weights import BaseTensor
 
 HEAD = "lm_head.weight"

@@ -1,0 +1,51 @@
+"""The tensors of the result: what each starts from and what is done to it, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from merge_core.plan import Source, Twins
+from merge_core.updates import LowRankUpdate, StackedUpdate, Update
+
+
+@dataclass(slots=True)
+class Matched:
+    """The tensors of the result by name, before they are cut into shards."""
+
+    sources: dict[str, Source]
+    dtypes: dict[str, str]
+    """Of the base's tensors, whatever an adapter brings in their place."""
+    updates: dict[str, list[Update]] = field(default_factory=dict)
+    """In the order of the adapters."""
+    twins: list[Twins] = field(default_factory=list)
+    """Tensors of adapters that must be the same."""
+    config_changes: dict[str, Any] = field(default_factory=dict)
+    """Fields of config.json that the adapters change."""
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, bases: Mapping[str, Source]) -> Matched:
+        """The base as it is."""
+        dtypes = {name: source.tensor.dtype for name, source in bases.items()}
+        return cls(sources=dict(bases), dtypes=dtypes)
+
+    def add(self, name: str, update: Update) -> None:
+        """Have a tensor updated."""
+        self._check(name)
+        self.updates.setdefault(name, []).append(update)
+
+    def _check(self, name: str) -> None:
+        if name not in self.sources:
+            raise AssertionError(f"nothing is written as {name!r}, so its update would be lost")
+
+    def add_to_rows(self, name: str, first: int, update: LowRankUpdate) -> None:
+        """Have the rows of a tensor updated that begin with ``first``."""
+        self._check(name)
+        parts, there = [(first, update)], self.updates.setdefault(name, [])
+        last = there[-1] if there else None
+        if isinstance(last, StackedUpdate) and last.adapter == update.adapter:
+            parts += last.parts
+            there.pop()
+        there.append(StackedUpdate(parts=tuple(sorted(parts, key=lambda part: part[0]))))
