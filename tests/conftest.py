@@ -16,6 +16,7 @@ from handmade import small_merge
 from hypothesis import settings
 from merged_by_hand import merged_names, write_out
 from models import DTYPES, make_adapter, make_base, oracle
+from moe import make_moe
 from scenes import AdapterScene, BaseScene
 from transformers.utils import logging
 
@@ -37,6 +38,21 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if key not in made:
             path = tmp_path_factory.mktemp("bases") / "base"
             made[key] = make_base(path, dtype=DTYPES[dtype], **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes MoE checkpoints, each kind once: ``moe("F32", fused=True)``."""
+    made: dict[str, Path] = {}
+
+    def make(dtype: str = "BF16", **options: Any) -> Path:
+        key = repr((dtype, sorted(options.items())))
+        if key not in made:
+            path = tmp_path_factory.mktemp("moe") / "base"
+            made[key] = make_moe(path, dtype=DTYPES[dtype], **options)
         return made[key]
 
     return make

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from handmade import random_factors, write_adapter
 from models import read_tensors
 from oracles import Delta, Tensors
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from merge_core.merge import merge
 from merge_core.planner import make_plan
@@ -24,8 +24,6 @@ DENSE_LAYER = 1
 PREFIX = "base_model.model."
 LAYERS_OF = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
-
-Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def make_moe(
@@ -86,11 +84,27 @@ def write_expert_adapter(
     return write_adapter(path, factors, r=rank, target_modules=targets, **config)
 
 
-def expert_deltas(adapter: Path, base: Path) -> dict[str, list[Delta]]:
+def write_fused_adapter(path: Path, base: Path, *, swapped: bool, **config: Any) -> Path:
+    """An adapter on both parameters by hand, with its products [out, in], or [in, out]."""
+    shapes = {}
+    for module, (out, width) in module_shapes(base).items():
+        layer = module.rpartition(".")[2]
+        if ".experts.0." in module and layer != "gate_proj":
+            where = module.partition(".experts")[0] + ".experts"
+            where += ".base_layer" if layer == "up_proj" else ""
+            shape = (2 * out if layer == "up_proj" else out, width)
+            shapes[where] = shape[::-1] if swapped else shape
+    factors = random_factors(shapes, dict.fromkeys(shapes, 3 * EXPERTS))
+    fields = {"r": 3, "lora_alpha": 5, "target_parameters": BOTH, **config}
+    return write_adapter(path, factors, **fields)
+
+
+def expert_deltas(adapter: Path, base: Path, *, swapped: bool = False) -> dict[str, list[Delta]]:
     """The deltas of an adapter on parameters, for a base with a tensor for each expert.
 
     Written down once more from PEFT's ``lora.ParamWrapper``: the factors of all experts are
-    reshaped, and the patterns are matched with the parameter's path.
+    reshaped, and the patterns are matched with the parameter's path. The product of an expert's
+    factors is [out, in], and [in, out] in what PEFT saved before 0.19 (``swapped``).
     """
     config = json.loads((adapter / "adapter_config.json").read_text())
     saved = load_file(adapter / "adapter_model.safetensors")
@@ -117,11 +131,11 @@ def expert_deltas(adapter: Path, base: Path) -> dict[str, list[Delta]]:
             top = 0
             for layer in LAYERS_OF[parameter]:
                 name = f"{module}.{expert}.{layer}"
-                rows, width = shapes[name]
-                is_new = a.shape[2] == width
-                lefts = b[:, :, expert] if is_new else a[expert].T
-                rights = a[expert] if is_new else b[:, :, expert].T
-                delta = Delta(a=rights, b=lefts[top : top + rows], scaling=alpha / rank)
+                rows, _ = shapes[name]
+                left, right = b[:, :, expert], a[expert]
+                if swapped:
+                    left, right = right.T, left.T
+                delta = Delta(a=right, b=left[top : top + rows], scaling=alpha / rank)
                 found[f"{name}.weight"] = [delta]
                 top += rows
     return found
@@ -149,16 +163,3 @@ def merged(base: Path, adapters: Path | list[str], out: Path, **options: Any) ->
     assert len(list(out.glob("*.safetensors"))) > 1
     assert verify(out, "numeric").findings == ()
     return apart(read_tensors(out))
-
-
-def loaded(base: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(base)
-
-
-def rewrite(path: Path, change: Callable[[Tensors], Tensors], save: Any, **fields: Any) -> Path:
-    """Change the tensors of an adapter, and fields of its config; None removes one."""
-    file, config = path / "adapter_model.safetensors", path / "adapter_config.json"
-    save(change(load_file(file)), file)
-    kept = {**json.loads(config.read_text()), **fields}
-    config.write_text(json.dumps({k: v for k, v in kept.items() if v is not None}))
-    return path

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +17,27 @@ from models import (
     make_adapter,
     oracle,
     read_tensors,
+    run_adapter,
 )
 from moe import (
     BOTH,
     apart,
     expert_deltas,
-    make_moe,
     merged,
     write_expert_adapter,
+    write_fused_adapter,
 )
-from oracles import assert_within_contract, merged_like_peft
+from oracles import Delta, assert_within_contract, merged_like_peft
+from peft.utils import transformers_weight_conversion
+from safetensors.torch import load_file, save_file
+
+from merge_core.errors import InputError
+from merge_core.planner import make_plan
 
 Bases = Callable[..., Path]
 LAYOUTS = {"a tensor for each expert": False, "fused": True}
 EXPERT_LAYERS = ["gate_proj", "up_proj", "down_proj"]
 ROUTER = ["gate", "shared_expert_gate"]
-
-
-@pytest.fixture(scope="session")
-def moe(tmp_path_factory: pytest.TempPathFactory) -> Bases:
-    """Makes MoE checkpoints, each kind once: ``moe("F32", fused=True)``."""
-    made: dict[str, Path] = {}
-
-    def make(dtype: str = "BF16", **options: Any) -> Path:
-        key = repr((dtype, sorted(options.items())))
-        if key not in made:
-            path = tmp_path_factory.mktemp("moe") / "base"
-            made[key] = make_moe(path, dtype=DTYPES[dtype], **options)
-        return made[key]
-
-    return make
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -123,3 +116,110 @@ def test_parameters_come_out_as_peft_merges_them_in_float32(
     assert got.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert torch.allclose(got[name], tensor, rtol=1e-6, atol=1e-7), name
+
+
+@pytest.mark.parametrize("fused", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    ("version", "inner", "swapped"),
+    [
+        (None, 48, True),
+        ("0.18.1", 48, True),
+        ("0.19.0", 48, False),
+        ("0.18.1", 64, True),  # square: the version alone tells
+        (None, 64, True),
+        ("0.19.0", 64, False),
+        ("0.21.2", 64, False),
+        ("0.18.2.dev0@f2a9", 48, True),
+    ],
+)
+def test_peft_swapped_the_factors_of_parameters_before_0_19(
+    version: str | None,
+    inner: int,
+    swapped: bool,
+    fused: bool,
+    moe: Bases,
+    tmp_path: Path,
+    out: Path,
+) -> None:
+    base = moe(inner=inner)
+    said = {} if version is None else {"peft_version": version}
+    adapter = write_fused_adapter(tmp_path / "a", base, swapped=swapped, **said)
+
+    got = merged(moe(inner=inner, fused=fused), adapter, out)
+
+    assert_within_contract(got, read_tensors(base), expert_deltas(adapter, base, swapped=swapped))
+
+
+def test_a_square_parameter_of_no_release_is_refused(moe: Bases, tmp_path: Path) -> None:
+    base = moe(inner=64)
+    said = {"swapped": True, "peft_version": "0.19.0.dev0"}
+    adapter = write_fused_adapter(tmp_path / "a", base, **said)
+
+    with pytest.raises(InputError, match=r"down_proj.*nothing tells which way the factors lie"):
+        make_plan(base, [adapter])
+
+
+@PATTERNS
+def test_what_peft_converts_to_fused_parameters_is_merged_as_before(
+    moe: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT 0.21 knows how, but does it for models named after Qwen2-MoE alone."""
+    known = transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN
+    monkeypatch.setitem(known, "qwen2_moe", "qwen2_moe")
+    base = moe()
+    targets = ["q_proj", "gate", *EXPERT_LAYERS]
+    old = write_expert_adapter(tmp_path / "old", base, targets, lora_alpha=6)
+    rewrite_without(old, "shared_expert|layers.1.mlp")  # PEFT drops them
+    run_adapter(base, old).save_pretrained(tmp_path / "new")
+    saved = load_file(tmp_path / "new" / "adapter_model.safetensors")
+    inner = "base_model.model.model.layers.0.mlp.experts.base_layer.lora_B.weight"
+    assert saved[inner].shape == (2 * 48, 2 * 4 * 4)
+
+    got = merged(base, tmp_path / "new", tmp_path / "out")
+
+    assert_within_contract(got, read_tensors(base), deltas_of_adapter(old))
+
+
+def rewrite_without(adapter: Path, pattern: str) -> None:
+    file = adapter / "adapter_model.safetensors"
+    saved = load_file(file)
+    save_file({k: v for k, v in saved.items() if not re.search(pattern, k)}, file)
+
+
+def test_adapters_of_each_kind_are_summed_before_they_are_rounded(
+    moe: Bases, tmp_path: Path, out: Path
+) -> None:
+    base, weights = moe(), [0.5, -1.5, 1.0]
+    one = write_expert_adapter(tmp_path / "1", base, EXPERT_LAYERS, lora_alpha=6)
+    two = write_fused_adapter(tmp_path / "2", base, swapped=False, peft_version="0.20.0")
+    three = write_fused_adapter(tmp_path / "3", base, swapped=True)
+    each = [
+        deltas_of_adapter(one),
+        expert_deltas(two, base),
+        expert_deltas(three, base, swapped=True),
+    ]
+    summed: dict[str, list[Delta]] = {}
+    for deltas, weight in zip(each, weights, strict=True):
+        for name, (delta,) in deltas.items():
+            scaled = replace(delta, scaling=delta.scaling * weight)
+            summed.setdefault(name, []).append(scaled)
+
+    for fused in LAYOUTS.values():
+        named = [
+            f"{path}@{weight}" for path, weight in zip([one, two, three], weights, strict=True)
+        ]
+        got = merged(moe(fused=fused), named, out / str(fused))
+
+        assert_within_contract(got, read_tensors(base), summed)
+
+
+def test_a_parameter_of_a_layer_is_taken_as_it_lies(
+    bases: Bases, tmp_path: Path, out: Path
+) -> None:
+    base = bases("F32", shard="80KB")
+    named = ["o_proj.weight", "embed_tokens.weight"]
+    adapter = make_adapter(tmp_path / "a", base, target_modules=["q_proj"], target_parameters=named)
+
+    got = merged(base, adapter, out)
+
+    assert_same_tensors(got, oracle(base, adapter))
