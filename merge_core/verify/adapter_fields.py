@@ -22,7 +22,7 @@ REMEDY = "Check this merge with --level digest"
 _UNDERSTOOD = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"}
 _UNDERSTOOD |= {"fan_in_fan_out", "init_lora_weights", "use_dora", "lora_bias", "bias"}
 _UNDERSTOOD |= {"modules_to_save", "trainable_token_indices", "token_indices"}
-_UNDERSTOOD |= {"ensure_weight_tying", "target_parameters", "peft_version"}
+_UNDERSTOOD |= {"ensure_weight_tying", "target_parameters", "peft_version", "use_bdlora"}
 _NO_EFFECT = {"task_type", "auto_mapping", "base_model_name_or_path", "revision"}
 _NO_EFFECT |= {"inference_mode", "lora_dropout", "target_modules", "exclude_modules"}
 _NO_EFFECT |= {"layers_to_transform", "layers_pattern", "loftq_config", "eva_config"}
@@ -81,6 +81,8 @@ def _strange_lists(config: Mapping[str, Any]) -> Iterator[str]:
         lists = value.values() if isinstance(value, dict) else [value or []]
         if not all(isinstance(rows, list) and all(map(_is_row, rows)) for rows in lists):
             yield f"{field} = {value!r}"
+    if not _is_bdlora(config.get("use_bdlora") or {}):
+        yield f"use_bdlora = {config['use_bdlora']!r}"
     for field in ("modules_to_save", "target_parameters"):
         named = config.get(field) or []
         if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
@@ -109,12 +111,43 @@ def tokens_of(config: Mapping[str, Any], module: str) -> list[int]:
     return next((rows for name, rows in given.items() if f".{module}".endswith(f".{name}")), [])
 
 
+def blocks_of(config: Mapping[str, Any], module: str) -> tuple[int, int]:
+    """Of how many blocks A and B are (BD-LoRA); 1 where they are stored in full.
+
+    Raises:
+        MalformedError: PEFT would not have trained such a module.
+    """
+    given = config.get("use_bdlora")
+    if not given:
+        return 1, 1
+    found = [
+        any(name in module for name in given.get(f"target_modules_bd_{side}") or ())
+        for side in "ab"
+    ]
+    if all(found) or (given.get("match_strict", True) and not any(found)):
+        raise MalformedError(f"use_bdlora names {sum(found)} of its factors")
+    a, b = (given.get("nblocks", 1) if named else 1 for named in found)
+    return a, b
+
+
 def saved_whole(config: Mapping[str, Any], module: str) -> bool:
     """Whether ``modules_to_save`` names ``module`` or one that it is part of."""
     ends = [position for position, sign in enumerate(f"{module}.") if sign == "."]
     return any(
         module[:end].endswith(n) for end in ends for n in config.get("modules_to_save") or ()
     )
+
+
+def _is_bdlora(given: object) -> bool:
+    if not isinstance(given, dict):
+        return False
+    rest = dict(given)
+    lists = [rest.pop(f"target_modules_bd_{side}", None) or [] for side in "ab"]
+    blocks, strict = rest.pop("nblocks", 1), rest.pop("match_strict", True)
+    named = all(
+        isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists
+    )
+    return named and not rest and type(blocks) is int and blocks > 0 and type(strict) is bool
 
 
 def _is_number(value: object) -> bool:

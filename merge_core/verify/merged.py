@@ -77,7 +77,11 @@ def load_product(updates: Sequence[Delta | Shift], factors: Mapping[str, Factors
         else:
             if update.part.expert is not None:
                 read = factors[update.path].recall
-            a, b = factors_of(read(update.a), read(update.b), update.part)
+            a, b = (
+                _unfolded(read(key), blocks)
+                for key, blocks in zip((update.a, update.b), update.blocks, strict=True)
+            )
+            a, b = factors_of(a, b, update.part)
             left, right = (a.T, b.T) if update.transposed else (b, a)
             left = taken(left, update.part)
         lefts.append(left)
@@ -89,6 +93,17 @@ def load_product(updates: Sequence[Delta | Shift], factors: Mapping[str, Factors
         scales=np.concatenate(scales),
         adapters=len(updates),
     )
+
+
+def _unfolded(stored: npt.NDArray[np.float32], blocks: int) -> npt.NDArray[np.float32]:
+    """A block-diagonal matrix, of the blocks that are stored one below the other."""
+    if blocks == 1:
+        return stored
+    rows, width = stored.shape[0] // blocks, stored.shape[1]
+    whole = np.zeros((blocks, rows, blocks, width), np.float32)
+    diagonal = np.arange(blocks)
+    whole[diagonal, :, diagonal] = stored.reshape(blocks, rows, width)
+    return whole.reshape(blocks * rows, blocks * width)
 
 
 class MergedTensor:

@@ -14,6 +14,7 @@ from typing import Any
 from merge_core.errors import InputError, Problem
 from merge_core.verify.adapter_fields import (
     REMEDY,
+    blocks_of,
     rank_of,
     read_fields,
     scale_of,
@@ -239,7 +240,9 @@ def _delta(module: _Module, *, embedding: bool) -> Delta:
     by_itself = is_parameter(module.config, f"{module.path}.weight")
     path = f"{module.path}.weight" if by_itself else module.path
     rank = rank_of(module.config, path)
-    a, b = (module.shape(kind) for kind in kinds)
+    plain = embedding or by_itself
+    blocks = (1, 1) if plain else blocks_of(module.config, module.path)
+    a, b = (_unfolded(module.shape(kind), n) for kind, n in zip(kinds, blocks, strict=True))
     if a is None or b is None or len(a) != 2 or len(b) != 2 or (a[0], b[1]) != (rank, rank):
         raise MalformedError(f"A is {a}, B is {b}; the config says rank {rank:g}")
     product = (b[0], a[1])
@@ -252,8 +255,16 @@ def _delta(module: _Module, *, embedding: bool) -> Delta:
         b=module.keys[kinds[1]],
         scale=scale_of(module.config, path),
         transposed=embedding or _is_transposed(shape, product, module, by_itself=by_itself),
+        blocks=blocks,
         part=Part(span=None if spanned is None else spanned[1]),
     )
+
+
+def _unfolded(shape: tuple[int, ...] | None, blocks: int) -> tuple[int, ...] | None:
+    """Shape of the whole of a matrix of which the blocks are stored."""
+    if shape is None or len(shape) != 2 or shape[0] % blocks:
+        return None
+    return shape[0], shape[1] * blocks
 
 
 def _is_transposed(

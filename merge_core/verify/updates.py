@@ -24,6 +24,8 @@ class Delta:
     scale: float
     transposed: bool
     """Whether the base tensor is [in, out], as in Conv1D layers and embeddings."""
+    blocks: tuple[int, int] = (1, 1)
+    """How many blocks of a block-diagonal A and B the rows of the stored ones are."""
     part: Part = field(default_factory=Part)
     """What is meant of the factors and of the base tensor, where it is not all of them."""
 
