@@ -27,14 +27,17 @@ FAMILY = {
     "32B": (5120, 64, 40, 8, 27392, 152064, False),
     "72B": (8192, 80, 64, 64, 24576, 152064, False),
     "110B": (8192, 80, 64, 8, 49152, 152064, False),
+    "MoE": (2048, 7, 16, 16, 5632, 151936, False),  # of Qwen1.5-MoE's 24 layers: 9.5 of 28.6 GB
 }
+EXPERTS = {"MoE": (60, 1408, 5632)}
+"""Experts of a layer, the inner size of each, and that of the one that they share."""
 FILE_BYTES = 4_000_000_000  # the hub's files of this family are about this large
 POOL_BYTES = 64 << 20  # random values are drawn once and reused at shifting places
 
 
 def config(model: str) -> dict[str, object]:
     hidden, layers, heads, kv_heads, inner, vocab, tied = FAMILY[model]
-    return {
+    dense = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "torch_dtype": "bfloat16",
@@ -49,6 +52,19 @@ def config(model: str) -> dict[str, object]:
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-06,
         "rope_theta": 1000000.0,
+    }
+    if model not in EXPERTS:
+        return dense
+    experts, expert, shared = EXPERTS[model]
+    return {
+        **dense,
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "num_experts": experts,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": expert,
+        "shared_expert_intermediate_size": shared,
+        "decoder_sparse_step": 1,
     }
 
 
@@ -87,15 +103,26 @@ def make_adapter(
     rank: int = 16,
     hollow: bool = False,
 ) -> None:
-    """Write a float32 LoRA adapter on ``targets``: ``all`` linear layers, or ``qv``."""
+    """Write a float32 LoRA adapter on ``targets``: ``all`` linear layers, or ``qv``.
+
+    Of experts it holds what PEFT trains with transformers 5: the parameters that all of a layer's
+    share.
+    """
     path.mkdir(parents=True)
     ends = ("q_proj.weight", "v_proj.weight") if targets == "qv" else ("_proj.weight",)
     content: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, shape in expected_tensors(shapes):
-        if name.endswith(ends):
-            module = f"base_model.model.{name.removesuffix('.weight')}"
-            content[f"{module}.lora_A.weight"] = ("F32", (rank, shape[1]))
-            content[f"{module}.lora_B.weight"] = ("F32", (shape[0], rank))
+    parameters: set[str] = set()
+    for name, shape in expected_tensors(shapes, fused=True):
+        module, inner = f"base_model.model.{name.removesuffix('.weight')}", rank
+        if len(shape) == 3 and targets == "all":
+            module, _, parameter = module.rpartition(".")
+            module += ".base_layer" * (parameter == "gate_up_proj")
+            parameters.add(f"experts.{parameter}")
+            inner *= shape[0]
+        elif not name.endswith(ends):
+            continue
+        content[f"{module}.lora_A.weight"] = ("F32", (inner, shape[-1]))
+        content[f"{module}.lora_B.weight"] = ("F32", (shape[-2], inner))
     draw = np.random.default_rng(1).normal
     pool = None if hollow else draw(0, 0.01, POOL_BYTES // 4).astype("<f4")
     _write(path / "adapter_model.safetensors", content, pool)
@@ -104,7 +131,9 @@ def make_adapter(
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": 2 * rank,
-        "target_modules": sorted({n.split(".")[-3] for n in content}),
+        "target_modules": sorted({n.split(".")[-3] for n in content if "_proj." in n}),
+        "target_parameters": sorted(parameters),
+        "peft_version": "0.21.0",
         "base_model_name_or_path": None,
         "bias": "none",
         "inference_mode": True,
