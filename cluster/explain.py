@@ -8,9 +8,11 @@ from typing import Any
 
 from merge_core.errors import counted, some_of
 from merge_core.plan import MergePlan, TensorTask
+from merge_core.updates import LowRankUpdate, Update
 
 _KINDS = {
     "low_rank": "low-rank factors",
+    "stacked": "low-rank factors of experts",
     "dora": "DoRA",
     "shift": "a bias on B",
     "rows": "trained tokens",
@@ -32,7 +34,16 @@ def _kinds(task: TensorTask, adapter: int) -> Iterator[str]:
         yield "whole tensors"
     for update in task.updates:
         if update.adapter == adapter:
-            yield _KINDS[update.kind]
+            yield _kind_of(update)
+
+
+def _kind_of(update: Update) -> str:
+    factors = update.factors if isinstance(update, LowRankUpdate) else ()
+    if any(factor.blocks > 1 for factor in factors):
+        return "block-diagonal factors (BD-LoRA)"
+    if any(factor.columns is not None for factor in factors):
+        return "low-rank factors of parameters (target_parameters)"
+    return _KINDS[update.kind]
 
 
 def adapter_lines(plan: MergePlan) -> Iterator[str]:
@@ -46,7 +57,7 @@ def adapter_lines(plan: MergePlan) -> Iterator[str]:
 def _modules(names: Sequence[str]) -> str:
     """The last parts of their modules' paths, each once: most come in every layer."""
     paths = [name.split(".") for name in names]
-    lasts = {path[-2] + (".bias" if path[-1] == "bias" else "") for path in paths}
+    lasts = {path[-2] + ("" if path[-1] == "weight" else f".{path[-1]}") for path in paths}
     return ", ".join(sorted(lasts))
 
 
