@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 import ray
 from clusters import running_cluster
 from models import assert_same_tensors, make_adapter, make_base, oracle, read_tensors
+from moe import write_expert_adapter, write_fused_adapter
 
 from actors import kept_collector
 from actors.kept_collector import KeptCollector
@@ -75,6 +76,20 @@ def test_any_number_of_workers_writes_the_bytes_of_the_inline_merge(
     run(plan, tmp_path / "out", address, workers=workers)
 
     assert published(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_experts_are_merged_to_the_bytes_of_the_inline_merge(
+    fused: bool, moe: Callable[..., Path], address: str, tmp_path: Path
+) -> None:
+    one = write_fused_adapter(tmp_path / "1", moe(), swapped=False, peft_version="0.21.0")
+    two = write_expert_adapter(tmp_path / "2", moe(), ["up_proj"], lora_alpha=6)
+    plan = make_plan(moe(fused=fused), [one, f"{two}@0.5"], shard_bytes=60_000)
+    merge(plan, tmp_path / "inline")
+
+    run(plan, tmp_path / "out", address)
+
+    assert published(tmp_path / "out") == published(tmp_path / "inline")
 
 
 @pytest.mark.parametrize(

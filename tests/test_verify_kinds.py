@@ -55,7 +55,8 @@ def plant(out: Path, name: str, row: int, steps: int = 2) -> None:
         tensors = load_file(file)
         if name in tensors:
             bits = tensors[name].view(torch.int16)
-            bits[row if bits.dim() == 1 else (row, 0)] += steps
+            rows = bits.unsqueeze(-1) if bits.dim() == 1 else bits.view(-1, bits.shape[-1])
+            rows[row, 0] += steps
             save_file(tensors, file, {"format": "pt"})
             return
     pytest.fail(f"{name} is in no file")
