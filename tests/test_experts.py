@@ -223,3 +223,24 @@ def test_a_parameter_of_a_layer_is_taken_as_it_lies(
     got = merged(base, adapter, out)
 
     assert_same_tensors(got, oracle(base, adapter))
+
+
+def test_a_router_and_the_gate_of_the_shared_expert_are_taken_whole(
+    moe: Bases, tmp_path: Path, out: Path
+) -> None:
+    fields = {"modules_to_save": ["mlp.gate", "shared_expert_gate"], "target_modules": ["q_proj"]}
+    adapter = make_adapter(tmp_path / "a", moe(), **fields)
+
+    got = merged(moe(), adapter, out)
+
+    assert_same_tensors(got, apart(oracle(moe(), adapter)))
+
+
+def test_experts_that_were_trained_as_a_whole_are_refused_by_name(
+    moe: Bases, tmp_path: Path
+) -> None:
+    fields = {"modules_to_save": ["experts"], "target_modules": ["q_proj"]}
+    adapter = make_adapter(tmp_path / "a", moe(), **fields)
+
+    with pytest.raises(InputError, match=r"key '.*experts.gate_up_proj' is not known"):
+        make_plan(moe(), [adapter])
