@@ -11,7 +11,7 @@ import torch
 from handmade import random_factors, write_adapter
 from models import read_tensors
 from oracles import Delta, Tensors
-from safetensors.torch import load_file
+from peft.utils.save_and_load import load_peft_weights
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from merge_core.merge import merge
@@ -107,7 +107,7 @@ def expert_deltas(adapter: Path, base: Path, *, swapped: bool = False) -> dict[s
     factors is [out, in], and [in, out] in what PEFT saved before 0.19 (``swapped``).
     """
     config = json.loads((adapter / "adapter_config.json").read_text())
-    saved = load_file(adapter / "adapter_model.safetensors")
+    saved = load_peft_weights(str(adapter), device="cpu")
     shapes, found = module_shapes(base), dict[str, list[Delta]]()
     for key in saved:
         if not key.endswith(".lora_A.weight"):

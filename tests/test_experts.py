@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from models import (
+    ALL_LINEAR,
     DTYPES,
     assert_same_tensors,
     deltas_of_adapter,
@@ -75,8 +76,11 @@ PATTERNS = pytest.mark.filterwarnings(
 
 PARAMETERS: dict[str, dict[str, Any]] = {
     "both parameters": {"target_parameters": BOTH},
-    "the outer parameter": {"target_parameters": ["down_proj"]},
-    "the inner parameter": {"target_parameters": ["mlp.experts.gate_up_proj"]},
+    "the outer parameter, pickled": {"target_parameters": ["down_proj"], "safe": False},
+    "the inner parameter, in bfloat16": {
+        "target_parameters": ["mlp.experts.gate_up_proj"],
+        "dtype": torch.bfloat16,
+    },
     "patterns, beside layers": {
         "target_parameters": [*BOTH, "gate.weight"],
         "target_modules": ["q_proj", "shared_expert_gate", "shared_expert.down_proj"],
@@ -213,16 +217,34 @@ def test_adapters_of_each_kind_are_summed_before_they_are_rounded(
         assert_within_contract(got, read_tensors(base), summed)
 
 
+@PATTERNS
 def test_a_parameter_of_a_layer_is_taken_as_it_lies(
     bases: Bases, tmp_path: Path, out: Path
 ) -> None:
     base = bases("F32", shard="80KB")
-    named = ["o_proj.weight", "embed_tokens.weight"]
-    adapter = make_adapter(tmp_path / "a", base, target_modules=["q_proj"], target_parameters=named)
+    fields = {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["o_proj.weight", "embed_tokens.weight"],
+        "rank_pattern": {"o_proj.weight": 3, "o_proj": 5},
+    }
+    adapter = make_adapter(tmp_path / "a", base, **fields)
 
     got = merged(base, adapter, out)
 
     assert_same_tensors(got, oracle(base, adapter))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_layers_that_are_modules_in_transformers_5_merge_to_the_same_bits(
+    dtype: str, moe: Bases, tmp_path: Path, out: Path
+) -> None:
+    """The names of the targets are those of experts too, of which PEFT then trains none."""
+    base, targets = moe(dtype), [*ALL_LINEAR, "shared_expert_gate"]
+    adapter = make_adapter(tmp_path / "a", base, target_modules=targets)
+
+    got = merged(base, adapter, out)
+
+    assert_same_tensors(got, apart(oracle(base, adapter)))
 
 
 def test_a_router_and_the_gate_of_the_shared_expert_are_taken_whole(

@@ -61,7 +61,8 @@ class FileResult:
 def check_file(check: FileCheck) -> FileResult:
     """Check one weight file. A file that is broken or vanishes gives findings, never an exception.
 
-    Memory: ``reading.LANES`` lanes of up to 20 MB each, and for numeric the factors of one tensor.
+    Memory: ``reading.LANES`` lanes of up to 20 MB each, and for numeric the factors of one tensor,
+    beside the last few that many experts share.
     """
     started = time.perf_counter()
     path = Path(check.path)
