@@ -211,6 +211,9 @@ def _unsupported(fields: Mapping[str, Any], where: str) -> list[Problem]:
         for name, feature in FEATURE_FIELDS.items()
         if fields.get(name)
     ]
+    if fields.get("use_dora") and fields.get("use_bdlora"):
+        what = "use_dora and use_bdlora are set, of which PEFT trains one at a time"
+        problems.append(Problem(what, where, _REPAIR))
     init = fields.get("init_lora_weights", True)
     if str(init).lower() not in PLAIN_INITS:
         said = f"init_lora_weights={shortened(init)}"

@@ -51,7 +51,19 @@ def holds_experts(module: str) -> bool:
     return module.rpartition(".")[2] == "experts"
 
 
-def trained_parameters(module: str, config: AdapterConfig) -> list[str]:
+def check_parameter(config: AdapterConfig, at: str) -> None:
+    """Make sure that an adapter can hold factors of a parameter.
+
+    Raises:
+        InputError: PEFT trains none with such a config.
+    """
+    for field, is_set in (("use_dora", config.dora), ("lora_bias", config.lora_bias)):
+        if is_set:
+            what = f"{field} is set, with which PEFT trains no parameters"
+            raise refuse(what, at, _OTHER_CONFIG)
+
+
+def _trained_parameters(module: str, config: AdapterConfig) -> list[str]:
     """Paths of the parameters of ``module`` that the config says were trained, in their order."""
     if not holds_experts(module):
         return []
@@ -69,7 +81,7 @@ def parameter_of(wrapper: str, config: AdapterConfig, at: str) -> str | None:
     module, level = unwrapped(wrapper)
     if level == 0 and not holds_experts(module):
         return None
-    trained = trained_parameters(module, config)
+    trained = _trained_parameters(module, config)
     if level >= len(trained):
         what = f"has factors of parameter {level + 1}, target_parameters names {len(trained)} here"
         raise refuse(what, at, _OTHER_CONFIG)
@@ -84,10 +96,7 @@ def read_experts(
     Raises:
         InputError: they do not fit one another or the config.
     """
-    for field, is_set in (("use_dora", config.dora), ("lora_bias", config.lora_bias)):
-        if is_set:
-            what = f"{field} is set, with which PEFT trains no parameters"
-            raise refuse(what, at, _OTHER_CONFIG)
+    check_parameter(config, at)
     for part in sorted({Part.A, Part.B} ^ parts.keys()):
         state = "there, beside factors of a parameter" if part in parts else "missing"
         raise refuse(f"{part} is {state}", at, _REPAIR)

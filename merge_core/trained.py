@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from merge_core.adapter_config import AdapterConfig
 from merge_core.adapter_keys import Part, parse_key
 from merge_core.errors import InputError, Problem, counted, gathered, refuse
-from merge_core.expert_factors import ExpertFactors, parameter_of, read_experts
+from merge_core.expert_factors import ExpertFactors, check_parameter, parameter_of, read_experts
 from merge_core.layout import TensorSpec
 from merge_core.peft_fields import FEATURE_KEYS, TRAINING_KEYS
 from merge_core.updates import Factor
@@ -173,11 +173,13 @@ def _pair(module: str, parts: Parts, config: AdapterConfig, at: str) -> LowRankP
             raise refuse(f"has {side} but no {other}", at, _REPAIR)
     if sides[0] not in parts:
         raise refuse(f"has {min(parts.keys() & _FACTORS)} but no factors", at, _REPAIR)
-    blocks = (1, 1)
-    if config.block_diagonal and not embedding and config.key_of(module) == module:
+    key, blocks = config.key_of(module), (1, 1)
+    if key != module:
+        check_parameter(config, at)
+    elif config.block_diagonal and not embedding:
         blocks = config.block_diagonal.blocks_of(module, at)
     a, b = (_factor(parts[s], n, at) for s, n in zip(sides, blocks, strict=True))
-    rank, scaling = config.resolve(config.key_of(module))
+    rank, scaling = config.resolve(key)
     if not a.shape[0] == b.shape[1] == rank:
         what = f"{sides[0]} has rank {a.shape[0]}, {sides[1]} {b.shape[1]}, the config says {rank}"
         raise refuse(what, at, _OTHER_CONFIG)

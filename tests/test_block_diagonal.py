@@ -118,3 +118,13 @@ def test_a_config_that_does_not_fit_is_refused(story: str, base: Path, tmp_path:
 
     with pytest.raises(InputError, match=said):
         make_plan(base, [adapter])
+
+
+def test_dora_of_block_diagonal_factors_is_refused(base: Path, tmp_path: Path) -> None:
+    module = "model.layers.0.self_attn.q_proj"
+    factors = random_factors({module: (64, 64)}, {module: 4})
+    fields = {"use_bdlora": {"nblocks": 1}, "use_dora": True}
+    adapter = write_adapter(tmp_path / "a", factors, r=4, **fields)
+
+    with pytest.raises(InputError, match="of which PEFT trains one at a time"):
+        make_plan(base, [adapter])

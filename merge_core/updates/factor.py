@@ -62,4 +62,4 @@ class Factor:
             taken = taken[slice(*self.rows)]
         if self.columns is not None:
             taken = taken[:, slice(*self.columns)]
-        return taken.contiguous()
+        return taken.clone(memory_format=torch.contiguous_format)  # lets go of the rest

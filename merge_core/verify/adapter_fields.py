@@ -81,6 +81,8 @@ def _strange_lists(config: Mapping[str, Any]) -> Iterator[str]:
         lists = value.values() if isinstance(value, dict) else [value or []]
         if not all(isinstance(rows, list) and all(map(_is_row, rows)) for rows in lists):
             yield f"{field} = {value!r}"
+    if config.get("use_bdlora") and config.get("use_dora"):
+        yield "use_bdlora with use_dora"
     if not _is_bdlora(config.get("use_bdlora") or {}):
         yield f"use_bdlora = {config['use_bdlora']!r}"
     for field in ("modules_to_save", "target_parameters"):
