@@ -183,7 +183,7 @@ def _notes(
         f"page cache {cache}; output removed and synced before each run",
         f"peak memory is sampled every {INTERVAL * 1000:.0f} ms: {tree} ({when})",
         "largest process: the largest RSS of any one of them, sampled too",
-        "adapters: rank 16, float32, on all linear layers; q+v: on q_proj and v_proj only",
+        "adapters: rank 16, float32, on all linear layers and experts; q+v: on q_proj and v_proj",
     ]
     if "peft" in runs:
         notes.append("PEFT ran once, in the last round")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from models import make_adapter, read_tensors
-from peft import TrainableTokensConfig
+from peft import BdLoraConfig, TrainableTokensConfig
 from safetensors.torch import load_file, save_file
 from test_grammar import BIT_BY_BIT
 
@@ -27,6 +27,11 @@ KINDS: dict[str, dict[str, Any]] = {
     **BIT_BY_BIT,
     "embeddings": {"target_modules": ["embed_tokens"]},
     "DoRA on embeddings": {"target_modules": ["embed_tokens"], "use_dora": True},
+    "BD-LoRA": {
+        "target_modules": ["q_proj", "o_proj"],
+        "use_bdlora": BdLoraConfig(["o_proj"], ["q_proj"], nblocks=2),
+    },
+    "a parameter": {"target_modules": ["q_proj"], "target_parameters": ["o_proj.weight"]},
     "the tuner of trained tokens": {
         "config": TrainableTokensConfig(token_indices=[2, 159], target_modules=["embed_tokens"])
     },

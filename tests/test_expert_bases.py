@@ -122,6 +122,7 @@ def test_any_number_of_lanes_writes_the_same_bytes(
     merge(plan, tmp_path / "two", choice=FOUR_LANES)
 
     assert published(tmp_path / "two") == expected
+    assert found(tmp_path / "two", "load") == []
 
 
 def test_what_experts_share_is_read_once_for_all_of_them(
