@@ -174,7 +174,10 @@ class ShardWorker:
             torch.cuda.empty_cache()
 
     def _load(self, task: TensorTask) -> LoadedUpdates:
-        return LoadedUpdates.of(task.updates, self._inputs.of(task, self._device))
+        loaded = LoadedUpdates.of(task.updates, self._inputs.of(task, self._device))
+        if self._device.type == "cuda":  # lanes have streams of their own, which wait for no other
+            torch.cuda.current_stream(self._device).synchronize()
+        return loaded
 
 
 @contextlib.contextmanager
