@@ -17,6 +17,7 @@ from cluster.options import (
     Adapters,
     Base,
     Debug,
+    Dequantize,
     Device,
     DeviceMapFile,
     DtypeOption,
@@ -66,6 +67,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
     shard_size: ShardSize = "2GB",
     device_map: DeviceMapFile = None,
     keep_tied: KeepTied = False,
+    dequantize: Dequantize = False,
     verify: Annotated[
         Level, typer.Option(help="What to verify before the result is published.")
     ] = Level.DIGEST,
@@ -91,6 +93,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
             shard_bytes=size_in_bytes(shard_size),
             device_map=device_map,
             keep_tied=keep_tied,
+            dequantize=dequantize,
         )
         for line in console.plan_lines(plan, find_pools(plan)):
             talk.say(line)
@@ -145,6 +148,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
     shard_size: ShardSize = "2GB",
     device_map: DeviceMapFile = None,
     keep_tied: KeepTied = False,
+    dequantize: Dequantize = False,
     nodes: Annotated[
         str, typer.Option(help="Estimate the time on so many equal nodes, such as 1,8,64.")
     ] = "1",
@@ -189,6 +193,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
             shard_bytes=size_in_bytes(shard_size),
             device_map=device_map,
             keep_tied=keep_tied,
+            dequantize=dequantize,
         )
         if out is not None:
             check_destination(out.absolute(), planned)

@@ -188,7 +188,7 @@ def _merges(plan: MergePlan, arithmetic: Arithmetic) -> Iterator[_Item]:
     for shard in _in_order(plan):
         read, products = 0, 0
         for task in shard.tasks:
-            read += task.source.tensor.nbytes
+            read += task.source.bytes_read
             for update in task.updates:
                 read += sum(tensor.nbytes for tensor in update.tensors)
                 products += 2 * update.rank * math.prod(task.target.shape)
@@ -203,7 +203,7 @@ def _checks(plan: MergePlan, level: str) -> Iterator[_Item]:
         if level != "structure":
             read, busy = shard.size, shard.size / (CORES * DIGEST_SPEED)
         if level == "numeric":  # on top of the digests, once more and beside the base
-            read += shard.size + sum(task.source.tensor.nbytes for task in shard.tasks)
+            read += shard.size + sum(task.source.bytes_read for task in shard.tasks)
             busy += shard.size / (CORES * NUMERIC_SPEED)
         yield _Item(read=read, busy=busy)
 

@@ -54,6 +54,13 @@ KeepTied = Annotated[
         help="Leave tied embeddings and head one tensor, whatever was trained of either.",
     ),
 ]
+Dequantize = Annotated[
+    bool,
+    typer.Option(
+        "--dequantize",
+        help="Decode a quantised base (GPTQ, AWQ, bitsandbytes, FP8) to the dtype of its config.",
+    ),
+]
 StartTimeout = Annotated[float, typer.Option(min=0, help="Seconds to wait for the first worker.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No talk on stderr.")]

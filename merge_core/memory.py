@@ -14,7 +14,7 @@ from merge_core.digest import CELL_BYTES
 from merge_core.errors import DeviceMemoryError, counted
 from merge_core.layout import DTYPE_BYTES, TensorSpec
 from merge_core.nvidia import GpuProcess
-from merge_core.plan import MergePlan
+from merge_core.plan import MergePlan, TensorTask
 from merge_core.storage import SLACK
 
 MAX_LANES = 8
@@ -32,6 +32,11 @@ SHARE = 0.8
 NORM_BYTES = 4 * 4 + 2 * 8
 """For an element of a block whose columns' squares are summed up: the base as it is stored and in
 float32, the delta, its product, and the sum and its square in float64."""
+
+
+DECODING_BYTES = 4 * 4
+"""For an element while it is decoded: the number in float32, its zero point, its scale, and a copy
+of what one of them was made from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +64,13 @@ class LaneNeed:
     factors: int
     """Of the tensor with the largest factors, in float32. Each lane holds on to those of its last
     block, and one more tensor's are being loaded."""
+    decoded: int = 0
+    """Host memory that each lane may hold of a packed tensor, and needs to decode a piece of it."""
 
     def on_host(self, lanes: int, device: str) -> int:
         """Host memory for that many lanes, without the runtime."""
         each = self.inbox + self.outbox + (4 * self.scratch * self.block if device == "cpu" else 0)
-        return lanes * each + (lanes + 1) * self.factors
+        return lanes * (each + self.decoded) + (lanes + 1) * self.factors
 
     def on_device(self, lanes: int) -> int:
         """VRAM for that many lanes."""
@@ -86,10 +93,11 @@ def lane_need(plan: MergePlan, device: str, read_bytes: int) -> LaneNeed:
     Args:
         device: ``cpu`` or ``cuda``; the blocks of the product differ.
     """
-    widening, rest, block, scratch, factors = 1.0, 0, 0, 0, 0
+    widening, rest, block, scratch, factors, decoded = 1.0, 0, 0, 0, 0, 0
     for task in plan.tasks:
         ratio = task.source.dtype_bytes / DTYPE_BYTES[task.target.dtype]
         widening = max(widening, ratio)
+        decoded = max(decoded, _decoded(task, read_bytes))
         if task.updates:
             rows, width = task.matrix
             block = max(block, largest_block(rows, width, device))
@@ -106,6 +114,7 @@ def lane_need(plan: MergePlan, device: str, read_bytes: int) -> LaneNeed:
         block=block,
         scratch=scratch,
         factors=factors,
+        decoded=decoded,
     )
 
 
@@ -149,6 +158,15 @@ def _meminfo_available() -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
+
+
+def _decoded(task: TensorTask, read_bytes: int) -> int:
+    """Each lane may be at a tensor of its own, small ones above all."""
+    source, width = task.source, task.matrix[1]
+    if source.decoding is None:
+        return 0
+    piece = read_bytes // DTYPE_BYTES[task.target.dtype] + 2 * width  # it may end inside of a row
+    return source.bytes_read + SLACK + DECODING_BYTES * min(piece, math.prod(source.tensor.shape))
 
 
 def _elements(*factors: TensorSpec) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,16 @@ from merge_core.checkpoint import Checkpoint, open_checkpoint
 from merge_core.completeness import missing_parts
 from merge_core.device_map import DeviceMap, read_device_map
 from merge_core.errors import InputError, Problem, gathered
-from merge_core.layout import lay_out
+from merge_core.layout import DTYPE_NAMES, lay_out
 from merge_core.matching import Matched, check_together, match
 from merge_core.orientation import MERGEABLE
-from merge_core.plan import AdapterInput, MergePlan, Shard, Source, TensorTask
+from merge_core.plan import AdapterInput, MergePlan, Shard, TensorTask
 from merge_core.shards import OutputTensor, cut_shards, shard_name
 from merge_core.ties import HEAD, settle_ties, tied_embeddings
 
 SHARD_BYTES = 2_000_000_000
 """Default --shard-size. Small enough that a lost worker costs seconds, large enough that a 72B
 is some 80 files; the hub's own limit is 5 GB for smooth downloads."""
-
-DTYPE_NAMES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""Values of --dtype, as config.json spells them."""
 
 
 def make_plan(
@@ -36,6 +33,7 @@ def make_plan(
     shard_bytes: int = SHARD_BYTES,
     device_map: str | Path | None = None,
     keep_tied: bool = False,
+    dequantize: bool = False,
 ) -> MergePlan:
     """Plan the merge of ``adapters`` into ``base``, reading nothing but headers.
 
@@ -46,6 +44,7 @@ def make_plan(
         shard_bytes: size limit of an output file, see ``shards.cut_shards``.
         device_map: JSON file that pins modules to devices, see ``device_map``.
         keep_tied: leave tied embeddings and head one tensor, whatever was trained of either.
+        dequantize: decode the weights of a quantised base to the dtype that its config names.
 
     Raises:
         InputError: with every problem of the base, the adapters and the options.
@@ -56,7 +55,7 @@ def make_plan(
     with gathered(problems):
         _check_options(adapters, dtype, shard_bytes)
     with gathered(problems):
-        checkpoint = open_checkpoint(Path(base).absolute())
+        checkpoint = open_checkpoint(Path(base).absolute(), dequantize=dequantize)
     devices: DeviceMap | None = None
     with gathered(problems):
         devices = _open_device_map(device_map, checkpoint)
@@ -88,7 +87,7 @@ def _open_device_map(path: str | Path | None, checkpoint: Checkpoint | None) -> 
         return None
     devices = read_device_map(Path(path).absolute())
     if checkpoint is not None:
-        devices.check(tensor.name for file in checkpoint.files for tensor in file.tensors)
+        devices.check(checkpoint.sources)
     return devices
 
 
@@ -109,11 +108,7 @@ def _check_options(adapters: Sequence[str | Path], dtype: str | None, shard_byte
 def _match(
     checkpoint: Checkpoint, adapters: Sequence[Adapter], problems: list[Problem], *, keep_tied: bool
 ) -> Matched:
-    bases = {
-        tensor.name: Source(tensor=tensor, file=number)
-        for number, file in enumerate(checkpoint.files)
-        for tensor in file.tensors
-    }
+    bases = checkpoint.sources
     for adapter in adapters:
         problems += missing_parts(adapter, bases, checkpoint)
     embeddings = tied_embeddings(checkpoint)
@@ -139,14 +134,14 @@ def _assemble(
         )
         for name, source in matched.sources.items()
     ]
-    there = {tensor.name for file in checkpoint.files for tensor in file.tensors}
+    there = checkpoint.sources
     cut = cut_shards(outputs, output.shard_bytes)
     return MergePlan(
         base=checkpoint.path,
         base_files=tuple(file.identity for file in checkpoint.files),
         header_digests=tuple(file.header_digest for file in checkpoint.files),
         config=checkpoint.config,
-        config_changes=_config_changes(checkpoint.config, matched, dtype),
+        config_changes=_config_changes(checkpoint, matched, dtype),
         side_files=checkpoint.side_files,
         adapters=tuple(map(_input, adapters)),
         twins=tuple(matched.twins),
@@ -197,11 +192,11 @@ def _dtype(of_base: str, asked: str | None) -> str:
     return DTYPE_NAMES[asked] if asked and of_base in MERGEABLE else of_base
 
 
-def _config_changes(
-    config: Mapping[str, Any], matched: Matched, dtype: str | None
-) -> dict[str, Any]:
+def _config_changes(checkpoint: Checkpoint, matched: Matched, dtype: str | None) -> dict[str, Any]:
     """Transformers 5 writes ``dtype``, older ones ``torch_dtype``: both say the same after it."""
-    changes = dict(matched.config_changes)
+    config, changes = checkpoint.config, dict(matched.config_changes)
+    if checkpoint.quantised is not None:
+        changes["quantization_config"] = None
     if dtype is not None:
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
         changes |= dict.fromkeys(keys, dtype)

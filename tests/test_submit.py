@@ -30,6 +30,7 @@ RECIPE = {
     "shard_size": "2GB",
     "device_map": None,
     "keep_tied": False,
+    "dequantize": False,
 }
 
 
@@ -56,6 +57,7 @@ def job(name: str, status: str = "SUCCEEDED", exit_code: int | None = 0) -> Job:
         ("dtype", "float32"),
         ("shard_size", "1GB"),
         ("keep_tied", True),
+        ("dequantize", True),
         ("an_option_to_come", "x"),
     ],
 )
