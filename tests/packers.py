@@ -4,7 +4,7 @@ shared with what decodes them. Every number is placed bit by bit into one long i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,33 +85,98 @@ class Gptq:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Awq:
+    """How to quantise."""
+
+    group: int = 16
+    scales: torch.dtype = torch.float16
+
+    @property
+    def config(self) -> dict[str, Any]:
+        fields = {"bits": 4, "group_size": self.group, "zero_point": True, "version": "gemm"}
+        return {"quant_method": "awq", "modules_to_not_convert": None, **fields}
+
+    def pack(self, out: int, width: int, seed: int) -> Packed:
+        random = np.random.default_rng(seed)
+        size = width if self.group == -1 else self.group
+        numbers = random.integers(0, 16, (width, out))
+        zeros = random.integers(0, 16, (width // size, out))
+        scales = torch.from_numpy(random.uniform(1e-3, 4e-3, zeros.shape)).to(self.scales)
+        parts = {"qweight": in_order(numbers), "qzeros": in_order(zeros), "scales": scales}
+        of = np.arange(width) // size
+        exact = (
+            torch.from_numpy(numbers - zeros[of]).double() * scales[torch.from_numpy(of)].double()
+        )
+        return Packed(parts=parts, weight=exact.to(self.scales).T.contiguous())
+
+
+def in_order(numbers: Numbers) -> torch.Tensor:
+    """[n, m] to int32 [n, m / 8], in AWQ's order."""
+    moved = numbers.reshape(len(numbers), -1, 8)[..., list(AWQ_ORDER)].reshape(numbers.shape)
+    return pack_columns(moved.T, 4).T.contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8:
+    """How to quantise."""
+
+    block: tuple[int, int] | None = (32, 16)
+    scales: torch.dtype = torch.bfloat16
+
+    @property
+    def config(self) -> dict[str, Any]:
+        fields = {"activation_scheme": "dynamic", "fmt": "e4m3"}
+        block = None if self.block is None else list(self.block)
+        return {"quant_method": "fp8", "weight_block_size": block, **fields}
+
+    def pack(self, out: int, width: int, seed: int) -> Packed:
+        random = np.random.default_rng(seed)
+        values = torch.from_numpy(random.normal(0, 20, (out, width))).to(torch.float8_e4m3fn)
+        high, wide = self.block or (out, width)
+        grid = (-(-out // high), -(-width // wide)) if self.block else ()
+        scale = torch.from_numpy(np.array(random.uniform(1e-3, 2e-3, grid))).to(self.scales)
+        cells = scale.double().reshape(-1, -(-width // wide)).numpy()
+        exact = np.kron(cells, np.ones((high, wide)))[:out, :width] * values.double().numpy()
+        weight = torch.from_numpy(exact).float()
+        return Packed(parts={"weight": values, "weight_scale_inv": scale}, weight=weight)
+
+
+Format = Gptq | Awq | Fp8
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantisedBase:
     """A checkpoint on disk, and what its weights are."""
 
     path: Path
     weights: Tensors
     """All of them, packed ones decoded."""
+    how: Format
+    """It was packed with."""
 
 
 def write_quantised(
     path: Path,
-    config: Mapping[str, Any],
-    pack: Callable[[int, int, int], Packed],
+    how: Format,
     geometry: Geometry = GEOMETRY,
     *,
     dtype: torch.dtype = torch.float16,
     files: int = 2,
-    more: Mapping[str, torch.Tensor] | None = None,
+    change: Callable[[Tensors], object] = dict,
 ) -> QuantisedBase:
-    """A Qwen1.5 checkpoint of which every linear layer but the head is packed."""
+    """A Qwen1.5 checkpoint of which every linear layer but the head is packed.
+
+    ``change`` may spoil the tensors before they are written.
+    """
     tensors = random_tensors(geometry, dtype)
     weights = dict(tensors)
     for seed, (module, (out, width)) in enumerate(geometry.linear.items()):
-        packed = pack(out, width, seed)
+        packed = how.pack(out, width, seed)
         del tensors[f"{module}.weight"]
         tensors |= {f"{module}.{part}": tensor for part, tensor in packed.parts.items()}
         weights[f"{module}.weight"] = packed.weight
     name = str(dtype).removeprefix("torch.")
-    said = {**geometry.config, "torch_dtype": name, "quantization_config": dict(config)}
-    write_base(path, {**tensors, **(more or {})}, said, files)
-    return QuantisedBase(path=path, weights=weights)
+    said = {**geometry.config, "torch_dtype": name, "quantization_config": how.config}
+    change(tensors)
+    write_base(path, tensors, said, files)
+    return QuantisedBase(path=path, weights=weights, how=how)

@@ -11,6 +11,7 @@ from typing import Any
 from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.verify.header import TensorEntry
 from merge_core.verify.ledger import Row
+from merge_core.verify.packed import unpacked
 from merge_core.verify.recipe import Recipe, Update, adapter_recipe
 from merge_core.verify.report import Finding, at
 from merge_core.verify.rounding import FLOATS
@@ -47,7 +48,7 @@ class Pairing:
     comparisons: Mapping[str, tuple[Comparison, ...]]
     """By weight file."""
     config: Mapping[str, Any]
-    """Fields of config.json that the adapters change."""
+    """Fields of config.json that the merge changes; None: removes."""
     findings: tuple[Finding, ...]
     """Tensors of the output, the base or an adapter that have no counterpart of the same shape,
     or that the ledger calls something else."""
@@ -78,7 +79,8 @@ def refuse_unchecked(base: Path, adapters: Sequence[WeightedAdapter]) -> None:
     Raises:
         InputError: they cannot be read, or hold features that cannot be checked.
     """
-    _recipes(open_base(base), _base_config(base), adapters)
+    config = _base_config(base)
+    _recipes(unpacked(open_base(base), config), config, adapters)
 
 
 def resolve_sources(
@@ -125,7 +127,8 @@ def pair_with_base(structure: Structure, sources: Sources) -> Pairing:
     Raises:
         InputError: base or adapters cannot be read, or hold features that cannot be checked.
     """
-    tensors, config = open_base(sources.base), _base_config(sources.base)
+    config = _base_config(sources.base)
+    tensors = unpacked(open_base(sources.base), config)
     recipes, found = _recipes(tensors, config, sources.adapters)
     names = {entry.name for entries in structure.headers.values() for entry in entries}
     wanted, changes, unfit = _wanted(tensors, config, recipes, names, keep_tied=sources.keep_tied)
@@ -200,6 +203,8 @@ def _wanted(
     if embeddings is not None:
         wanted[HEAD] = Wanted(base=tensors[embeddings])
     changes: dict[str, Any] = {}
+    if config.get("quantization_config"):
+        changes["quantization_config"] = None
     findings: list[Finding] = []
     for recipe in recipes:
         for name, key in recipe.whole.items():
@@ -258,6 +263,8 @@ def _action(
         action = "merged"
     elif wanted.replaced is not None:
         action = "replaced"
+    elif wanted.base.packing is not None:
+        action = "decoded"
     else:
         action = "copied" if entry.dtype == wanted.base.entry.dtype else "converted"
     if row is not None and row.action != action:
