@@ -26,6 +26,7 @@ from cluster.options import (
     Level,
     Quiet,
     ShardSize,
+    SimulateNf4,
     StartTimeout,
     Workers,
     bytes_a_second,
@@ -68,6 +69,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
     device_map: DeviceMapFile = None,
     keep_tied: KeepTied = False,
     dequantize: Dequantize = False,
+    simulate_nf4: SimulateNf4 = False,
     verify: Annotated[
         Level, typer.Option(help="What to verify before the result is published.")
     ] = Level.DIGEST,
@@ -94,6 +96,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
             device_map=device_map,
             keep_tied=keep_tied,
             dequantize=dequantize,
+            simulate_nf4=simulate_nf4,
         )
         for line in console.plan_lines(plan, find_pools(plan)):
             talk.say(line)
@@ -149,6 +152,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
     device_map: DeviceMapFile = None,
     keep_tied: KeepTied = False,
     dequantize: Dequantize = False,
+    simulate_nf4: SimulateNf4 = False,
     nodes: Annotated[
         str, typer.Option(help="Estimate the time on so many equal nodes, such as 1,8,64.")
     ] = "1",
@@ -194,6 +198,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
             device_map=device_map,
             keep_tied=keep_tied,
             dequantize=dequantize,
+            simulate_nf4=simulate_nf4,
         )
         if out is not None:
             check_destination(out.absolute(), planned)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from merge_core.json_text import parse_object
 from merge_core.layout import TensorSpec, header_length, parse_header
 from merge_core.plan import Source
 from merge_core.quantised import (
-    Quantised,
+    Decodings,
+    Read,
     decoded_tensor,
-    dtype_of,
-    read_packed,
+    quantisation_of,
     refuse_packed,
 )
 from merge_core.side_files import CONFIG, INDEX, descriptions, find_side_files
@@ -48,25 +48,24 @@ class Checkpoint:
     """Carried over byte for byte: tokenizer, generation config, chat template, licence, ..."""
     notes: tuple[str, ...]
     """What the user should know, though nothing is wrong."""
-    quantised: Quantised | None = None
-    """Which of its tensors are packed; None if none are."""
+    decodings: Decodings | None = None
+    """Of which weights others come out; None: of none."""
 
     @property
     def sources(self) -> Mapping[str, Source]:
         """Its tensors as a merge starts from them, by name: packed ones as they come out."""
-        return dict(_sources(self.files, self.quantised))
-
-    @property
-    def decoded_dtype(self) -> str | None:
-        """What its config says that packed weights are; None if it does not say so."""
-        return dtype_of(self.config)
+        return dict(_sources(self.files, self.decodings))
 
 
-def open_checkpoint(path: Path, *, dequantize: bool = False) -> Checkpoint:
+Decode = Callable[[Mapping[str, Any], Sequence[Stored], Read, str], Decodings]
+"""Finds the weights that are decoded, see ``quantised.read_packed``."""
+
+
+def open_checkpoint(path: Path, decode: Decode | None = None) -> Checkpoint:
     """Open the checkpoint in directory ``path``.
 
     Args:
-        dequantize: it is quantised, and its weights are to be decoded.
+        decode: finds the weights that are not taken as they are.
 
     Raises:
         InputError: with every problem found in config, index and headers.
@@ -78,25 +77,26 @@ def open_checkpoint(path: Path, *, dequantize: bool = False) -> Checkpoint:
     notes: list[str] = []
     with gathered(problems):
         config = read_json(path / CONFIG)
-        if not dequantize:
+        if decode is None:
             refuse_packed(config, str(path / CONFIG))
     with gathered(problems):
         files = _open_weight_files(path, notes)
-    quantised: Quantised | None = None
-    if config is not None and files and dequantize:
+    decodings: Decodings | None = None
+    if config is not None and files and decode is not None:
         with gathered(problems):
-            quantised = _open_packed(path, config, files)
-            notes += quantised.notes
-    if config is not None and files and (quantised is not None) == dequantize:
-        shapes = {name: source.tensor.shape for name, source in _sources(files, quantised)}
+            decodings = _decodings(path, config, files, decode)
+            notes += decodings.notes
+    if config is not None and files and (decode is None or decodings is not None):
+        shapes = {name: source.tensor.shape for name, source in _sources(files, decodings)}
         with gathered(problems):
             notes += check_architecture(config, shapes, str(path))
+    quantised = config is not None and quantisation_of(config) is not None
     side_files: tuple[FileIdentity, ...] = ()
     with gathered(problems):
-        side_files = find_side_files(path, quantised=dequantize)
+        side_files = find_side_files(path, quantised=quantised)
     if problems or config is None:
         raise InputError(problems)
-    if dequantize:
+    if quantised:
         notes += [f"{name} is left out: it describes packed weights" for name in descriptions(path)]
     return Checkpoint(
         path=path,
@@ -104,11 +104,13 @@ def open_checkpoint(path: Path, *, dequantize: bool = False) -> Checkpoint:
         files=files,
         side_files=side_files,
         notes=tuple(notes),
-        quantised=quantised,
+        decodings=decodings,
     )
 
 
-def _open_packed(path: Path, config: Mapping[str, Any], files: tuple[WeightFile, ...]) -> Quantised:
+def _decodings(
+    path: Path, config: Mapping[str, Any], files: Sequence[WeightFile], decode: Decode
+) -> Decodings:
     stored = [Stored(file=n, tensor=t) for n, file in enumerate(files) for t in file.tensors]
 
     def read(one: Stored) -> bytes:
@@ -117,20 +119,19 @@ def _open_packed(path: Path, config: Mapping[str, Any], files: tuple[WeightFile,
             opened.seek(one.tensor.offset)
             return opened.read(one.tensor.nbytes)
 
-    return read_packed(config, stored, read, str(path / CONFIG))
+    return decode(config, stored, read, str(path / CONFIG))
 
 
 def _sources(
-    files: tuple[WeightFile, ...], quantised: Quantised | None
+    files: Sequence[WeightFile], decodings: Decodings | None
 ) -> Iterator[tuple[str, Source]]:
-    packed = frozenset[str]() if quantised is None else quantised.parts
+    packed = frozenset[str]() if decodings is None else decodings.parts
     for number, file in enumerate(files):
         for tensor in file.tensors:
             if tensor.name not in packed:
                 yield tensor.name, Source(tensor=tensor, file=number)
-    for name, decoding in (quantised.decodings if quantised is not None else {}).items():
-        tensor = decoded_tensor(name, decoding)
-        yield name, Source(tensor=tensor, file=None, decoding=decoding)
+    for name, decoding in ({} if decodings is None else decodings.by_name).items():
+        yield name, Source(tensor=decoded_tensor(name, decoding), file=None, decoding=decoding)
 
 
 def read_header(path: Path) -> WeightFile:

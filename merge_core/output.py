@@ -200,6 +200,7 @@ def describe(plan: MergePlan) -> dict[str, Any]:
         "adapters": [{"path": str(a.path), "weight": a.weight} for a in plan.adapters],
         "config_changes": dict(plan.config_changes),
         "keep_tied": plan.keep_tied,
+        "simulate_nf4": plan.simulates_nf4,
         "side_files": [file.name for file in plan.side_files],
         "shards": [dataclasses.asdict(shard) for shard in plan.shards],
     }

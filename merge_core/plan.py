@@ -174,6 +174,14 @@ class MergePlan:
         return {shard.device for shard in self.shards if shard.device is not None}
 
     @property
+    def simulates_nf4(self) -> bool:
+        """Whether the base is rounded as QLoRA does it."""
+        return any(
+            task.source.decoding is not None and task.source.decoding.kind == "nf4"
+            for task in self.tasks
+        )
+
+    @property
     def total_size(self) -> int:
         """Bytes of all tensors, as the index states it."""
         return sum(task.target.nbytes for task in self.tasks)

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from merge_core.adapter import Adapter, open_adapter, parse_adapter
-from merge_core.checkpoint import Checkpoint, open_checkpoint
+from merge_core.checkpoint import Checkpoint, Decode, open_checkpoint
 from merge_core.completeness import missing_parts
 from merge_core.device_map import DeviceMap, read_device_map
-from merge_core.errors import InputError, Problem, gathered
+from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.layout import DTYPE_NAMES, lay_out
 from merge_core.matching import Matched, check_together, match
 from merge_core.orientation import MERGEABLE
 from merge_core.plan import AdapterInput, MergePlan, Shard, TensorTask
+from merge_core.quantised import quantisation_of, read_packed
 from merge_core.shards import OutputTensor, cut_shards, shard_name
+from merge_core.simulated import round_to_nf4
 from merge_core.ties import HEAD, settle_ties, tied_embeddings
 
 SHARD_BYTES = 2_000_000_000
@@ -34,6 +36,7 @@ def make_plan(
     device_map: str | Path | None = None,
     keep_tied: bool = False,
     dequantize: bool = False,
+    simulate_nf4: bool = False,
 ) -> MergePlan:
     """Plan the merge of ``adapters`` into ``base``, reading nothing but headers.
 
@@ -45,6 +48,7 @@ def make_plan(
         device_map: JSON file that pins modules to devices, see ``device_map``.
         keep_tied: leave tied embeddings and head one tensor, whatever was trained of either.
         dequantize: decode the weights of a quantised base to the dtype that its config names.
+        simulate_nf4: round the weights of a base as QLoRA does it in training.
 
     Raises:
         InputError: with every problem of the base, the adapters and the options.
@@ -55,7 +59,8 @@ def make_plan(
     with gathered(problems):
         _check_options(adapters, dtype, shard_bytes)
     with gathered(problems):
-        checkpoint = open_checkpoint(Path(base).absolute(), dequantize=dequantize)
+        decode = _decode(dequantize=dequantize, simulate=simulate_nf4)
+        checkpoint = open_checkpoint(Path(base).absolute(), decode)
     devices: DeviceMap | None = None
     with gathered(problems):
         devices = _open_device_map(device_map, checkpoint)
@@ -70,6 +75,15 @@ def make_plan(
         raise InputError(problems)
     output = _Output(dtype=dtype, shard_bytes=shard_bytes, devices=devices, keep_tied=keep_tied)
     return _assemble(checkpoint, opened, matched, output)
+
+
+def _decode(*, dequantize: bool, simulate: bool) -> Decode | None:
+    if dequantize and simulate:
+        what = "a base is quantised, or is rounded as if it had been: one of the two"
+        raise refuse(what, "--dequantize --simulate-nf4", "Leave --simulate-nf4 out")
+    if dequantize:
+        return read_packed
+    return round_to_nf4 if simulate else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +209,7 @@ def _dtype(of_base: str, asked: str | None) -> str:
 def _config_changes(checkpoint: Checkpoint, matched: Matched, dtype: str | None) -> dict[str, Any]:
     """Transformers 5 writes ``dtype``, older ones ``torch_dtype``: both say the same after it."""
     config, changes = checkpoint.config, dict(matched.config_changes)
-    if checkpoint.quantised is not None:
+    if quantisation_of(config) is not None:
         changes["quantization_config"] = None
     if dtype is not None:
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]

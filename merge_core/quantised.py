@@ -56,13 +56,15 @@ _FORMATS: Mapping[str, Callable[[Mapping[str, Any], str], Format]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quantised:
-    """What a quantised base comes to."""
+class Decodings:
+    """The weights of a base that do not lie there as a merge wants them."""
 
-    decodings: Mapping[str, Decoding]
+    by_name: Mapping[str, Decoding]
     """By the name of the tensor that comes out."""
     parts: frozenset[str]
-    """Names of the stored tensors that went into it, or that are left out."""
+    """Names of the stored tensors that go into it, or that are left out."""
+    dtype: str | None
+    """That they get in the result; None: the one that comes out."""
     notes: tuple[str, ...]
 
 
@@ -90,7 +92,7 @@ def refuse_packed(config: Mapping[str, Any], where: str) -> None:
 
 def read_packed(
     config: Mapping[str, Any], tensors: Sequence[Stored], read: Read, where: str
-) -> Quantised:
+) -> Decodings:
     """Account for every packed tensor of a base.
 
     Args:
@@ -130,13 +132,12 @@ def read_packed(
     notes = [f"{counted(len(decodings), 'weight')} of the base decoded from {form}"]
     if zeros:
         notes.append(f"{counted(len(zeros), 'tensor')} left out, biases of zeros: {some_of(zeros)}")
-    return Quantised(decodings=decodings, parts=frozenset([*used, *zeros]), notes=tuple(notes))
-
-
-def dtype_of(config: Mapping[str, Any]) -> str | None:
-    """The dtype that a model is loaded in, as transformers 5 or as older ones say it."""
-    said = config.get("dtype", config.get("torch_dtype"))
-    return DTYPE_NAMES.get(said) if isinstance(said, str) else None
+    return Decodings(
+        by_name=decodings,
+        parts=frozenset([*used, *zeros]),
+        dtype=_dtype_of(config),
+        notes=tuple(notes),
+    )
 
 
 def decoded_tensor(name: str, decoding: Decoding) -> TensorSpec:
@@ -144,6 +145,12 @@ def decoded_tensor(name: str, decoding: Decoding) -> TensorSpec:
     dtype, shape = decoding.dtype, decoding.shape
     size = tensor_bytes(dtype, shape)
     return TensorSpec(name=name, dtype=dtype, shape=shape, offset=0, nbytes=size)
+
+
+def _dtype_of(config: Mapping[str, Any]) -> str | None:
+    """The dtype that a model is loaded in, as transformers 5 or as older ones say it."""
+    said = config.get("dtype", config.get("torch_dtype"))
+    return DTYPE_NAMES.get(said) if isinstance(said, str) else None
 
 
 def _method(config: Mapping[str, Any]) -> str | None:

@@ -31,6 +31,7 @@ RECIPE = {
     "device_map": None,
     "keep_tied": False,
     "dequantize": False,
+    "simulate_nf4": False,
 }
 
 
@@ -58,6 +59,7 @@ def job(name: str, status: str = "SUCCEEDED", exit_code: int | None = 0) -> Job:
         ("shard_size", "1GB"),
         ("keep_tied", True),
         ("dequantize", True),
+        ("simulate_nf4", True),
         ("an_option_to_come", "x"),
     ],
 )

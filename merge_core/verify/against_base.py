@@ -11,7 +11,7 @@ from typing import Any
 from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.verify.header import TensorEntry
 from merge_core.verify.ledger import Row
-from merge_core.verify.packed import unpacked
+from merge_core.verify.packed import rounded, unpacked
 from merge_core.verify.recipe import Recipe, Update, adapter_recipe
 from merge_core.verify.report import Finding, at
 from merge_core.verify.rounding import FLOATS
@@ -56,11 +56,12 @@ class Pairing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """What a merge was made from, and one thing that it was asked for."""
+    """What a merge was made from, and what it was asked for."""
 
     base: Path
     adapters: tuple[WeightedAdapter, ...]
     keep_tied: bool = False
+    simulate_nf4: bool = False
 
 
 def parse_weighted(text: str) -> WeightedAdapter:
@@ -105,6 +106,7 @@ def resolve_sources(
         base=Path(base or "").absolute(),
         adapters=tuple((path.absolute(), weight) for path, weight in adapters or ()),
         keep_tied=planned is not None and planned.keep_tied,
+        simulate_nf4=planned is not None and planned.simulate_nf4,
     )
 
 
@@ -115,6 +117,7 @@ def _planned_sources(plan_path: Path) -> Sources:
             base=Path(plan["base"]),
             adapters=tuple((Path(a["path"]), float(a["weight"])) for a in plan["adapters"]),
             keep_tied=plan.get("keep_tied") is True,
+            simulate_nf4=plan.get("simulate_nf4") is True,
         )
     except (OSError, MalformedError, KeyError, TypeError, ValueError) as error:
         what = f"level numeric needs base and adapters, and the plan cannot tell them ({error!r})"
@@ -129,6 +132,8 @@ def pair_with_base(structure: Structure, sources: Sources) -> Pairing:
     """
     config = _base_config(sources.base)
     tensors = unpacked(open_base(sources.base), config)
+    if sources.simulate_nf4:
+        tensors = rounded(tensors)
     recipes, found = _recipes(tensors, config, sources.adapters)
     names = {entry.name for entries in structure.headers.values() for entry in entries}
     wanted, changes, unfit = _wanted(tensors, config, recipes, names, keep_tied=sources.keep_tied)

@@ -74,6 +74,20 @@ def unpacked(tensors: Mapping[str, BaseTensor], config: Mapping[str, Any]) -> di
     return {name: tensor for name, tensor in rest.items() if name not in empty}
 
 
+def rounded(tensors: Mapping[str, BaseTensor]) -> dict[str, BaseTensor]:
+    """The tensors of a Qwen2 as QLoRA trains on them: every linear layer but the head in NF4."""
+    return {
+        name: BaseTensor(
+            path=tensor.path,
+            entry=replace(tensor.entry, start=0),
+            packing=Packing(method="nf4", parts={"weight": tensor}, settings={}),
+        )
+        if name.endswith("_proj.weight")
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
 _REMEDY = "Check without --level numeric"
 
 

@@ -7,6 +7,7 @@ and fraction. The products are the formats' own, in float32, rounded once to the
     4bit         map[code] * absmax, itself map[code] * absmax + offset where it is nested
     8bit         (code * SCB) * float32(1 / 127)
     fp8          value * scale of its block
+    nf4          what bitsandbytes' 4 bits with nested 8-bit absmax would make of an unpacked weight
 """
 
 from __future__ import annotations
@@ -135,7 +136,65 @@ def _fp8(parts: Mapping[str, Array], packing: Packing, tensor: BaseTensor) -> Ro
     return rows
 
 
-_DECODERS = {"gptq": _gptq, "awq": _awq, "4bit": _four_bit, "8bit": _int8, "fp8": _fp8}
+def _nf4(parts: Mapping[str, Array], packing: Packing, tensor: BaseTensor) -> Rows:
+    """Blocks of 64 elements, their absmax in blocks of 256 after the mean is taken off."""
+    dtype, width = packing.parts["weight"].entry.dtype, tensor.entry.shape[1]
+    flat = parts["weight"].reshape(-1)
+    steps = range(0, len(flat), 1 << 20)
+    peaks = [
+        np.abs(to_float32(flat[step : step + (1 << 20)], dtype)).reshape(-1, 64).max(axis=1)
+        for step in steps
+    ]
+    absmax = np.concatenate(peaks)
+    mean = np.float32(absmax.mean(dtype=np.float64))
+    outer = np.maximum.reduceat(np.abs(absmax - mean), np.arange(0, len(absmax), 256))
+    outer = outer.repeat(256)[: len(absmax)]
+    unit = (absmax - mean) * (np.float32(1) / np.maximum(outer, _TINY))
+    nested = _nearest(unit.astype(np.float32), _dynamic_map()) * outer + mean
+
+    def rows(top: int, bottom: int) -> Values:
+        first, behind = top * width // 64, -(-bottom * width // 64)
+        blocks = to_float32(flat[first * 64 : behind * 64], dtype).reshape(-1, 64)
+        unit = blocks * (np.float32(1) / np.maximum(absmax[first:behind], _TINY))[:, None]
+        values = _nearest(unit, _NF4) * nested[first:behind, None]
+        values = values.reshape(-1)[top * width - first * 64 :][: (bottom - top) * width]
+        return values.reshape(-1, width)
+
+    return rows
+
+
+_TINY = np.float32(1e-38)
+
+_NF4 = np.array(
+    [
+        *(-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0),
+        *(0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0),
+    ],
+    np.float32,
+)
+
+
+def _dynamic_map() -> Values:
+    """Zero, one, and in each power of ten from 1e-6 to 1 the middles of 2^k equal parts of the
+    upper nine tenths, with both signs.
+    """
+    values = [np.array([0.0, 1.0])]
+    for power in range(7):
+        border = np.linspace(0.1, 1.0, 2**power + 1)
+        middle = (border[:-1] + border[1:]) / 2 * 10.0 ** (power - 6)
+        values += [middle, -middle]
+    return np.sort(np.concatenate(values)).astype(np.float32)
+
+
+def _nearest(numbers: Values, table: Values) -> Values:
+    """The nearest values of a sorted table; of two as near, the lower one."""
+    found: Values = table[np.searchsorted((table[:-1] + table[1:]) / np.float32(2), numbers)]
+    return found
+
+
+_DECODERS = {
+    "gptq": _gptq, "awq": _awq, "4bit": _four_bit, "8bit": _int8, "fp8": _fp8, "nf4": _nf4,
+}  # fmt: skip
 
 
 def _codes(words: Array, bits: int) -> npt.NDArray[np.uint8]:
