@@ -34,9 +34,9 @@ NORM_BYTES = 4 * 4 + 2 * 8
 float32, the delta, its product, and the sum and its square in float64."""
 
 
-DECODING_BYTES = 4 * 4
-"""For an element while it is decoded: the number in float32, its zero point, its scale, and a copy
-of what one of them was made from."""
+DECODING_BYTES = 5 * 4
+"""For an element while it is decoded: its code, its value, its zero point and its scale, each in
+four bytes, and what comes out. No format needs all five."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

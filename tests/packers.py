@@ -1,5 +1,5 @@
 """Quantised checkpoints, packed in numpy from the definition of each format: nothing in here is
-shared with what decodes them. Every number is placed bit by bit into one long integer.
+shared with what decodes them. Every number is placed bit by bit.
 """
 
 from __future__ import annotations

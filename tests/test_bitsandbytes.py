@@ -14,13 +14,18 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+from bitsandbytes import functional
+from decoded_rows import decoded_rows
 from handmade import TWO_LANES
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import DTYPES, deltas_of_adapter, make_adapter, read_tensors
 from oracles import Tensors, assert_within_contract
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from merge_core.decoding.four_bit import four_bit_decoding
 from merge_core.errors import InputError
 from merge_core.merge import merge
 from merge_core.planner import make_plan
@@ -84,6 +89,35 @@ def test_the_result_is_what_bitsandbytes_decodes_plus_delta_rounded_once(
     assert len(plan.shards) > 3
     bits = 8 if "int8" in kind else 4
     assert plan.notes == (f"14 weights of the base decoded from bitsandbytes, {bits} bits",)
+
+
+@settings(max_examples=60)
+@given(
+    shape=st.tuples(st.integers(1, 30), st.integers(1, 200)),
+    kind=st.sampled_from(["nf4", "fp4"]),
+    block=st.sampled_from([32, 64, 128]),
+    nested=st.booleans(),
+    dtype=st.sampled_from(list(DTYPES)),
+    data=st.data(),
+)
+def test_rows_of_any_shape_are_those_of_the_flattened_weight(
+    shape: tuple[int, int], kind: str, block: int, nested: bool, dtype: str, data: st.DataObject
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(DTYPES[dtype])
+    packed, state = functional.quantize_4bit(
+        weight, quant_type=kind, blocksize=block, compress_statistics=nested
+    )
+    parts = {"weight": packed, **{f"weight.{k}": v for k, v in state.as_dict(packed=True).items()}}
+    codes = torch.stack([packed.view(-1) >> 4, packed.view(-1) & 15], 1).view(-1).int()
+    absmax = state.absmax
+    if nested:
+        absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    scales = absmax.repeat_interleave(block)[: weight.numel()]
+    whole = (state.code[codes[: weight.numel()]] * scales).to(weight.dtype).view(shape)
+
+    top = data.draw(st.integers(0, shape[0] - 1))
+    bottom = data.draw(st.integers(top + 1, shape[0]))
+    assert torch.equal(decoded_rows(four_bit_decoding, parts, top, bottom), whole[top:bottom])
 
 
 @pytest.fixture(scope="module", params=["NF4, double quantisation", "int8"])

@@ -7,61 +7,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from decoded_rows import decoded_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import Tensors
 from packers import Awq, Fp8, Gptq, Packed
 from safetensors.torch import save_file
 
 from merge_core.decoding.awq import AwqFormat
 from merge_core.decoding.fp8 import Fp8Format
 from merge_core.decoding.gptq import GptqFormat
-from merge_core.decoding.module import PackedModule
-from merge_core.decoding.stored import Stored
-from merge_core.layout import TensorSpec
 from merge_core.verify.packed import unpacked
 from merge_core.verify.unpacking import Unpacked
 from merge_core.verify.weights import open_base
 
-NAMES = {
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.float8_e4m3fn: "F8_E4M3",
-}
 FLOATS = st.sampled_from([torch.float16, torch.bfloat16, torch.float32])
 SEEDS = st.integers(0, 2**32 - 1)
-
-
-def rows_of(form: Any, parts: Tensors, top: int, bottom: int) -> torch.Tensor:
-    """Some rows, from the tensors as they would lie in a file."""
-    stored = {
-        part: Stored(
-            file=0,
-            tensor=TensorSpec(
-                name=part,
-                dtype=NAMES[tensor.dtype],
-                shape=tuple(tensor.shape),
-                offset=0,
-                nbytes=tensor.nbytes,
-            ),
-        )
-        for part, tensor in parts.items()
-    }
-    module = PackedModule(path="m", parts=stored, where="here", read=lambda one: bytes(one.file))
-    decoding = form.decoding(module)
-    loaded = decoding.load(lambda one: parts[one.tensor.name])
-    assert NAMES[loaded.rows(top, bottom).dtype] == decoding.dtype
-    assert decoding.shape[1] == loaded.rows(top, bottom).shape[1]
-    return loaded.rows(top, bottom)
 
 
 def check(form: Any, packed: Packed, data: st.DataObject) -> None:
     out = len(packed.weight)
     top = data.draw(st.integers(0, out - 1), label="top")
     bottom = data.draw(st.integers(top + 1, out), label="bottom")
-    got = rows_of(form, packed.parts, top, bottom)
+    got = decoded_rows(form.decoding, packed.parts, top, bottom)
     assert torch.equal(got, packed.weight[top:bottom])
 
 

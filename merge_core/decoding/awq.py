@@ -38,11 +38,13 @@ _FIELDS = {
         expected="gemm, the only order of AWQ that is decoded",
     ),
     "format": Field(default="gemm", allowed=one_of("gemm"), expected="gemm"),
+    "checkpoint_format": Field(default="gemm", allowed=one_of("gemm"), expected="gemm"),
+    "pack_dtype": Field(default="int32", allowed=one_of("int32"), expected="int32"),
 }
 _NEUTRAL = frozenset(
     {
-        "backend", "do_fuse", "exllama_config", "fuse_max_seq_len", "modules_to_fuse",
-        "modules_to_not_convert",
+        "backend", "desc_act", "do_fuse", "exllama_config", "fuse_max_seq_len", "lm_head", "meta",
+        "method", "modules_to_fuse", "modules_to_not_convert", "sym",
     }
 )  # fmt: skip
 

@@ -80,11 +80,12 @@ class FourBitDecoding:
             scales = fetch(self.nested.absmax).repeat_interleave(self.nested.block)
             absmax = fetch(self.nested.quant_map)[absmax.int()] * scales[: len(absmax)]
             absmax += self.nested.offset
+        values = fetch(self.quant_map)
         dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         return LoadedFourBit(
             codes=fetch(self.weight).view(torch.uint8).view(-1),
             absmax=absmax,
-            values=fetch(self.quant_map),
+            pairs=torch.cartesian_prod(values, values),
             block=self.block,
             width=self.shape[1],
             dtype=dtypes[self.dtype],
@@ -99,25 +100,23 @@ class LoadedFourBit:
     """uint8, two elements in each."""
     absmax: torch.Tensor
     """float32, one a block."""
-    values: torch.Tensor
-    """float32 [16]"""
+    pairs: torch.Tensor
+    """float32 [256, 2]: the two elements that each byte means."""
     block: int
     width: int
     dtype: torch.dtype
 
     def rows(self, top: int, bottom: int) -> torch.Tensor:
-        """Rows are elements one after another."""
-        import torch
-
-        first, behind = top * self.width, bottom * self.width
-        start, end = first // 2, -(-behind // 2)
-        both = torch.empty((end - start, 2), dtype=torch.int32)
-        both[:, 0], both[:, 1] = self.codes[start:end] >> 4, self.codes[start:end] & 15
-        codes = both.view(-1)[first - 2 * start : behind - 2 * start]
-        start, end = first // self.block, -(-behind // self.block)
-        scales = self.absmax[start:end].repeat_interleave(self.block)
-        scales = scales[first - start * self.block : behind - start * self.block]
-        return (self.values[codes] * scales).to(self.dtype).view(-1, self.width)
+        """Rows are elements one after another, so blocks may begin and end outside of them."""
+        width, block = self.width, self.block
+        first, behind = top * width // block, -(-bottom * width // block)
+        codes = self.codes[first * block // 2 : behind * block // 2].int()
+        values = self.pairs.index_select(0, codes).view(-1)
+        whole = len(values) // block  # the tensor may end inside of a block
+        values[: whole * block].view(whole, block).mul_(self.absmax[first : first + whole, None])
+        values[whole * block :].mul_(self.absmax[behind - 1])
+        start = top * width - first * block
+        return values[start : start + (bottom - top) * width].to(self.dtype).view(-1, width)
 
 
 def four_bit_decoding(module: PackedModule) -> FourBitDecoding:
@@ -181,7 +180,7 @@ def _description(module: PackedModule, state: str) -> Mapping[str, Any]:
     shape = said.get("shape")
     sound = {
         "quant_type": state.endswith(f"__{said.get('quant_type')}"),
-        "blocksize": is_size(said.get("blocksize")),
+        "blocksize": is_size(said.get("blocksize")) and said["blocksize"] % 2 == 0,
         "dtype": said.get("dtype") in DTYPE_NAMES,
         "shape": isinstance(shape, list) and len(shape) == 2 and all(map(is_size, shape)),
     }

@@ -126,7 +126,7 @@ def _nearest(numbers: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Index of the nearest of some sorted values; the lower one in the middle of two."""
     import torch
 
-    return torch.bucketize(numbers, (values[:-1] + values[1:]) / 2)
+    return torch.bucketize(numbers, (values[:-1] + values[1:]) / 2, out_int32=True)
 
 
 def _dynamic_values() -> torch.Tensor:
