@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from merge_core.memory import lane_need
 from merge_core.merge import merge
 from merge_core.planner import make_plan
 from merge_core.verify import verify
+from merge_core.verify.packed import unpacked
+from merge_core.verify.weights import open_base
 
 GEOMETRY = Geometry(hidden=64, inner=96)
 FACTORS = random_factors(GEOMETRY.linear, dict.fromkeys(GEOMETRY.linear, 4))
@@ -206,3 +209,13 @@ def test_the_command_decodes_where_it_is_asked_to_and_says_how(
     done = CliRunner().invoke(app, [*words, "--dequantize"])
     assert done.exit_code == 2
     assert "the base is not quantised" in done.output
+
+
+def test_plan_and_checks_can_be_sent_to_workers(base: QuantisedBase, adapter: Path) -> None:
+    plan = make_plan(base.path, [adapter], dequantize=True)
+
+    assert pickle.loads(pickle.dumps(plan)) == plan
+    config = json.loads((base.path / "config.json").read_text())
+    tensors = unpacked(open_base(base.path), config)
+    assert pickle.loads(pickle.dumps(tensors)) == tensors
+    assert len(set(tensors.values())) == len(GEOMETRY.shapes)

@@ -80,7 +80,7 @@ def rounded(tensors: Mapping[str, BaseTensor]) -> dict[str, BaseTensor]:
         name: BaseTensor(
             path=tensor.path,
             entry=replace(tensor.entry, start=0),
-            packing=Packing(method="nf4", parts={"weight": tensor}, settings={}),
+            packing=Packing(method="nf4", stored=(("weight", tensor),)),
         )
         if name.endswith("_proj.weight")
         else tensor
@@ -114,8 +114,8 @@ def _weight(
     entry = TensorEntry(name=name, dtype=dtype, shape=shape, start=0, nbytes=size)
     packing = Packing(
         method=method,
-        parts={ending: replace(part, packing=None) for ending, part in parts.items()},
-        settings=settings,
+        stored=tuple(parts.items()),
+        said=tuple(settings.items()),
     )
     return BaseTensor(path=min(part.path for part in parts.values()), entry=entry, packing=packing)
 
@@ -188,7 +188,7 @@ def _fp8(parts: Mapping[str, BaseTensor], said: Mapping[str, Any]) -> _Read:
         wanted["weight_scale_inv"] = (-(-out // block[0]), -(-width // block[1]))
     elif math.prod(scale.shape) != 1:
         raise ValueError(f"weight_scale_inv is {list(scale.shape)}, not one number")
-    return (out, width), "F32", wanted, {"block": block or [out, width]}
+    return (out, width), "F32", wanted, {"block": tuple(block or (out, width))}
 
 
 def _bytes_of(tensor: BaseTensor) -> Any:

@@ -43,12 +43,25 @@ class BaseTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """The stored parts of a packed weight, and how they are read."""
+    """The stored parts of a packed weight, and how they are read. Tuples, since a check that is
+    sent to a worker is looked up by its value.
+    """
 
     method: str
-    parts: Mapping[str, BaseTensor]
+    stored: tuple[tuple[str, BaseTensor], ...]
     """By what stands behind the module's path."""
-    settings: Mapping[str, Any]
+    said: tuple[tuple[str, Any], ...] = ()
+    """Sizes that the method needs, by name."""
+
+    @property
+    def parts(self) -> Mapping[str, BaseTensor]:
+        """``stored``, to be looked up."""
+        return dict(self.stored)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """``said``, to be looked up."""
+        return dict(self.said)
 
 
 def read_index(path: Path) -> WeightIndex:
