@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from decoded_rows import decoded_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packers import Awq, Fp8, Gptq, Packed
 from safetensors.torch import save_file
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from merge_core.decoding.awq import AwqFormat
 from merge_core.decoding.fp8 import Fp8Format
@@ -99,6 +101,18 @@ def test_fp8(
     how = Fp8(block=block, scales=scales)
 
     check(Fp8Format.of(how.config, "here"), how.pack(*size, seed), data)
+
+
+@pytest.mark.parametrize("scales", [torch.bfloat16, torch.float32])
+def test_fp8_is_what_transformers_makes_of_it(scales: torch.dtype) -> None:
+    how = Fp8(block=(16, 32), scales=scales)
+    packed = how.pack(64, 96, 3)
+    values, scale = packed.parts.values()
+
+    wanted = Fp8Dequantize(None)._dequantize_one(values, scale, torch.float32)
+
+    got = decoded_rows(Fp8Format.of(how.config, "here").decoding, packed.parts, 0, 64)
+    assert torch.equal(got, wanted)
 
 
 def test_every_float8_has_its_value_in_the_verification_too(tmp_path: Path) -> None:
