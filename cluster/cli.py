@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import gc
-import math
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from cluster import doctor_commands, jobs_commands, result_commands
+from cluster import doctor_commands, jobs_commands, plan_commands, result_commands
 from cluster.answering import answering
 from cluster.options import (
     Adapters,
@@ -19,6 +17,7 @@ from cluster.options import (
     Combine,
     Debug,
     Density,
+    Dequantize,
     Device,
     DeviceMapFile,
     DtypeOption,
@@ -30,10 +29,9 @@ from cluster.options import (
     Quiet,
     Seed,
     ShardSize,
+    SimulateNf4,
     StartTimeout,
     Workers,
-    bytes_a_second,
-    node_counts,
     refuse_workers,
     size_in_bytes,
 )
@@ -77,6 +75,8 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
     majority_sign: MajoritySign = None,
     seed: Seed = None,
     layers: Layers = None,
+    dequantize: Dequantize = False,
+    simulate_nf4: SimulateNf4 = False,
     verify: Annotated[
         Level, typer.Option(help="What to verify before the result is published.")
     ] = Level.DIGEST,
@@ -107,6 +107,8 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
             keep_tied=keep_tied,
             combination=combination,
             layers=layers,
+            dequantize=dequantize,
+            simulate_nf4=simulate_nf4,
         )
         for line in console.plan_lines(plan, find_pools(plan)):
             talk.say(line)
@@ -152,89 +154,6 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
         )
 
 
-@app.command()
-def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
-    base: Base,
-    adapters: Adapters,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Check this directory.")] = None,
-    dtype: DtypeOption = None,
-    shard_size: ShardSize = "2GB",
-    device_map: DeviceMapFile = None,
-    keep_tied: KeepTied = False,
-    combine: Combine = None,
-    density: Density = None,
-    majority_sign: MajoritySign = None,
-    seed: Seed = None,
-    layers: Layers = None,
-    nodes: Annotated[
-        str, typer.Option(help="Estimate the time on so many equal nodes, such as 1,8,64.")
-    ] = "1",
-    workers_per_node: Annotated[int, typer.Option(min=1, help="Workers of such a node.")] = 1,
-    device: Annotated[Device, typer.Option(help="What they compute on; auto: cpu.")] = Device.AUTO,
-    node_bandwidth: Annotated[
-        str, typer.Option(help="Between such a node and the storage, each way, such as 10Gbit/s.")
-    ] = "1.25GB/s",
-    storage_bandwidth: Annotated[
-        str | None, typer.Option(help="Of the storage, for all nodes, both ways together.")
-    ] = None,
-    verify: Annotated[
-        Level, typer.Option(help="What is verified before the result is published.")
-    ] = Level.DIGEST,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Say what a merge would do, need and take, and what is wrong; reads only headers.
-
-    Example: raymeld plan Qwen1.5-72B my-lora --nodes 1,8,64 --device cuda --node-bandwidth 25Gbit/s
-    """
-    with answering(as_json=as_json, debug=debug):
-        from cluster import console
-        from cluster.estimate import Machines, estimate
-        from cluster.estimate_report import estimate_documents, estimate_lines
-        from cluster.pools import find_pools
-        from merge_core.destination import check_destination, notes_on
-
-        counts = node_counts(nodes)
-        machines = Machines(
-            nodes=counts[0],
-            workers=workers_per_node,
-            device="cuda" if device == Device.CUDA else "cpu",
-            network=bytes_a_second(node_bandwidth, "--node-bandwidth"),
-            storage=bytes_a_second(storage_bandwidth, "--storage-bandwidth")
-            if storage_bandwidth
-            else math.inf,
-        )
-        combination = Combination(
-            method=combine or "sum", density=density, majority_sign=majority_sign, seed=seed
-        )
-        planned = make_plan(
-            base,
-            adapters,
-            dtype=dtype,
-            shard_bytes=size_in_bytes(shard_size),
-            device_map=device_map,
-            keep_tied=keep_tied,
-            combination=combination,
-            layers=layers,
-        )
-        if out is not None:
-            check_destination(out.absolute(), planned)
-            notes = map(str, notes_on(out.absolute()))
-            planned = replace(planned, notes=(*planned.notes, *notes))
-        pools = find_pools(planned)
-        estimates = {n: estimate(planned, replace(machines, nodes=n), verify) for n in counts}
-        console.answer(
-            [
-                *console.plan_lines(planned, pools),
-                *estimate_lines(estimates, machines, verify),
-            ],
-            console.plan_document(planned, pools)
-            | {"estimates": estimate_documents(estimates, machines, verify)},
-            as_json=as_json,
-        )
-
-
-@app.command()
 def demo(
     directory: Annotated[Path, typer.Argument(help="Where to work; must not exist.")] = Path(
         "demo-merge"
@@ -248,7 +167,6 @@ def demo(
         run_demo(directory)
 
 
-@app.command()
 def spot_notice(
     address: Annotated[
         str, typer.Option(envvar="RAY_ADDRESS", help="Ray's head, such as head:6379.")
@@ -270,9 +188,12 @@ def spot_notice(
         watch(address, Talk(quiet=False).say, metadata_url=metadata_url or METADATA_URL)
 
 
+plan_commands.register(app)
 result_commands.register(app)
 jobs_commands.register(app)
 doctor_commands.register(app)
+app.command()(spot_notice)
+app.command()(demo)
 
 
 def main() -> None:

@@ -9,10 +9,10 @@ from actors.identity import SAME_CODE, Identity
 from cluster.doctor import Checkup
 from cluster.pools import EligiblePool, cpu_pool, gpu_pool, unmeasured_gpu_pool
 from merge_core.adapter import CONFIG as ADAPTER_CONFIG
-from merge_core.checkpoint import CONFIG
 from merge_core.errors import counted, some_of
 from merge_core.plan import MergePlan
 from merge_core.reachable import InputSight
+from merge_core.side_files import CONFIG
 
 NOT_FOR_MERGING = frozenset({"transformers", "peft", "safetensors", "huggingface_hub"})
 """Libraries without which merge and verify do their work, up to ``--level load``. raymeld reads

@@ -192,7 +192,7 @@ def _merges(plan: MergePlan, arithmetic: Arithmetic) -> Iterator[_Item]:
         factors: set[tuple[int, TensorSpec]] = set()  # some are of many tensors, and read once
         for task in shard.tasks:
             passes = 1 + task.column_norms  # which are known only when all of it was read
-            read += passes * task.source.tensor.nbytes
+            read += passes * task.source.bytes_read
             for part in task.parts:
                 factors |= {(part.adapter, tensor) for tensor in part.tensors}
             for update in task.updates:
@@ -211,7 +211,7 @@ def _checks(plan: MergePlan, level: str) -> Iterator[_Item]:
         if level != "structure":
             read, busy = shard.size, shard.size / (CORES * DIGEST_SPEED)
         if level == "numeric":  # on top of the digests, once more and beside the base
-            read += shard.size + sum(task.source.tensor.nbytes for task in shard.tasks)
+            read += shard.size + sum(task.source.bytes_read for task in shard.tasks)
             busy += shard.size / (CORES * NUMERIC_SPEED)
         yield _Item(read=read, busy=busy)
 

@@ -77,7 +77,7 @@ def adapter_documents(plan: MergePlan) -> list[dict[str, Any]]:
 def counts_of(plan: MergePlan) -> dict[str, int]:
     """How many tensors of the result come about in which way, and how many the base lacks."""
     counts = Counter(task.action for task in plan.tasks)
-    ways = ("merged", "replaced", "converted", "copied")
+    ways = ("merged", "replaced", "decoded", "converted", "copied")
     return {**{way: counts[way] for way in ways}, "added": len(plan.added)}
 
 

@@ -75,6 +75,20 @@ Layers = Annotated[
     str | None,
     typer.Option(help="Merge in stages: only files with these layers, such as 0-39 or 40-79,rest."),
 ]
+Dequantize = Annotated[
+    bool,
+    typer.Option(
+        "--dequantize",
+        help="Decode a quantised base (GPTQ, AWQ, bitsandbytes, FP8) to the dtype of its config.",
+    ),
+]
+SimulateNf4 = Annotated[
+    bool,
+    typer.Option(
+        "--simulate-nf4",
+        help="Round the base's linear layers through NF4 first, as QLoRA saw them in training.",
+    ),
+]
 StartTimeout = Annotated[float, typer.Option(min=0, help="Seconds to wait for the first worker.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON document on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No talk on stderr.")]

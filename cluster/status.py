@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.estimate_report import duration
-from merge_core.checkpoint import CONFIG
 from merge_core.errors import refuse
 from merge_core.holder import Holder
 from merge_core.lease import live_holder
 from merge_core.output import receipts_directory, state_directory
 from merge_core.progress import read_progress
+from merge_core.side_files import CONFIG
 
 SHOWN_LINES = 10
 """Of the decisions on the way; ``--json`` has them all."""

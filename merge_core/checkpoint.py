@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from merge_core.architecture import check_architecture
+from merge_core.decoding.stored import Stored
 from merge_core.digest import bytes_digest
-from merge_core.errors import InputError, Problem, gathered, refuse, shortened
+from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.json_text import parse_object
 from merge_core.layout import TensorSpec, header_length, parse_header
+from merge_core.plan import Source
+from merge_core.quantised import (
+    Decodings,
+    Read,
+    decoded_tensor,
+    quantisation_of,
+    refuse_packed,
+)
+from merge_core.side_files import CONFIG, INDEX, descriptions, find_side_files
 from merge_core.storage import FileIdentity, reported
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-CONFIG = "config.json"
-
-_WEIGHT_SUFFIXES = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5"),
-    *(".msgpack", ".ot", ".npz", ".tflite"),
-)
-_NOT_CARRIED = frozenset({CONFIG, INDEX, "README.md", "pytorch_model.bin.index.json"})
-"""config.json is written last by the commit; the base's model card would describe another model."""
-
-TEMPLATES = "additional_chat_templates"
-"""The one subfolder that belongs to a tokenizer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +48,24 @@ class Checkpoint:
     """Carried over byte for byte: tokenizer, generation config, chat template, licence, ..."""
     notes: tuple[str, ...]
     """What the user should know, though nothing is wrong."""
+    decodings: Decodings | None = None
+    """Of which weights others come out; None: of none."""
+
+    @property
+    def sources(self) -> Mapping[str, Source]:
+        """Its tensors as a merge starts from them, by name: packed ones as they come out."""
+        return dict(_sources(self.files, self.decodings))
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+Decode = Callable[[Mapping[str, Any], Sequence[Stored], Read, str], Decodings]
+"""Finds the weights that are decoded, see ``quantised.read_packed``."""
+
+
+def open_checkpoint(path: Path, decode: Decode | None = None) -> Checkpoint:
     """Open the checkpoint in directory ``path``.
+
+    Args:
+        decode: finds the weights that are not taken as they are.
 
     Raises:
         InputError: with every problem found in config, index and headers.
@@ -65,18 +77,61 @@ def open_checkpoint(path: Path) -> Checkpoint:
     notes: list[str] = []
     with gathered(problems):
         config = read_json(path / CONFIG)
-        _refuse_quantised(config, path)
+        if decode is None:
+            refuse_packed(config, str(path / CONFIG))
     with gathered(problems):
         files = _open_weight_files(path, notes)
-    if config is not None and files:
+    decodings: Decodings | None = None
+    if config is not None and files and decode is not None:
         with gathered(problems):
-            notes += check_architecture(config, _shapes(files), str(path))
-    side_files = _side_files(path, problems)
+            decodings = _decodings(path, config, files, decode)
+            notes += decodings.notes
+    if config is not None and files and (decode is None or decodings is not None):
+        shapes = {name: source.tensor.shape for name, source in _sources(files, decodings)}
+        with gathered(problems):
+            notes += check_architecture(config, shapes, str(path))
+    quantised = config is not None and quantisation_of(config) is not None
+    side_files: tuple[FileIdentity, ...] = ()
+    with gathered(problems):
+        side_files = find_side_files(path, quantised=quantised)
     if problems or config is None:
         raise InputError(problems)
+    if quantised:
+        notes += [f"{name} is left out: it describes packed weights" for name in descriptions(path)]
     return Checkpoint(
-        path=path, config=config, files=files, side_files=side_files, notes=tuple(notes)
+        path=path,
+        config=config,
+        files=files,
+        side_files=side_files,
+        notes=tuple(notes),
+        decodings=decodings,
     )
+
+
+def _decodings(
+    path: Path, config: Mapping[str, Any], files: Sequence[WeightFile], decode: Decode
+) -> Decodings:
+    stored = [Stored(file=n, tensor=t) for n, file in enumerate(files) for t in file.tensors]
+
+    def read(one: Stored) -> bytes:
+        file = path / files[one.file].identity.name
+        with reported(file), file.open("rb") as opened:
+            opened.seek(one.tensor.offset)
+            return opened.read(one.tensor.nbytes)
+
+    return decode(config, stored, read, str(path / CONFIG))
+
+
+def _sources(
+    files: Sequence[WeightFile], decodings: Decodings | None
+) -> Iterator[tuple[str, Source]]:
+    packed = frozenset[str]() if decodings is None else decodings.parts
+    for number, file in enumerate(files):
+        for tensor in file.tensors:
+            if tensor.name not in packed:
+                yield tensor.name, Source(tensor=tensor, file=number)
+    for name, decoding in ({} if decodings is None else decodings.by_name).items():
+        yield name, Source(tensor=decoded_tensor(name, decoding), file=None, decoding=decoding)
 
 
 def read_header(path: Path) -> WeightFile:
@@ -128,19 +183,6 @@ def _refuse_other_directories(path: Path) -> None:
             where,
             "Move adapter_config.json and its weights to a directory of their own",
         )
-
-
-def _refuse_quantised(config: Mapping[str, Any], path: Path) -> None:
-    quantisation = config.get("quantization_config")
-    if not quantisation:
-        return
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-    named = shortened(method) if method else "unknown method"
-    raise refuse(
-        f"the base is quantised ({named}), which cannot take a LoRA delta yet",
-        str(path / CONFIG),
-        "Merge into the 16-bit checkpoint that it was quantised from, then quantise the result",
-    )
 
 
 def _open_weight_files(path: Path, notes: list[str]) -> tuple[WeightFile, ...]:
@@ -222,28 +264,3 @@ def _check_against_index(
     for name in sorted(weight_map.keys() - home.keys()):
         what = f"tensor {name!r} is not in {weight_map[name]}, where the index puts it"
         problems.append(Problem(what, str(path / INDEX), _FETCH))
-
-
-def _shapes(files: tuple[WeightFile, ...]) -> dict[str, tuple[int, ...]]:
-    return {tensor.name: tensor.shape for file in files for tensor in file.tensors}
-
-
-def _side_files(path: Path, problems: list[Problem]) -> tuple[FileIdentity, ...]:
-    names = [
-        entry.name
-        for entry in path.iterdir()
-        if not entry.is_dir()
-        and not entry.name.startswith(".")
-        and not entry.name.endswith((*_WEIGHT_SUFFIXES, ".index.json"))
-        and entry.name not in _NOT_CARRIED
-    ]
-    if (path / TEMPLATES).is_dir():
-        names += [f"{TEMPLATES}/{entry.name}" for entry in (path / TEMPLATES).glob("*.jinja")]
-    problems += [
-        Problem(
-            "is a link that leads nowhere, or no file that may be read", str(path / name), _FETCH
-        )
-        for name in names
-        if not (path / name).is_file() or not os.access(path / name, os.R_OK)
-    ]
-    return () if problems else tuple(FileIdentity.of(path, name) for name in sorted(names))

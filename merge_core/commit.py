@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from merge_core import __version__
-from merge_core.checkpoint import CONFIG, INDEX
 from merge_core.errors import RaymeldError
 from merge_core.lease import is_held, taken_over
 from merge_core.ledger import Receipt, TensorRecord, write_ledger
@@ -28,6 +27,7 @@ from merge_core.output import (
     state_directory,
 )
 from merge_core.plan import MergePlan, Shard
+from merge_core.side_files import CONFIG, INDEX
 from merge_core.storage import copy_durably, replaced, reported, sync_directory, write_durably
 from merge_core.verify import FileCheck, Row
 

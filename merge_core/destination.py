@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from merge_core.checkpoint import CONFIG
 from merge_core.errors import InputError, Problem
 from merge_core.lease import live_holder
 from merge_core.output import (
@@ -16,6 +15,7 @@ from merge_core.output import (
     written_bytes,
 )
 from merge_core.plan import MergePlan
+from merge_core.side_files import CONFIG
 from merge_core.storage import reported
 
 

@@ -7,14 +7,17 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from merge_core.blocks import block_rows
+from merge_core.decoded import fetch_from, read_rows
+from merge_core.decoding.stored import Rows
 from merge_core.factors import FactorSource
 from merge_core.lanes import TORCH_DTYPES, aligned
 from merge_core.layout import TensorSpec
-from merge_core.plan import MergePlan, Shard, TensorTask
+from merge_core.plan import MergePlan, Shard, Source, TensorTask
 from merge_core.storage import SLACK, RangeReader
 from merge_core.updates.factor import KEPT_TENSORS, Factor
 
@@ -38,9 +41,8 @@ class Inputs:
             self._opened = inputs.pop_all()
         self._kept = _Kept(KEPT_TENSORS * len(plan.adapters))
 
-    def read(self, task: TensorTask, first: int, behind: int, into: memoryview) -> memoryview:
-        """See ``stream.Read``."""
-        source = task.source
+    def read(self, source: Source, first: int, behind: int, into: memoryview) -> memoryview:
+        """Bytes of a tensor that is stored as it is, see ``stream.Read``."""
         if source.file is not None:
             reader = self._readers[source.file]
             return reader.read_into(into, source.tensor.offset + first, behind - first)
@@ -59,8 +61,11 @@ class Inputs:
         return self._kept.get((adapter, tensor.name), load)
 
     def of(self, task: TensorTask, device: torch.device) -> TaskInputs:
-        """Those of one task's updates."""
-        return TaskInputs(self, task, device)
+        """Those of one task."""
+        loaded = None
+        if task.source.decoding is not None:
+            loaded = task.source.decoding.load(partial(fetch_from, self._readers))
+        return TaskInputs(self, task, device, loaded)
 
     def check(self, shard: Shard) -> None:
         """Make sure that what a shard was made from is still what was planned with.
@@ -69,7 +74,7 @@ class Inputs:
             StorageError: it is not.
         """
         sources = [task.source for task in shard.tasks]
-        for file in {source.file for source in sources if source.file is not None}:
+        for file in set[int]().union(*(source.base_files for source in sources)):
             self._plan.base_files[file].check(self._plan.base)
         for number in {source.adapter for source in sources if source.adapter is not None}:
             adapter = self._plan.adapters[number]
@@ -106,6 +111,15 @@ class TaskInputs:
     inputs: Inputs
     task: TensorTask
     device: torch.device
+    loaded: Rows | None
+    """What its source is decoded from, if it is."""
+
+    def read(self, first: int, behind: int, into: memoryview) -> memoryview:
+        """See ``stream.Read``."""
+        if self.loaded is None:
+            return self.inputs.read(self.task.source, first, behind, into)
+        row_bytes = self.task.source.tensor.shape[1] * self.task.source.dtype_bytes
+        return read_rows(self.loaded, row_bytes, first, behind, into)
 
     def factor(self, adapter: int, tensor: TensorSpec) -> torch.Tensor:
         """See ``Loading``."""
@@ -124,6 +138,6 @@ class TaskInputs:
         buffer = aligned(step * row_bytes + SLACK, self.device).numpy().data
         for top in range(0, rows, step):
             bottom = min(top + step, rows)
-            view = self.inputs.read(self.task, top * row_bytes, bottom * row_bytes, buffer)
+            view = self.read(top * row_bytes, bottom * row_bytes, buffer)
             stored = torch.frombuffer(view, dtype=TORCH_DTYPES[source.tensor.dtype])
             yield top, stored.view(-1, width).to(self.device, torch.float32)

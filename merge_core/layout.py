@@ -34,6 +34,11 @@ DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
 )
 """Bytes an element. The sub-byte dtypes (F4, F6) are packed formats of quantised models."""
 
+DTYPE_NAMES: Mapping[str, str] = MappingProxyType(
+    {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+)
+"""Of the dtypes that weights can have, as config.json and --dtype spell them."""
+
 _MAX_DIMENSIONS = 64
 """Torch works with no more."""
 

@@ -23,7 +23,7 @@ class TensorRecord:
 
     tensor: str
     action: str
-    """``copied``, ``converted``, ``replaced`` or ``merged``, see ``TensorTask.action``."""
+    """What was done to it, see ``TensorTask.action``."""
     dtype: str
     shape: tuple[int, ...]
     nbytes: int

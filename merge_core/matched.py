@@ -26,9 +26,12 @@ class Matched:
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, bases: Mapping[str, Source]) -> Matched:
-        """The base as it is."""
-        dtypes = {name: source.tensor.dtype for name, source in bases.items()}
+    def of(cls, bases: Mapping[str, Source], decoded: str | None) -> Matched:
+        """The base as it is; what is decoded gets its own dtype, or the one that is given."""
+        dtypes = {
+            name: decoded if decoded and source.decoding is not None else source.tensor.dtype
+            for name, source in bases.items()
+        }
         return cls(sources=dict(bases), dtypes=dtypes)
 
     def add(self, name: str, update: SingleUpdate) -> None:

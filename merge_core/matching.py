@@ -36,7 +36,8 @@ def match(
         bases: by name, both ends of tied ones.
         problems: takes everything that fits nowhere.
     """
-    matched = Matched.of(bases)
+    decodings = checkpoint.decodings
+    matched = Matched.of(bases, None if decodings is None else decodings.dtype)
     for number, adapter in enumerate(adapters):
         with gathered(problems):
             _replace(matched, bases, number, adapter)

@@ -14,7 +14,7 @@ from merge_core.digest import CELL_BYTES
 from merge_core.errors import DeviceMemoryError, counted
 from merge_core.layout import DTYPE_BYTES
 from merge_core.nvidia import GpuProcess
-from merge_core.plan import MergePlan
+from merge_core.plan import MergePlan, TensorTask
 from merge_core.storage import SLACK
 from merge_core.updates import LowRankUpdate, StackedUpdate
 from merge_core.updates.factor import KEPT_TENSORS
@@ -34,6 +34,11 @@ SHARE = 0.8
 NORM_BYTES = 4 * 4 + 2 * 8
 """For an element of a block whose columns' squares are summed up: the base as it is stored and in
 float32, the delta, its product, and the sum and its square in float64."""
+
+
+DECODING_BYTES = 5 * 4
+"""For an element while it is decoded: its code, its value, its zero point and its scale, each in
+four bytes, and what comes out. No format needs all five."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +68,13 @@ class LaneNeed:
     block, and one more tensor's are being loaded."""
     kept: int = 0
     """Of the tensors of adapters that many updates take parts of, on the host."""
+    decoded: int = 0
+    """Host memory that each lane may hold of a packed tensor, and needs to decode a piece of it."""
 
     def on_host(self, lanes: int, device: str) -> int:
         """Host memory for that many lanes, without the runtime."""
         each = self.inbox + self.outbox + (4 * self.scratch * self.block if device == "cpu" else 0)
-        return lanes * each + (lanes + 1) * self.factors + self.kept
+        return lanes * (each + self.decoded) + (lanes + 1) * self.factors + self.kept
 
     def on_device(self, lanes: int) -> int:
         """VRAM for that many lanes."""
@@ -90,10 +97,11 @@ def lane_need(plan: MergePlan, device: str, read_bytes: int) -> LaneNeed:
     Args:
         device: ``cpu`` or ``cuda``; the blocks of the product differ.
     """
-    widening, rest, block, scratch, factors = 1.0, 0, 0, 0, 0
+    widening, rest, block, scratch, factors, decoded = 1.0, 0, 0, 0, 0, 0
     for task in plan.tasks:
         ratio = task.source.dtype_bytes / DTYPE_BYTES[task.target.dtype]
         widening = max(widening, ratio)
+        decoded = max(decoded, _decoded(task, read_bytes))
         if task.updates:
             rows, width = task.matrix
             block = max(block, largest_block(rows, width, device))
@@ -111,6 +119,7 @@ def lane_need(plan: MergePlan, device: str, read_bytes: int) -> LaneNeed:
         scratch=scratch,
         factors=factors,
         kept=_kept(plan),
+        decoded=decoded,
     )
 
 
@@ -163,6 +172,15 @@ def _kept(plan: MergePlan) -> int:
     parts = (factor for update in updates for factor in update.factors if not factor.is_stored)
     largest = max((math.prod(part.tensor.shape) for part in parts), default=0)
     return len(plan.adapters) * KEPT_TENSORS * 4 * largest
+
+
+def _decoded(task: TensorTask, read_bytes: int) -> int:
+    """Each lane may be at a tensor of its own, small ones above all."""
+    source, width = task.source, task.matrix[1]
+    if source.decoding is None:
+        return 0
+    piece = read_bytes // DTYPE_BYTES[task.target.dtype] + 2 * width  # it may end inside of a row
+    return source.bytes_read + SLACK + DECODING_BYTES * min(piece, math.prod(source.tensor.shape))
 
 
 def _reason(lanes: int, read_bytes: int, host: int, vram: int, found: Memory) -> str:

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from merge_core import __version__
-from merge_core.checkpoint import CONFIG, INDEX, TEMPLATES
 from merge_core.errors import InputError, Problem, StorageError, refuse
 from merge_core.json_text import parse_object
 from merge_core.plan import MergePlan
+from merge_core.side_files import CONFIG, INDEX, TEMPLATES
 from merge_core.storage import replaced, reported, sync_directory, write_durably
 from merge_core.verify import LEVELS
 
@@ -155,7 +155,10 @@ def config_to_publish(plan: MergePlan) -> bytes:
     data = read_planned_config(plan)
     if not plan.config_changes:
         return data
-    return json.dumps({**plan.config, **plan.config_changes}, indent=2).encode() + b"\n"
+    changes = plan.config_changes
+    fields = {**plan.config, **changes}
+    kept = {key: value for key, value in fields.items() if key not in changes or value is not None}
+    return json.dumps(kept, indent=2).encode() + b"\n"
 
 
 def read_planned_config(plan: MergePlan) -> bytes:
@@ -183,6 +186,7 @@ def describe(plan: MergePlan) -> dict[str, Any]:
         "config_changes": dict(plan.config_changes),
         "keep_tied": plan.keep_tied,
         "combination": dataclasses.asdict(plan.combination),
+        "simulate_nf4": plan.simulates_nf4,
         "side_files": [file.name for file in plan.side_files],
         "shards": [dataclasses.asdict(shard) for shard in plan.shards],
     }

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from merge_core.decoding import Decoding
 from merge_core.layout import DTYPE_BYTES, FileLayout, TensorSpec, lay_out
 from merge_core.storage import FileIdentity
 from merge_core.updates import SingleUpdate, Update
@@ -25,15 +26,32 @@ class Source:
     """Where a tensor's values come from, before any update."""
 
     tensor: TensorSpec
+    """As it is stored; of one that is decoded, what comes out, which lies in no file."""
     file: int | None
-    """Index into ``MergePlan.base_files``; None: an adapter brings the whole tensor."""
+    """Index into ``MergePlan.base_files``; None: one of the two below."""
     adapter: int | None = None
-    """Index into ``MergePlan.adapters``, then."""
+    """Index into ``MergePlan.adapters`` of the one that brings the whole tensor."""
+    decoding: Decoding | None = None
+    """How it comes out of other tensors of the base."""
 
     @property
     def dtype_bytes(self) -> int:
         """Bytes an element."""
         return DTYPE_BYTES[self.tensor.dtype]
+
+    @property
+    def base_files(self) -> set[int]:
+        """The files of the base that it is read from."""
+        if self.decoding is not None:
+            return {stored.file for stored in self.decoding.stored}
+        return set() if self.file is None else {self.file}
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that are read for it."""
+        if self.decoding is not None:
+            return sum(stored.tensor.nbytes for stored in self.decoding.stored)
+        return self.tensor.nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,18 +64,20 @@ class TensorTask:
 
     @property
     def action(self) -> str:
-        """``merged``, ``replaced`` by the adapter's, ``converted`` to another dtype, or ``copied``
-        as bytes.
+        """``merged``, ``replaced`` by the adapter's, ``decoded`` from packed tensors, ``converted``
+        to another dtype, or ``copied`` as bytes.
         """
         if self.updates:
             return "merged"
         if self.source.adapter is not None:
             return "replaced"
+        if self.source.decoding is not None:
+            return "decoded"
         return "copied" if self.as_bytes else "converted"
 
     @property
     def as_bytes(self) -> bool:
-        """Whether it is carried over undecoded."""
+        """Whether it is carried over byte for byte."""
         return not self.updates and self.source.tensor.dtype == self.target.dtype
 
     @property
@@ -138,7 +158,8 @@ class MergePlan:
     config: Mapping[str, Any]
     """The base's config.json."""
     config_changes: Mapping[str, Any]
-    """Fields of config.json that the merge changes; empty means: copied byte for byte."""
+    """Fields of config.json that the merge changes, None: removes; empty means: copied byte for
+    byte."""
     side_files: tuple[FileIdentity, ...]
     adapters: tuple[AdapterInput, ...]
     twins: tuple[Twins, ...]
@@ -162,6 +183,14 @@ class MergePlan:
     def pinned(self) -> set[str]:
         """The devices that some shards ask for."""
         return {shard.device for shard in self.shards if shard.device is not None}
+
+    @property
+    def simulates_nf4(self) -> bool:
+        """Whether the base is rounded as QLoRA does it."""
+        return any(
+            task.source.decoding is not None and task.source.decoding.kind == "nf4"
+            for task in self.tasks
+        )
 
     @property
     def total_size(self) -> int:

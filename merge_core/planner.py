@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from merge_core.adapter import Adapter, open_adapter, parse_adapter
-from merge_core.checkpoint import Checkpoint, open_checkpoint
+from merge_core.checkpoint import Checkpoint, Decode, open_checkpoint
 from merge_core.combining import check_combination, combined
 from merge_core.completeness import missing_parts
 from merge_core.device_map import DeviceMap, read_device_map
-from merge_core.errors import InputError, Problem, gathered, some_of
-from merge_core.layout import lay_out
+from merge_core.errors import InputError, Problem, gathered, refuse, some_of
+from merge_core.layout import DTYPE_NAMES, lay_out
 from merge_core.matched import Matched
 from merge_core.matching import check_together, match
 from merge_core.orientation import MERGEABLE
 from merge_core.plan import AdapterInput, MergePlan, Shard, Source, TensorTask
+from merge_core.quantised import quantisation_of, read_packed
 from merge_core.replication import (
     layer_order,
     replicated,
@@ -26,6 +27,7 @@ from merge_core.replication import (
     unused_layers,
 )
 from merge_core.shards import OutputTensor, cut_shards, shard_name
+from merge_core.simulated import round_to_nf4
 from merge_core.stages import shards_of
 from merge_core.ties import HEAD, settle_ties, tied_embeddings
 from merge_core.updates import Update
@@ -35,11 +37,8 @@ SHARD_BYTES = 2_000_000_000
 """Default --shard-size. Small enough that a lost worker costs seconds, large enough that a 72B
 is some 80 files; the hub's own limit is 5 GB for smooth downloads."""
 
-DTYPE_NAMES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""Values of --dtype, as config.json spells them."""
 
-
-def make_plan(
+def make_plan(  # noqa: PLR0913 - one parameter an option
     base: str | Path,
     adapters: Sequence[str | Path],
     *,
@@ -49,6 +48,8 @@ def make_plan(
     keep_tied: bool = False,
     combination: Combination = Combination(),  # noqa: B008 - frozen
     layers: str | None = None,
+    dequantize: bool = False,
+    simulate_nf4: bool = False,
 ) -> MergePlan:
     """Plan the merge of ``adapters`` into ``base``, reading nothing but headers.
 
@@ -62,6 +63,8 @@ def make_plan(
         combination: how the factors of several adapters become one; their deltas are summed by
             default.
         layers: make only the files with these layers, see ``merge_core.stages``.
+        dequantize: decode the weights of a quantised base to the dtype that its config names.
+        simulate_nf4: round the weights of a base as QLoRA does it in training.
 
     Raises:
         InputError: with every problem of the base, the adapters and the options.
@@ -74,7 +77,8 @@ def make_plan(
     with gathered(problems):
         check_combination(combination, len(adapters))
     with gathered(problems):
-        checkpoint = open_checkpoint(Path(base).absolute())
+        decode = _decode(dequantize=dequantize, simulate=simulate_nf4)
+        checkpoint = open_checkpoint(Path(base).absolute(), decode)
     devices: DeviceMap | None = None
     with gathered(problems):
         devices = None if device_map is None else read_device_map(Path(device_map).absolute())
@@ -103,6 +107,15 @@ def make_plan(
         layers=layers,
     )
     return _assemble(checkpoint, opened, matched, updates, output)
+
+
+def _decode(*, dequantize: bool, simulate: bool) -> Decode | None:
+    if dequantize and simulate:
+        what = "a base is quantised, or is rounded as if it had been: one of the two"
+        raise refuse(what, "--dequantize --simulate-nf4", "Leave --simulate-nf4 out")
+    if dequantize:
+        return read_packed
+    return round_to_nf4 if simulate else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,11 +147,7 @@ def _check_options(adapters: Sequence[str | Path], dtype: str | None, shard_byte
 def _match(
     checkpoint: Checkpoint, adapters: Sequence[Adapter], problems: list[Problem], *, keep_tied: bool
 ) -> Matched:
-    bases = {
-        tensor.name: Source(tensor=tensor, file=number)
-        for number, file in enumerate(checkpoint.files)
-        for tensor in file.tensors
-    }
+    bases = checkpoint.sources
     order: tuple[int, ...] | None = None
     with gathered(problems):
         order = layer_order(adapters, checkpoint)
@@ -186,7 +195,7 @@ def _assemble(
         )
         for name, source in matched.sources.items()
     ]
-    there = {tensor.name for file in checkpoint.files for tensor in file.tensors}
+    there = checkpoint.sources
     cut = cut_shards(outputs, output.shard_bytes)
     shards = tuple(
         _shard(n, shard_name(n + 1, len(cut)), tensors, matched.sources, updates)
@@ -197,7 +206,7 @@ def _assemble(
         base_files=tuple(file.identity for file in checkpoint.files),
         header_digests=tuple(file.header_digest for file in checkpoint.files),
         config=checkpoint.config,
-        config_changes=_config_changes(checkpoint.config, matched, dtype),
+        config_changes=_config_changes(checkpoint, matched, dtype),
         side_files=checkpoint.side_files,
         adapters=tuple(map(_input, adapters)),
         twins=tuple(matched.twins),
@@ -253,11 +262,11 @@ def _dtype(of_base: str, asked: str | None) -> str:
     return DTYPE_NAMES[asked] if asked and of_base in MERGEABLE else of_base
 
 
-def _config_changes(
-    config: Mapping[str, Any], matched: Matched, dtype: str | None
-) -> dict[str, Any]:
+def _config_changes(checkpoint: Checkpoint, matched: Matched, dtype: str | None) -> dict[str, Any]:
     """Transformers 5 writes ``dtype``, older ones ``torch_dtype``: both say the same after it."""
-    changes = dict(matched.config_changes)
+    config, changes = checkpoint.config, dict(matched.config_changes)
+    if quantisation_of(config) is not None:
+        changes["quantization_config"] = None
     if dtype is not None:
         keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
         changes |= dict.fromkeys(keys, dtype)

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from merge_core.checkpoint import CONFIG, INDEX
 from merge_core.digest import bytes_digest
 from merge_core.errors import StorageError
+from merge_core.side_files import CONFIG, INDEX
 from merge_core.storage import FileIdentity, reported, sync_directory, write_durably
 
 SAMPLE_BYTES = 64 << 10

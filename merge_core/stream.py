@@ -25,7 +25,7 @@ from merge_core.plan import Shard, TensorTask
 from merge_core.storage import PartFile
 from merge_core.updates.piece import Change, Piece
 
-Read = Callable[[TensorTask, int, int, memoryview], memoryview]
+Read = Callable[[int, int, memoryview], memoryview]
 """Fetches bytes of a task's source, from one to behind another, into a page aligned buffer with
 SLACK to spare, and returns the view of them in there."""
 
@@ -33,31 +33,39 @@ TICK_SECONDS = 0.2
 """How often the waiting thread reports progress; also the longest that Ctrl-C has to wait."""
 
 
+@dataclass(frozen=True, slots=True)
+class LoadedTask:
+    """What a task needs, at hand."""
+
+    read: Read
+    updates: LoadedUpdates
+
+
 @dataclass(slots=True)
 class TensorWork:
     """One tensor under way, shared by the lanes that work on its cells."""
 
     task: TensorTask
-    load: Callable[[TensorTask], LoadedUpdates]
+    load: Callable[[TensorTask], LoadedTask]
     cells: list[bytes] = field(init=False)
     """Digests, filled in as cells finish, in any order."""
     change: Change = field(default_factory=Change)
     seconds: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     """Reading, merging, writing."""
     _left: int = field(init=False)
-    _updates: LoadedUpdates | None = None
+    _loaded: LoadedTask | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self._left = -(-self.task.target.nbytes // CELL_BYTES)
         self.cells = [b""] * self._left
 
-    def updates(self) -> LoadedUpdates:
-        """Them, loaded by the first lane that asks and freed with the last cell."""
+    def loaded(self) -> LoadedTask:
+        """What it needs, loaded by the first lane that asks and freed with the last cell."""
         with self._lock:
-            if self._updates is None:
-                self._updates = self.load(self.task)
-            return self._updates
+            if self._loaded is None:
+                self._loaded = self.load(self.task)
+            return self._loaded
 
     def finish_cell(self, number: int, digest: bytes, change: Change, spent: list[float]) -> None:
         """Note that a cell is written."""
@@ -67,7 +75,7 @@ class TensorWork:
             self.seconds = [a + b for a, b in zip(self.seconds, spent, strict=True)]
             self._left -= 1
             if self._left == 0:
-                self._updates = None
+                self._loaded = None
 
     def record(self) -> TensorRecord:
         """The ledger's row, once every cell is written."""
@@ -80,7 +88,7 @@ class TensorWork:
             shape=target.shape,
             nbytes=target.nbytes,
             digest=tensor_digest(self.cells),
-            bytes_read=self.task.source.tensor.nbytes,
+            bytes_read=self.task.source.bytes_read,
             bytes_written=target.nbytes,
             read_seconds=read,
             merge_seconds=merge,
@@ -95,8 +103,7 @@ def stream_shard(
     shard: Shard,
     *,
     part: PartFile,
-    read: Read,
-    load: Callable[[TensorTask], LoadedUpdates],
+    load: Callable[[TensorTask], LoadedTask],
     lanes: Sequence[Lane],
     read_bytes: int,
     watch: Callable[[int], None],
@@ -104,8 +111,7 @@ def stream_shard(
     """Write the whole of ``shard`` into ``part`` and say what was done to each tensor.
 
     Args:
-        read: fetches the values that a tensor starts from.
-        load: fetches the updates of a tensor to the device.
+        load: opens the values that a tensor starts from, and fetches its updates to the device.
         read_bytes: output bytes that pass a lane at once; divides the digest's cell.
         watch: called every TICK_SECONDS, and once at the end, with the bytes written so far.
             What it raises ends the streaming and is raised here.
@@ -117,7 +123,7 @@ def stream_shard(
     """
     works = [TensorWork(task=task, load=load) for task in shard.tasks]
     part.write_small(shard.layout().header, 0)
-    run = _Run(_cells_of(works), part, read, read_bytes)
+    run = _Run(_cells_of(works), part, read_bytes)
     run.wait_for(lanes, watch)
     return tuple(work.record() for work in works)
 
@@ -140,10 +146,9 @@ class _Run:
         self,
         cells: Iterator[_Cell],
         part: PartFile,
-        read: Read,
         read_bytes: int,
     ) -> None:
-        self._cells, self._part, self._read = cells, part, read
+        self._cells, self._part = cells, part
         self._read_bytes = read_bytes
         self._lock = threading.Lock()
         self._stopped = False
@@ -187,15 +192,15 @@ class _Run:
     def _pass(self, cell: _Cell, lane: Lane) -> None:
         """Bring one cell through the lane, piece by piece."""
         work, number, first, behind = cell
-        updates = work.updates()
+        loaded = work.loaded()
         spent, change, digest = [0.0, 0.0, 0.0], Change(), new_cell()
         for start in range(first, behind, self._read_bytes):
             end = min(start + self._read_bytes, behind)
             clock = time.perf_counter()
             piece, source = _piece(work.task, start, end)
-            data = self._read(work.task, *source, lane.inbox_view)
+            data = loaded.read(*source, lane.inbox_view)
             clock = _lap(spent, 0, clock)
-            out, changed = _transform(work.task, updates, piece, data, lane)
+            out, changed = _transform(work.task, loaded.updates, piece, data, lane)
             change.add(changed)
             digest.update(out)
             clock = _lap(spent, 1, clock)

@@ -25,7 +25,7 @@ _EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 
 def tied_embeddings(checkpoint: Checkpoint) -> str | None:
     """Name of the tensor that is both embeddings and head; None where there is no such tensor."""
-    names = [tensor.name for file in checkpoint.files for tensor in file.tensors]
+    names = list(checkpoint.sources)
     if HEAD in names or not is_tied(checkpoint.config):
         return None
     return next((name for name in names if name.endswith(_EMBEDDINGS)), None)

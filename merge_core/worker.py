@@ -25,7 +25,7 @@ from merge_core.output import parts_directory
 from merge_core.peaks import Peaks
 from merge_core.plan import MergePlan, Shard, TensorTask
 from merge_core.storage import PartFile
-from merge_core.stream import stream_shard
+from merge_core.stream import LoadedTask, stream_shard
 
 
 def pick_device(wanted: str) -> str:
@@ -145,7 +145,6 @@ class ShardWorker:
                 return stream_shard(
                     shard,
                     part=part,
-                    read=self._inputs.read,
                     load=self._load,
                     lanes=self._allocated_lanes(),
                     read_bytes=self.choice.read_bytes,
@@ -173,8 +172,9 @@ class ShardWorker:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _load(self, task: TensorTask) -> LoadedUpdates:
-        loaded = LoadedUpdates.of(task.updates, self._inputs.of(task, self._device))
+    def _load(self, task: TensorTask) -> LoadedTask:
+        inputs = self._inputs.of(task, self._device)
+        loaded = LoadedTask(inputs.read, LoadedUpdates.of(task.updates, inputs))
         if self._device.type == "cuda":  # lanes have streams of their own, which wait for no other
             torch.cuda.current_stream(self._device).synchronize()
         return loaded

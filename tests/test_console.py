@@ -117,7 +117,7 @@ def test_the_plan_says_what_becomes_what(
     document = console.plan_document(plan, pools)
     assert sum(shard["merged"] for shard in document["shards"]) == 28
     assert sum(shard["tensors"] for shard in document["shards"]) == 51
-    ways = {"merged": 28, "replaced": 0, "converted": 0, "copied": 23, "added": 0}
+    ways = {"merged": 28, "replaced": 0, "decoded": 0, "converted": 0, "copied": 23, "added": 0}
     assert document["tensors"] == ways
     (told,) = document["adapters"]
     assert {kind: len(names) for kind, names in told["touches"].items()} == {"low-rank factors": 28}

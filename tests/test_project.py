@@ -23,7 +23,14 @@ from merge_core.planner import make_plan
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(
     path
-    for folder in ("merge_core", "merge_core/updates", "merge_core/verify", "actors", "cluster")
+    for folder in (
+        "merge_core",
+        "merge_core/decoding",
+        "merge_core/updates",
+        "merge_core/verify",
+        "actors",
+        "cluster",
+    )
     for path in (ROOT / folder).glob("*.py")
 )
 NAMES = [str(path.relative_to(ROOT)) for path in MODULES]

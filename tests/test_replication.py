@@ -101,7 +101,7 @@ def test_the_plan_says_what_is_new_and_what_is_left_out(base: Path, tmp_path: Pa
     plan = make_plan(base, [adapter])
 
     assert counts_of(plan) == {
-        "merged": 3, "replaced": 0, "converted": 0, "copied": 36, "added": 12,
+        "merged": 3, "replaced": 0, "decoded": 0, "converted": 0, "copied": 36, "added": 12,
     }  # fmt: skip
     assert plan.notes == (
         "layer_replication: 2 layers become 3, each a copy of its own; there is no copy of layer 0",

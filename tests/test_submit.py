@@ -34,6 +34,8 @@ RECIPE = {
     "density": None,
     "majority_sign": None,
     "seed": None,
+    "dequantize": False,
+    "simulate_nf4": False,
 }
 
 
@@ -64,6 +66,8 @@ def job(name: str, status: str = "SUCCEEDED", exit_code: int | None = 0) -> Job:
         ("density", 0.5),
         ("majority_sign", "total"),
         ("seed", 1),
+        ("dequantize", True),
+        ("simulate_nf4", True),
         ("an_option_to_come", "x"),
     ],
 )

@@ -12,6 +12,7 @@ from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.verify.adapter_fields import REMEDY, read_fields
 from merge_core.verify.header import TensorEntry
 from merge_core.verify.ledger import Row
+from merge_core.verify.packed import rounded, unpacked
 from merge_core.verify.recipe import Recipe, adapter_recipe
 from merge_core.verify.replicated import config_of_copies, ranges_of, with_copies
 from merge_core.verify.report import Finding, at
@@ -50,7 +51,7 @@ class Pairing:
     comparisons: Mapping[str, tuple[Comparison, ...]]
     """By weight file."""
     config: Mapping[str, Any]
-    """Fields of config.json that the adapters change."""
+    """Fields of config.json that the merge changes; None: removes."""
     findings: tuple[Finding, ...]
     """Tensors of the output, the base or an adapter that have no counterpart of the same shape,
     or that the ledger calls something else."""
@@ -65,6 +66,7 @@ class Sources:
     keep_tied: bool = False
     method: str = "sum"
     """How the adapters were combined."""
+    simulate_nf4: bool = False
 
 
 def parse_weighted(text: str) -> WeightedAdapter:
@@ -87,8 +89,9 @@ def refuse_unchecked(sources: Sources) -> None:
     with gathered(problems):
         _check_method(sources.method)
     with gathered(problems):
-        tensors = with_copies(open_base(sources.base), _ranges(sources.adapters))
-        _recipes(tensors, _base_config(sources.base), sources.adapters)
+        config = _base_config(sources.base)
+        tensors = unpacked(open_base(sources.base), config)
+        _recipes(with_copies(tensors, _ranges(sources.adapters)), config, sources.adapters)
     if problems:
         raise InputError(problems)
 
@@ -122,6 +125,7 @@ def resolve_sources(
         adapters=tuple((path.absolute(), weight) for path, weight in adapters or ()),
         keep_tied=planned is not None and planned.keep_tied,
         method=planned.method if planned is not None else "sum",
+        simulate_nf4=planned is not None and planned.simulate_nf4,
     )
 
 
@@ -133,6 +137,7 @@ def _planned_sources(plan_path: Path) -> Sources:
             adapters=tuple((Path(a["path"]), float(a["weight"])) for a in plan["adapters"]),
             keep_tied=plan.get("keep_tied") is True,
             method=str(plan.get("combination", {}).get("method", "sum")),
+            simulate_nf4=plan.get("simulate_nf4") is True,
         )
     except (OSError, MalformedError, KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"level numeric needs base and adapters, and the plan cannot tell them ({error!r})"
@@ -146,7 +151,10 @@ def pair_with_base(structure: Structure, sources: Sources) -> Pairing:
         InputError: base or adapters cannot be read, or hold features that cannot be checked.
     """
     _check_method(sources.method)
-    tensors, config = open_base(sources.base), _base_config(sources.base)
+    config = _base_config(sources.base)
+    tensors = unpacked(open_base(sources.base), config)
+    if sources.simulate_nf4:
+        tensors = rounded(tensors)
     ranges = _ranges(sources.adapters)
     tensors = with_copies(tensors, ranges)
     recipes, found = _recipes(tensors, config, sources.adapters)
@@ -229,6 +237,8 @@ def _wanted(
     if embeddings is not None:
         wanted[HEAD] = Wanted(base=tensors[embeddings])
     changes: dict[str, Any] = {}
+    if config.get("quantization_config"):
+        changes["quantization_config"] = None
     findings: list[Finding] = []
     for recipe in recipes:
         for name, key in recipe.whole.items():
@@ -287,6 +297,8 @@ def _action(
         action = "merged"
     elif wanted.replaced is not None:
         action = "replaced"
+    elif wanted.base.packing is not None:
+        action = "decoded"
     else:
         action = "copied" if entry.dtype == wanted.base.entry.dtype else "converted"
     if row is not None and row.action != action:

@@ -18,6 +18,7 @@ from merge_core.verify.header import TensorEntry, read_header
 from merge_core.verify.reading import Bytes, Mapped, Reader, Source
 from merge_core.verify.rounding import FLOATS, stored, to_float32
 from merge_core.verify.strict_json import MalformedError
+from merge_core.verify.unpacking import Unpacked
 from merge_core.verify.weights import BaseTensor
 
 Matrix = npt.NDArray[np.float32]
@@ -75,6 +76,8 @@ def open_source(tensor: BaseTensor) -> Source:
         InputError: it is an adapter's, and broken.
         OSError: it cannot be opened.
     """
+    if tensor.packing is not None:
+        return Unpacked(tensor, tensor.packing)
     if tensor.path.endswith(".bin"):
         return Mapped(_pickled(tensor.path).mapped(tensor.entry.name))
     return Reader(tensor.path)

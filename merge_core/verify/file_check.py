@@ -142,9 +142,9 @@ def _check_numeric(
 
 
 def _place(item: Comparison) -> tuple[str, str]:
-    """Where its base lies; each tensor of a ``.bin`` is a place of its own."""
-    path = item.base.path
-    return path, item.base.entry.name if path.endswith(".bin") else ""
+    """Where its base lies; each tensor that is packed, or in a ``.bin``, is a place of its own."""
+    path, alone = item.base.path, item.base.packing is not None
+    return path, item.base.entry.name if alone or path.endswith(".bin") else ""
 
 
 def _compare(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from merge_core.errors import refuse
 from merge_core.verify.header import TensorEntry, read_header
@@ -34,6 +36,32 @@ class BaseTensor:
 
     path: str
     entry: TensorEntry
+    """Of one that is packed, what it decodes to."""
+    packing: Packing | None = None
+    """What it is decoded from; then ``path`` is only where one of these lies."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """The stored parts of a packed weight, and how they are read. Tuples, since a check that is
+    sent to a worker is looked up by its value.
+    """
+
+    method: str
+    stored: tuple[tuple[str, BaseTensor], ...]
+    """By what stands behind the module's path."""
+    said: tuple[tuple[str, Any], ...] = ()
+    """Sizes that the method needs, by name."""
+
+    @property
+    def parts(self) -> Mapping[str, BaseTensor]:
+        """``stored``, to be looked up."""
+        return dict(self.stored)
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """``said``, to be looked up."""
+        return dict(self.said)
 
 
 def read_index(path: Path) -> WeightIndex:

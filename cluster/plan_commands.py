@@ -1,0 +1,126 @@
+"""The plan command: what a merge would do, need and take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.answering import answering
+from cluster.options import (
+    Adapters,
+    Base,
+    Combine,
+    Debug,
+    Density,
+    Dequantize,
+    Device,
+    DeviceMapFile,
+    DtypeOption,
+    Json,
+    KeepTied,
+    Layers,
+    Level,
+    MajoritySign,
+    Seed,
+    ShardSize,
+    SimulateNf4,
+    bytes_a_second,
+    node_counts,
+    size_in_bytes,
+)
+from merge_core.planner import make_plan
+from merge_core.updates.combined import Combination
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to ``app``."""
+    app.command()(plan)
+
+
+def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
+    base: Base,
+    adapters: Adapters,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Check this directory.")] = None,
+    dtype: DtypeOption = None,
+    shard_size: ShardSize = "2GB",
+    device_map: DeviceMapFile = None,
+    keep_tied: KeepTied = False,
+    combine: Combine = None,
+    density: Density = None,
+    majority_sign: MajoritySign = None,
+    seed: Seed = None,
+    layers: Layers = None,
+    dequantize: Dequantize = False,
+    simulate_nf4: SimulateNf4 = False,
+    nodes: Annotated[
+        str, typer.Option(help="Estimate the time on so many equal nodes, such as 1,8,64.")
+    ] = "1",
+    workers_per_node: Annotated[int, typer.Option(min=1, help="Workers of such a node.")] = 1,
+    device: Annotated[Device, typer.Option(help="What they compute on; auto: cpu.")] = Device.AUTO,
+    node_bandwidth: Annotated[
+        str, typer.Option(help="Between such a node and the storage, each way, such as 10Gbit/s.")
+    ] = "1.25GB/s",
+    storage_bandwidth: Annotated[
+        str | None, typer.Option(help="Of the storage, for all nodes, both ways together.")
+    ] = None,
+    verify: Annotated[
+        Level, typer.Option(help="What is verified before the result is published.")
+    ] = Level.DIGEST,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a merge would do, need and take, and what is wrong; reads only headers.
+
+    Example: raymeld plan Qwen1.5-72B my-lora --nodes 1,8,64 --device cuda --node-bandwidth 25Gbit/s
+    """
+    with answering(as_json=as_json, debug=debug):
+        from cluster import console
+        from cluster.estimate import Machines, estimate
+        from cluster.estimate_report import estimate_documents, estimate_lines
+        from cluster.pools import find_pools
+        from merge_core.destination import check_destination, notes_on
+
+        counts = node_counts(nodes)
+        machines = Machines(
+            nodes=counts[0],
+            workers=workers_per_node,
+            device="cuda" if device == Device.CUDA else "cpu",
+            network=bytes_a_second(node_bandwidth, "--node-bandwidth"),
+            storage=bytes_a_second(storage_bandwidth, "--storage-bandwidth")
+            if storage_bandwidth
+            else math.inf,
+        )
+        combination = Combination(
+            method=combine or "sum", density=density, majority_sign=majority_sign, seed=seed
+        )
+        planned = make_plan(
+            base,
+            adapters,
+            dtype=dtype,
+            shard_bytes=size_in_bytes(shard_size),
+            device_map=device_map,
+            keep_tied=keep_tied,
+            combination=combination,
+            layers=layers,
+            dequantize=dequantize,
+            simulate_nf4=simulate_nf4,
+        )
+        if out is not None:
+            check_destination(out.absolute(), planned)
+            notes = map(str, notes_on(out.absolute()))
+            planned = replace(planned, notes=(*planned.notes, *notes))
+        pools = find_pools(planned)
+        estimates = {n: estimate(planned, replace(machines, nodes=n), verify) for n in counts}
+        console.answer(
+            [
+                *console.plan_lines(planned, pools),
+                *estimate_lines(estimates, machines, verify),
+            ],
+            console.plan_document(planned, pools)
+            | {"estimates": estimate_documents(estimates, machines, verify)},
+            as_json=as_json,
+        )

@@ -1,0 +1,36 @@
+"""What a decoding reads, and what it gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from merge_core.layout import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """A tensor of the base, where it lies."""
+
+    file: int
+    """Index into ``MergePlan.base_files``."""
+    tensor: TensorSpec
+
+
+class Fetch(Protocol):
+    """Reads a stored tensor."""
+
+    def __call__(self, stored: Stored, /) -> torch.Tensor:
+        """The whole tensor in memory, in its dtype and shape."""
+        ...
+
+
+class Rows(Protocol):
+    """A loaded tensor of which any rows can be decoded, by several threads at a time."""
+
+    def rows(self, top: int, bottom: int) -> torch.Tensor:
+        """[bottom - top, width] in the decoding's dtype, on the CPU."""
+        ...

@@ -1,0 +1,64 @@
+"""The files beside the weights that a merge carries over byte for byte."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from merge_core.errors import InputError, Problem
+from merge_core.storage import FileIdentity
+
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+_WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5"),
+    *(".msgpack", ".ot", ".npz", ".tflite"),
+)
+_NOT_CARRIED = frozenset({CONFIG, INDEX, "README.md", "pytorch_model.bin.index.json"})
+"""config.json is written last by the commit; the base's model card would describe another model."""
+
+TEMPLATES = "additional_chat_templates"
+"""The one subfolder that belongs to a tokenizer."""
+
+_DESCRIPTIONS = ("quant_config.json", "quantize_config.json")
+"""Where quantisers repeat the quantization_config of config.json."""
+
+
+def descriptions(path: Path) -> list[str]:
+    """Side files of a quantised base that say nothing about one that was decoded."""
+    return [name for name in _DESCRIPTIONS if (path / name).exists()]
+
+
+def find_side_files(path: Path, *, quantised: bool) -> tuple[FileIdentity, ...]:
+    """Those of the base in directory ``path``.
+
+    Args:
+        quantised: leave out what describes the packed weights.
+
+    Raises:
+        InputError: with each that cannot be read.
+    """
+    left_out = {*_NOT_CARRIED, *(_DESCRIPTIONS if quantised else ())}
+    names = [
+        entry.name
+        for entry in path.iterdir()
+        if not entry.is_dir()
+        and not entry.name.startswith(".")
+        and not entry.name.endswith((*_WEIGHT_SUFFIXES, ".index.json"))
+        and entry.name not in left_out
+    ]
+    if (path / TEMPLATES).is_dir():
+        names += [f"{TEMPLATES}/{entry.name}" for entry in (path / TEMPLATES).glob("*.jinja")]
+    problems = [
+        Problem(
+            "is a link that leads nowhere, or no file that may be read",
+            str(path / name),
+            "Fetch the checkpoint again; it is incomplete",
+        )
+        for name in names
+        if not (path / name).is_file() or not os.access(path / name, os.R_OK)
+    ]
+    if problems:
+        raise InputError(problems)
+    return tuple(FileIdentity.of(path, name) for name in sorted(names))

@@ -1,0 +1,196 @@
+"""Which tensors of a quantised base make up which weight, by this package's own reading.
+
+What the planner refuses is not looked for once more: here it is enough that every part is there in
+the shape that the others ask for, or that nothing is checked.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from merge_core.errors import refuse
+from merge_core.verify.header import TensorEntry
+from merge_core.verify.rounding import FLOATS
+from merge_core.verify.weights import BaseTensor, Packing
+
+_STATE = "weight.quant_state.bitsandbytes__"
+_FOUR_BIT = (
+    *("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax"),
+    *("weight.nested_quant_map", f"{_STATE}nf4", f"{_STATE}fp4"),
+)
+_ENDINGS = {
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    "awq": ("qweight", "qzeros", "scales"),
+    "4bit": _FOUR_BIT,
+    "8bit": ("weight", "SCB", "weight_format"),
+    "fp8": ("weight", "weight_scale_inv"),
+}
+_BIASLESS = ("o_proj.bias", "gate_proj.bias", "up_proj.bias", "down_proj.bias")
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+Shape = tuple[int, ...]
+
+
+def unpacked(tensors: Mapping[str, BaseTensor], config: Mapping[str, Any]) -> dict[str, BaseTensor]:
+    """The tensors of a base as a merge sees them: those of a quantised one decoded.
+
+    Raises:
+        InputError: it is packed in a way that cannot be checked.
+    """
+    said = config.get("quantization_config")
+    if not said:
+        return dict(tensors)
+    method = _method(said)
+    modules: dict[str, dict[str, BaseTensor]] = {}
+    rest = dict(tensors)
+    for name in tensors:
+        for ending in _ENDINGS[method]:
+            if name.endswith(f".{ending}"):
+                module = name.removesuffix(f".{ending}")
+                modules.setdefault(module, {})[ending] = rest.pop(name)
+    for module, parts in modules.items():
+        if parts.keys() == {"weight"} and parts["weight"].entry.dtype in FLOATS:
+            rest[f"{module}.weight"] = parts["weight"]
+            continue
+        name = f"{module}.weight"
+        try:
+            rest[name] = _weight(name, method, parts, said)
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            what = f"its parts cannot be understood ({error!r})"
+            raise refuse(what, f"tensor {name!r} of the base", _REMEDY) from error
+    empty = [
+        name
+        for name, tensor in rest.items()
+        if name.endswith(_BIASLESS)
+        and name.removesuffix(".bias") in modules
+        and not _bytes_of(tensor).any()
+    ]
+    return {name: tensor for name, tensor in rest.items() if name not in empty}
+
+
+def rounded(tensors: Mapping[str, BaseTensor]) -> dict[str, BaseTensor]:
+    """The tensors of a Qwen2 as QLoRA trains on them: every linear layer but the head in NF4."""
+    return {
+        name: BaseTensor(
+            path=tensor.path,
+            entry=replace(tensor.entry, start=0),
+            packing=Packing(method="nf4", stored=(("weight", tensor),)),
+        )
+        if name.endswith("_proj.weight")
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+_REMEDY = "Check without --level numeric"
+
+
+def _method(said: Any) -> str:
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    if method == "bitsandbytes":
+        method = "8bit" if said.get("load_in_8bit") or said.get("_load_in_8bit") else "4bit"
+    if method not in _ENDINGS:
+        what = f"a base that is quantised by {method!r} cannot be checked"
+        raise refuse(what, "config.json of the base", _REMEDY)
+    return str(method)
+
+
+def _weight(
+    name: str, method: str, parts: Mapping[str, BaseTensor], said: Mapping[str, Any]
+) -> BaseTensor:
+    """The decoded tensor; raises where a part is missing or does not fit."""
+    read = {"gptq": _gptq, "awq": _awq, "4bit": _four_bit, "8bit": _int8, "fp8": _fp8}[method]
+    shape, dtype, wanted, settings = read(parts, said)
+    for ending, sizes in wanted.items():
+        if parts[ending].entry.shape != sizes:
+            raise ValueError(f"{ending} is {list(parts[ending].entry.shape)}, not {list(sizes)}")
+    size = math.prod(shape) * np.dtype(FLOATS[dtype].storage).itemsize
+    entry = TensorEntry(name=name, dtype=dtype, shape=shape, start=0, nbytes=size)
+    packing = Packing(
+        method=method,
+        stored=tuple(parts.items()),
+        said=tuple(settings.items()),
+    )
+    return BaseTensor(path=min(part.path for part in parts.values()), entry=entry, packing=packing)
+
+
+_Read = tuple[Shape, str, dict[str, Shape], dict[str, Any]]
+"""Shape and dtype of the weight, shapes that its parts must have, and what decodes them."""
+
+
+def _gptq(parts: Mapping[str, BaseTensor], said: Mapping[str, Any]) -> _Read:
+    bits = said.get("bits", 4)
+    words, out = parts["qweight"].entry.shape
+    width = words * 32 // bits
+    size = said.get("group_size") or 128
+    size = width if size == -1 else size
+    groups = -(-width // size)
+    wanted: dict[str, Shape] = {"qzeros": (groups, out * bits // 32), "scales": (groups, out)}
+    if said.get("desc_act") or "g_idx" in parts:
+        wanted["g_idx"] = (width,)
+    second = "gptq_v2" in (said.get("checkpoint_format"), said.get("format"))
+    settings = {"bits": bits, "group": size, "less": 0 if second else 1}
+    return (out, width), parts["scales"].entry.dtype, wanted, settings
+
+
+def _awq(parts: Mapping[str, BaseTensor], said: Mapping[str, Any]) -> _Read:
+    if str(said.get("version", "gemm")).lower() != "gemm":
+        raise ValueError(f"version is {said.get('version')!r}")
+    width, words = parts["qweight"].entry.shape
+    size = said.get("group_size") or 128
+    size = width if size == -1 else size
+    wanted: dict[str, Shape] = {
+        "qzeros": (width // size, words),
+        "scales": (width // size, 8 * words),
+    }
+    return (8 * words, width), parts["scales"].entry.dtype, wanted, {"group": size}
+
+
+def _four_bit(parts: Mapping[str, BaseTensor], said: Mapping[str, Any]) -> _Read:
+    del said
+    (state,) = (part for ending, part in parts.items() if ending.startswith(_STATE))
+    text = json.loads(_bytes_of(state).tobytes())
+    out, width = text["shape"]
+    block, count = text["blocksize"], out * width
+    blocks = -(-count // block)
+    wanted: dict[str, Shape] = {"weight.absmax": (blocks,), "weight.quant_map": (16,)}
+    if parts["weight"].entry.nbytes != -(-count // 2):
+        raise ValueError(f"weight has {parts['weight'].entry.nbytes} bytes")
+    settings = {"block": block}
+    if "nested_blocksize" in text:
+        nested = text["nested_blocksize"]
+        wanted |= {"weight.nested_absmax": (-(-blocks // nested),)}
+        wanted |= {"weight.nested_quant_map": (256,)}
+        settings |= {"nested": nested, "offset": text["nested_offset"]}
+    return (out, width), _DTYPES[text["dtype"]], wanted, settings
+
+
+def _int8(parts: Mapping[str, BaseTensor], said: Mapping[str, Any]) -> _Read:
+    del said
+    out, width = parts["weight"].entry.shape
+    return (out, width), "F32", {"SCB": (out,)}, {}
+
+
+def _fp8(parts: Mapping[str, BaseTensor], said: Mapping[str, Any]) -> _Read:
+    out, width = parts["weight"].entry.shape
+    block = said.get("weight_block_size", [128, 128])
+    scale = parts["weight_scale_inv"].entry
+    if parts["weight"].entry.dtype != "F8_E4M3" or scale.dtype not in FLOATS:
+        raise ValueError(f"dtypes are {parts['weight'].entry.dtype} and {scale.dtype}")
+    wanted: dict[str, Shape] = {}
+    if block is not None:
+        wanted["weight_scale_inv"] = (-(-out // block[0]), -(-width // block[1]))
+    elif math.prod(scale.shape) != 1:
+        raise ValueError(f"weight_scale_inv is {list(scale.shape)}, not one number")
+    return (out, width), "F32", wanted, {"block": tuple(block or (out, width))}
+
+
+def _bytes_of(tensor: BaseTensor) -> Any:
+    entry = tensor.entry
+    return np.fromfile(tensor.path, np.uint8, entry.nbytes, offset=entry.start)

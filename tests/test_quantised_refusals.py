@@ -1,0 +1,172 @@
+"""Every packed tensor of a quantised base is accounted for, or the plan is refused and names it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from handmade import TWO_LANES, Geometry, random_factors, write_adapter
+from models import edit_json
+from oracles import Tensors
+from packers import Awq, Format, Fp8, Gptq, write_quantised
+
+from merge_core.errors import InputError
+from merge_core.merge import merge
+from merge_core.planner import make_plan
+
+GEOMETRY = Geometry(hidden=64, inner=96, layers=1)
+FACTORS = random_factors(GEOMETRY.linear, dict.fromkeys(GEOMETRY.linear, 4))
+UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
+PARTS: dict[Format, tuple[str, ...]] = {
+    Gptq(shuffled=True): ("qweight", "qzeros", "scales", "g_idx"),
+    Awq(): ("qweight", "qzeros", "scales"),
+    Fp8(): ("weight", "weight_scale_inv"),
+}
+EACH = [(how, part) for how, parts in PARTS.items() for part in parts]
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return write_adapter(tmp_path / "adapter", FACTORS, r=4, lora_alpha=8)
+
+
+@pytest.fixture
+def refusal(tmp_path: Path, adapter: Path) -> Callable[..., str]:
+    """What a plan says of a base that was spoilt."""
+
+    def refused(how: Format, change: Callable[[Tensors], object] = dict, **fields: Any) -> str:
+        base = write_quantised(tmp_path / "base", how, GEOMETRY, change=change).path
+        if fields:
+            said = {**how.config, **fields}
+            edit_json(base / "config.json", quantization_config=said)
+        with pytest.raises(InputError) as caught:
+            make_plan(base, [adapter], dequantize=True)
+        return str(caught.value)
+
+    return refused
+
+
+@pytest.mark.parametrize(("how", "part"), EACH)
+def test_a_missing_part_is_named(how: Format, part: str, refusal: Callable[..., str]) -> None:
+    said = refusal(how, lambda tensors: tensors.pop(f"{UP}.{part}"))
+
+    assert f"module {UP}: {UP}.{part} is missing" in said
+
+
+@pytest.mark.parametrize(("how", "part"), EACH)
+def test_a_renamed_part_is_named(how: Format, part: str, refusal: Callable[..., str]) -> None:
+    def rename(tensors: Tensors) -> None:
+        tensors[f"{UP}.{part}s"] = tensors.pop(f"{UP}.{part}")
+
+    said = refusal(how, rename)
+
+    assert f"{UP}.{part} is missing" in said
+    if "scale" not in part:  # what is no value is left over, too
+        assert re.search(rf"tensor '{UP}.{part}s' is \w+, and no part of a packed weight", said)
+
+
+@pytest.mark.parametrize("dim", [0, -1])
+@pytest.mark.parametrize(("how", "part"), EACH)
+def test_a_part_of_another_shape_is_named(
+    how: Format, part: str, dim: int, refusal: Callable[..., str]
+) -> None:
+    def grow(tensors: Tensors) -> None:
+        tensor = tensors[f"{UP}.{part}"]
+        raw = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+        tensors[f"{UP}.{part}"] = torch.cat([raw, raw.narrow(dim, 0, 1)], dim).view(tensor.dtype)
+
+    assert UP in refusal(how, grow)
+
+
+@pytest.mark.parametrize(("how", "part"), EACH)
+def test_a_part_of_another_dtype_is_named(
+    how: Format, part: str, refusal: Callable[..., str]
+) -> None:
+    def cast(tensors: Tensors) -> None:
+        tensors[f"{UP}.{part}"] = tensors[f"{UP}.{part}"].to(torch.int64)
+
+    assert f"{UP}.{part} is I64" in refusal(how, cast)
+
+
+@pytest.mark.parametrize("how", PARTS)
+def test_what_is_wrong_with_several_modules_is_told_at_once(
+    how: Format, refusal: Callable[..., str]
+) -> None:
+    def spoil(tensors: Tensors) -> None:
+        for module in (UP, DOWN):
+            del tensors[f"{module}.{PARTS[how][1]}"]
+
+    said = refusal(how, spoil)
+
+    assert said.startswith("2 problems:")
+    assert f"module {UP}:" in said
+    assert f"module {DOWN}:" in said
+
+
+def test_a_weight_that_is_there_beside_its_packed_parts_is_named(
+    refusal: Callable[..., str],
+) -> None:
+    def add(tensors: Tensors) -> None:
+        tensors[f"{UP}.weight"] = torch.zeros(96, 64, dtype=torch.float16)
+
+    assert f"tensor '{UP}.weight' is there beside its packed parts" in refusal(Gptq(), add)
+
+
+@pytest.mark.parametrize(
+    ("how", "fields", "named"),
+    [
+        (Gptq(), {"bits": 5}, "bits = 5, not 2, 3, 4 or 8"),
+        (Gptq(), {"bits": True}, "bits = True"),
+        (Gptq(), {"bits": 8}, f"module {UP}"),
+        (Gptq(), {"group_size": 32}, f"module {UP}"),
+        (Gptq(), {"group_size": 0}, "group_size = 0"),
+        (Gptq(), {"desc_act": "yes"}, "desc_act = 'yes'"),
+        (Gptq(), {"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin'"),
+        (Gptq(second=True), {"format": "gptq"}, "contradict each other"),
+        (Gptq(), {"dynamic": {"-:lm_head": {}}}, "dynamic = "),
+        (Gptq(), {"quant_method": "hqq"}, "quantised ('hqq'), which is not decoded"),
+        (Gptq(), {"quant_method": "awq"}, "checkpoint"),
+        (Gptq(), {"quant_method": "fp8"}, "bits = 4, which is not known"),
+        (Awq(), {"version": "gemv"}, "version = 'gemv', not gemm"),
+        (Awq(), {"zero_point": False}, "zero_point = False"),
+        (Awq(), {"bits": 8}, "bits = 8"),
+        (Fp8(), {"activation_scheme": "static"}, "activation_scheme = 'static'"),
+        (Fp8(), {"weight_block_size": [32]}, "weight_block_size = [32]"),
+        (Fp8(), {"weight_block_size": None}, f"module {UP}"),
+        (Fp8(), {"scale_fmt": "ue8m0"}, "scale_fmt = 'ue8m0'"),
+        (Fp8(), {"quant_method": "bitsandbytes", "load_in_4bit": True}, "is not known"),
+    ],
+)
+def test_what_the_config_says_is_understood_or_named(
+    how: Format, fields: dict[str, Any], named: str, refusal: Callable[..., str]
+) -> None:
+    assert named in refusal(how, **fields)
+
+
+def test_a_group_index_is_asked_for_where_its_order_counts(refusal: Callable[..., str]) -> None:
+    said = refusal(Gptq(without_index=True), desc_act=True)
+
+    assert f"{UP}.g_idx is missing" in said
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "named"),
+    [("g_idx", 99, "names group 99, and there are 4"), ("qzeros", -1, "a zero point of 16")],
+)
+def test_numbers_that_mean_nothing_end_the_merge(
+    part: str, value: int, named: str, tmp_path: Path, adapter: Path
+) -> None:
+    def spoil(tensors: Tensors) -> None:
+        tensors[f"{UP}.{part}"].fill_(value)
+
+    base = write_quantised(tmp_path / "base", Gptq(), GEOMETRY, change=spoil).path
+    plan = make_plan(base, [adapter], dequantize=True)
+
+    with pytest.raises(InputError, match=named) as caught:
+        merge(plan, tmp_path / "out", choice=TWO_LANES)
+    assert f"tensor '{UP}.{part}'" in str(caught.value)
+    assert not (tmp_path / "out" / "config.json").exists()
