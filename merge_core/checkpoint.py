@@ -82,13 +82,12 @@ def open_checkpoint(path: Path, decode: Decode | None = None) -> Checkpoint:
     with gathered(problems):
         files = _open_weight_files(path, notes)
     decodings: Decodings | None = None
-    if config is not None and files and decode is not None:
+    if config is not None and files:
         with gathered(problems):
-            decodings = _decodings(path, config, files, decode)
-            notes += decodings.notes
-    if config is not None and files and (decode is None or decodings is not None):
-        shapes = {name: source.tensor.shape for name, source in _sources(files, decodings)}
-        with gathered(problems):
+            if decode is not None:
+                decodings = _decodings(path, config, files, decode)
+                notes += decodings.notes
+            shapes = {name: source.tensor.shape for name, source in _sources(files, decodings)}
             notes += check_architecture(config, shapes, str(path))
     quantised = config is not None and quantisation_of(config) is not None
     side_files: tuple[FileIdentity, ...] = ()
