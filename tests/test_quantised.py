@@ -201,6 +201,7 @@ def test_the_command_decodes_where_it_is_asked_to_and_says_how(
     assert refused.exit_code == 2
     assert "quantised ('gptq')" in refused.output
     assert "Give --dequantize" in refused.output
+    assert "problems" not in refused.output  # not what the packed names look like unpacked
 
     done = CliRunner().invoke(app, [*words, "--dequantize"])
     assert done.exit_code == 0
