@@ -36,6 +36,12 @@ CORES = 4
 DIGEST_SPEED, NUMERIC_SPEED = 2.8e9, 0.3e9
 """Bytes of the result that one core reads back and checks in a second."""
 
+DECODING_SPEED = {
+    "gptq": 75e6, "awq": 100e6, "four_bit": 300e6, "int8": 500e6, "fp8": 100e6, "nf4": 22e6,
+}  # fmt: skip
+"""Values of packed weights that one core decodes in a second, or rounds to NF4, by the kind of the
+decoding: seen on one busy core. Level numeric, which has code of its own, takes about as long."""
+
 SEAL_SPEED = 1.5e9
 """Bytes of adapters that the driver, on one core, hashes and searches for NaN in a second."""
 
@@ -198,7 +204,7 @@ def _merges(plan: MergePlan, arithmetic: Arithmetic) -> Iterator[_Item]:
             for update in task.updates:
                 products += passes * 2 * update.rank * math.prod(task.target.shape)
         read += sum(tensor.nbytes for _, tensor in factors)
-        busy = shard.size / arithmetic.passes + products / arithmetic.products
+        busy = shard.size / arithmetic.passes + products / arithmetic.products + _decoding(shard)
         last = min(CELL_BYTES, max(task.target.nbytes for task in shard.tasks))
         yield _Item(read=read, written=shard.size, last=last, busy=busy)
 
@@ -212,8 +218,17 @@ def _checks(plan: MergePlan, level: str) -> Iterator[_Item]:
             read, busy = shard.size, shard.size / (CORES * DIGEST_SPEED)
         if level == "numeric":  # on top of the digests, once more and beside the base
             read += shard.size + sum(task.source.bytes_read for task in shard.tasks)
-            busy += shard.size / (CORES * NUMERIC_SPEED)
+            busy += shard.size / (CORES * NUMERIC_SPEED) + _decoding(shard)
         yield _Item(read=read, busy=busy)
+
+
+def _decoding(shard: Shard) -> float:
+    """Seconds that a worker decodes for it; on the CPU, wherever the products are."""
+    return sum(
+        math.prod(task.target.shape) / (CORES * DECODING_SPEED[task.source.decoding.kind])
+        for task in shard.tasks
+        if task.source.decoding is not None
+    )
 
 
 def _in_order(plan: MergePlan) -> list[Shard]:

@@ -81,16 +81,15 @@ def open_checkpoint(path: Path, decode: Decode | None = None) -> Checkpoint:
             refuse_packed(config, str(path / CONFIG))
     with gathered(problems):
         files = _open_weight_files(path, notes)
-    decodings: Decodings | None = None
-    if config is not None and files and decode is not None:
-        with gathered(problems):
-            decodings = _decodings(path, config, files, decode)
-            notes += decodings.notes
-    if config is not None and files and (decode is None or decodings is not None):
-        shapes = {name: source.tensor.shape for name, source in _sources(files, decodings)}
-        with gathered(problems):
-            notes += check_architecture(config, shapes, str(path))
     quantised = config is not None and quantisation_of(config) is not None
+    decodings: Decodings | None = None
+    if config is not None and files and (decode is not None or not quantised):
+        with gathered(problems):
+            if decode is not None:
+                decodings = _decodings(path, config, files, decode)
+                notes += decodings.notes
+            shapes = {name: source.tensor.shape for name, source in _sources(files, decodings)}
+            notes += check_architecture(config, shapes, str(path))
     side_files: tuple[FileIdentity, ...] = ()
     with gathered(problems):
         side_files = find_side_files(path, quantised=quantised)

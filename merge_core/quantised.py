@@ -111,22 +111,22 @@ def read_packed(
         what = f"the base is quantised ({shortened(method)}), which is not decoded"
         raise refuse(what, where, REMEDY)
     form = _FORMATS[method](quantisation_of(config), where)
-    modules = _modules(form, tensors)
+    modules, small = _modules(form, tensors), _small(read, where)
     problems: list[Problem] = []
+    if not modules:
+        what = f"quantization_config says {form}, and no tensor is packed like that"
+        problems.append(Problem(what, where, FETCH))
     decodings: dict[str, Decoding] = {}
     for path, parts in modules.items():
         with gathered(problems):
-            module = PackedModule(path=path, parts=parts, where=where, read=_small(read, where))
+            module = PackedModule(path=path, parts=parts, where=where, read=small)
             decodings[f"{path}.weight"] = form.decoding(module)
     used = {stored.tensor.name for parts in modules.values() for stored in parts.values()}
     rest = [stored for stored in tensors if stored.tensor.name not in used]
     problems += _left_over(rest, modules, where)
     zeros: list[str] = []
     with gathered(problems):
-        zeros = _empty_biases(rest, config, modules, _small(read, where), where)
-    if not modules:
-        what = f"quantization_config says {form}, and no tensor is packed like that"
-        problems.append(Problem(what, where, FETCH))
+        zeros = _empty_biases(rest, config, modules, small, where)
     if problems:
         raise InputError(problems)
     notes = [f"{counted(len(decodings), 'weight')} of the base decoded from {form}"]

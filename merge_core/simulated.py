@@ -9,6 +9,7 @@ from typing import Any
 from merge_core.decoding.nf4 import BLOCK, Nf4Rounding
 from merge_core.decoding.stored import Stored
 from merge_core.errors import InputError, Problem, counted, refuse, shortened
+from merge_core.layout import TensorSpec
 from merge_core.quantised import Decodings, Read, quantisation_of
 
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -34,26 +35,27 @@ def round_to_nf4(
     if config.get("model_type") != "qwen2":
         what = f"which layers of {shortened(config.get('model_type'))} are rounded is not known"
         raise refuse(what, where, "Leave --simulate-nf4 out")
-    problems, by_name = [], {}
-    for stored in tensors:
-        tensor = stored.tensor
-        if not tensor.name.endswith(tuple(f".{module}.weight" for module in _LINEAR)):
-            continue
-        if tensor.dtype not in _FLOATS or len(tensor.shape) != 2:
-            what = f"is {tensor.dtype} {list(tensor.shape)}, not a matrix of values"
-        elif not math.prod(tensor.shape) or math.prod(tensor.shape) % BLOCK:
-            what = f"is {list(tensor.shape)}, which is no multiple of {BLOCK} elements"
-        else:
-            by_name[tensor.name] = Nf4Rounding(weight=stored)
-            continue
-        remedy = "Leave --simulate-nf4 out"
-        problems.append(Problem(f"tensor {tensor.name!r} {what}", where, remedy))
+    ends = tuple(f".{module}.weight" for module in _LINEAR)
+    linear = [stored for stored in tensors if stored.tensor.name.endswith(ends)]
+    problems = [
+        Problem(f"tensor {stored.tensor.name!r} {wrong}", where, "Leave --simulate-nf4 out")
+        for stored in linear
+        if (wrong := _unfit(stored.tensor)) is not None
+    ]
     if problems:
         raise InputError(problems)
-    note = f"{counted(len(by_name), 'weight')} of the base rounded to NF4, blocks of {BLOCK}"
+    note = f"{counted(len(linear), 'weight')} of the base rounded to NF4, blocks of {BLOCK}"
     return Decodings(
-        by_name=by_name,
-        parts=frozenset(by_name),
+        by_name={stored.tensor.name: Nf4Rounding(weight=stored) for stored in linear},
+        parts=frozenset(stored.tensor.name for stored in linear),
         dtype=None,
         notes=(f"{note}, double quantisation",),
     )
+
+
+def _unfit(tensor: TensorSpec) -> str | None:
+    if tensor.dtype not in _FLOATS or len(tensor.shape) != 2:
+        return f"is {tensor.dtype} {list(tensor.shape)}, not a matrix of values"
+    if not tensor.nbytes or math.prod(tensor.shape) % BLOCK:
+        return f"is {list(tensor.shape)}, not a multiple of {BLOCK} elements"
+    return None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from packers import Awq, Format, Fp8, Gptq, QuantisedBase, write_quantised
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from cluster.estimate import DECODING_SPEED
+from merge_core.decoding import Decoding
 from merge_core.ledger import Receipt
 from merge_core.memory import lane_need
 from merge_core.merge import merge
@@ -198,6 +201,7 @@ def test_the_command_decodes_where_it_is_asked_to_and_says_how(
     assert refused.exit_code == 2
     assert "quantised ('gptq')" in refused.output
     assert "Give --dequantize" in refused.output
+    assert "problems" not in refused.output  # not what the packed names look like unpacked
 
     done = CliRunner().invoke(app, [*words, "--dequantize"])
     assert done.exit_code == 0
@@ -219,3 +223,10 @@ def test_plan_and_checks_can_be_sent_to_workers(base: QuantisedBase, adapter: Pa
     tensors = unpacked(open_base(base.path), config)
     assert pickle.loads(pickle.dumps(tensors)) == tensors
     assert len(set(tensors.values())) == len(GEOMETRY.shapes)
+
+
+def test_every_decoding_has_a_speed_to_reckon_with() -> None:
+    kinds = {field.default for one in get_args(Decoding) for field in fields(one)[-1:]}
+
+    assert kinds == DECODING_SPEED.keys()
+    assert len(kinds) == len(get_args(Decoding))

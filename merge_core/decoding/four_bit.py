@@ -127,44 +127,43 @@ def four_bit_decoding(module: PackedModule) -> FourBitDecoding:
     """
     state = next((state for state in STATES if state in module.parts), STATES[0])
     module.require("weight", "weight.absmax", "weight.quant_map", state)
-    said = _description(module, state)
+    said, parts = _description(module, state), module.parts
     shape: tuple[int, int] = (said["shape"][0], said["shape"][1])
-    count = math.prod(shape)
-    blocks = -(-count // said["blocksize"])
-    nested = "nested_blocksize" in said
-    weight = module.parts["weight"].tensor
-    if weight.nbytes != -(-count // 2):
-        module.wrong(
-            f"{weight.name} has {weight.nbytes} bytes, {list(shape)} takes {-(-count // 2)}"
-        )
-    module.expect("weight.absmax", ["U8" if nested else "F32"], (blocks,))
+    size, found = -(-math.prod(shape) // 2), parts["weight"].tensor.nbytes
+    if found != size:
+        module.wrong(f"{module.path}.weight has {found} bytes, {list(shape)} takes {size}")
+    blocks = -(-math.prod(shape) // said["blocksize"])
+    nested = _nested(module, said, blocks)
+    module.expect("weight.absmax", ["F32" if nested is None else "U8"], (blocks,))
     module.expect("weight.quant_map", ["F32"], (16,))
-    extra = [part for part in module.parts if part.startswith("weight.nested_")]
-    if nested:
-        module.require("weight.nested_absmax", "weight.nested_quant_map")
-        groups = -(-blocks // said["nested_blocksize"])
-        module.expect("weight.nested_absmax", ["F32"], (groups,))
-        module.expect("weight.nested_quant_map", ["F32"], (256,))
-    elif extra:
-        module.wrong(f"{module.path}.{extra[0]} is there, and its state says nothing of it")
     module.check()
-    parts = module.parts
     return FourBitDecoding(
         weight=parts["weight"],
         absmax=parts["weight.absmax"],
         quant_map=parts["weight.quant_map"],
-        nested=Nested(
-            absmax=parts["weight.nested_absmax"],
-            quant_map=parts["weight.nested_quant_map"],
-            block=said["nested_blocksize"],
-            offset=said["nested_offset"],
-        )
-        if nested
-        else None,
+        nested=nested,
         state=parts[state],
         block=said["blocksize"],
         shape=shape,
         dtype=DTYPE_NAMES[said["dtype"]],
+    )
+
+
+def _nested(module: PackedModule, said: Mapping[str, Any], blocks: int) -> Nested | None:
+    """How the absmax of so many blocks is quantised, if it is."""
+    names = ("weight.nested_absmax", "weight.nested_quant_map")
+    if "nested_blocksize" not in said:
+        for name in [name for name in names if name in module.parts]:
+            module.wrong(f"{module.path}.{name} is there, and its state says nothing of it")
+        return None
+    module.require(*names)
+    module.expect(names[0], ["F32"], (-(-blocks // said["nested_blocksize"]),))
+    module.expect(names[1], ["F32"], (256,))
+    return Nested(
+        absmax=module.parts[names[0]],
+        quant_map=module.parts[names[1]],
+        block=said["nested_blocksize"],
+        offset=said["nested_offset"],
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,31 +47,44 @@ def unpacked(tensors: Mapping[str, BaseTensor], config: Mapping[str, Any]) -> di
     if not said:
         return dict(tensors)
     method = _method(said)
-    modules: dict[str, dict[str, BaseTensor]] = {}
-    rest = dict(tensors)
-    for name in tensors:
-        for ending in _ENDINGS[method]:
-            if name.endswith(f".{ending}"):
-                module = name.removesuffix(f".{ending}")
-                modules.setdefault(module, {})[ending] = rest.pop(name)
+    modules = _modules(tensors, _ENDINGS[method])
+    used = {part.entry.name for parts in modules.values() for part in parts.values()}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in used}
     for module, parts in modules.items():
-        if parts.keys() == {"weight"} and parts["weight"].entry.dtype in FLOATS:
-            rest[f"{module}.weight"] = parts["weight"]
-            continue
         name = f"{module}.weight"
         try:
             rest[name] = _weight(name, method, parts, said)
         except (KeyError, TypeError, ValueError, OSError) as error:
             what = f"its parts cannot be understood ({error!r})"
             raise refuse(what, f"tensor {name!r} of the base", _REMEDY) from error
-    empty = [
-        name
-        for name, tensor in rest.items()
-        if name.endswith(_BIASLESS)
-        and name.removesuffix(".bias") in modules
-        and not _bytes_of(tensor).any()
-    ]
+    empty = set(_empty(rest)) if config.get("model_type") in ("qwen2", "qwen2_moe") else set()
     return {name: tensor for name, tensor in rest.items() if name not in empty}
+
+
+def _modules(
+    tensors: Mapping[str, BaseTensor], endings: Sequence[str]
+) -> dict[str, dict[str, BaseTensor]]:
+    """The parts of each packed weight; a weight of floats alone is none."""
+    modules: dict[str, dict[str, BaseTensor]] = {}
+    for name, tensor in tensors.items():
+        for ending in endings:
+            if name.endswith(f".{ending}"):
+                modules.setdefault(name.removesuffix(f".{ending}"), {})[ending] = tensor
+    return {
+        path: parts
+        for path, parts in modules.items()
+        if parts.keys() != {"weight"} or parts["weight"].entry.dtype not in FLOATS
+    }
+
+
+def _empty(tensors: Mapping[str, BaseTensor]) -> Iterator[str]:
+    """Biases of zeros beside packed weights, where a Qwen2 has none."""
+    for name, tensor in tensors.items():
+        weight = tensors.get(f"{name.removesuffix('.bias')}.weight")
+        if not name.endswith(_BIASLESS) or weight is None or weight.packing is None:
+            continue
+        if not _bytes_of(tensor).any():
+            yield name
 
 
 def rounded(tensors: Mapping[str, BaseTensor]) -> dict[str, BaseTensor]:

@@ -1,6 +1,6 @@
 """The values of packed weights, in numpy, some rows at a time.
 
-Each is worked out from the bits: a code is unpacked bit by bit, a float8 from its sign, exponent
+Each is worked out from the bits: a code from its place in a word, a float8 from its sign, exponent
 and fraction. The products are the formats' own, in float32, rounded once to the weight's dtype:
 
     gptq, awq    scale * (code - zero)
@@ -59,36 +59,37 @@ Rows = Callable[[int, int], Values]
 
 def _gptq(parts: Mapping[str, Array], packing: Packing, tensor: BaseTensor) -> Rows:
     bits, size, less = (packing.settings[key] for key in ("bits", "group", "less"))
-    zeros = _codes(parts["qzeros"], bits).T.astype(np.int64) + less
-    scales = _floats(parts, packing, "scales").T
+    zeros = _codes(parts["qzeros"].T, bits).T.astype(np.float32) + np.float32(less)
+    scales = _floats(parts, packing, "scales")
     width = tensor.entry.shape[1]
     groups = np.asarray(parts["g_idx"]) if "g_idx" in parts else np.arange(width) // size
 
     def rows(top: int, bottom: int) -> Values:
-        codes = _codes(np.ascontiguousarray(parts["qweight"][:, top:bottom].T), bits)
-        difference = (codes - zeros[top:bottom, groups]).astype(np.float32)
-        product: Values = difference * scales[top:bottom, groups]
-        return product
+        values = _codes(parts["qweight"][:, top:bottom], bits).astype(np.float32)
+        values -= zeros[:, top:bottom][groups]
+        values *= scales[:, top:bottom][groups]
+        return values.T
 
     return rows
 
 
 def _awq(parts: Mapping[str, Array], packing: Packing, tensor: BaseTensor) -> Rows:
     groups = np.arange(tensor.entry.shape[1]) // packing.settings["group"]
-    scales = _floats(parts, packing, "scales").T
+    scales = _floats(parts, packing, "scales")
 
-    def columns(words: Array) -> npt.NDArray[np.int64]:
-        codes = _codes(np.ascontiguousarray(words), 4).reshape(len(words), -1, 8)
-        return codes[:, :, _AWQ].reshape(len(words), -1).T.astype(np.int64)
+    def columns(words: Array) -> Values:
+        codes = np.stack([words >> 4 * place & 15 for place in _AWQ], axis=2)
+        return codes.reshape(len(words), -1).astype(np.float32)
 
     zeros = columns(parts["qzeros"])
 
     def rows(top: int, bottom: int) -> Values:
         first = top // 8
-        codes = columns(parts["qweight"][:, first : -(-bottom // 8)])
-        codes = codes[top - 8 * first : bottom - 8 * first]
-        difference = (codes - zeros[top:bottom, groups]).astype(np.float32)
-        return difference * scales[top:bottom, groups]
+        values = columns(parts["qweight"][:, first : -(-bottom // 8)])
+        values = values[:, top - 8 * first : bottom - 8 * first]
+        values -= zeros[:, top:bottom][groups]
+        values *= scales[:, top:bottom][groups]
+        return values.T
 
     return rows
 
@@ -198,11 +199,14 @@ _DECODERS = {
 
 
 def _codes(words: Array, bits: int) -> npt.NDArray[np.uint8]:
-    """[rows, words] to the numbers in each row, from the lowest bit of the first word on."""
-    single = np.unpackbits(
-        np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little"
-    ).reshape(len(words), -1, bits)
-    return np.packbits(single, axis=2, bitorder="little")[..., 0]
+    """[words, columns] to the numbers in each column, from the lowest bit of the first word on."""
+    columns = words.shape[1]
+    if 32 % bits == 0:
+        places = [words >> shift & (1 << bits) - 1 for shift in range(0, 32, bits)]
+        return np.stack(places, axis=1).astype(np.uint8).reshape(-1, columns)
+    raw = np.ascontiguousarray(words.T).view(np.uint8)
+    single = np.unpackbits(raw, axis=1, bitorder="little").reshape(columns, -1, bits)
+    return np.packbits(single, axis=2, bitorder="little")[..., 0].T
 
 
 def _float8_values() -> Values:
