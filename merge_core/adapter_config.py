@@ -7,20 +7,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from merge_core.config_values import are_names, at_end, is_regex, malformed, whole
+from merge_core.config_values import are_names, at_end, is_regex, malformed, malformed_tuner, whole
 from merge_core.errors import InputError, Problem, shortened
 from merge_core.peft_fields import (
     FEATURE_FIELDS,
     INERT_FIELDS,
+    NORM_FIELDS,
     PLAIN_INITS,
     READ_FIELDS,
     TOKEN_FIELDS,
-    TUNERS,
 )
+from merge_core.peft_tuners import COMMON_FIELDS, REFUSED, RUNS_ALONE, TUNERS
 
 T = TypeVar("T")
 
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
+_READ = {"LORA": READ_FIELDS, "TRAINABLE_TOKENS": TOKEN_FIELDS, "LN_TUNING": NORM_FIELDS}
 
 _NOT_YET = "Merge this adapter with PEFT's merge_and_unload for now"
 _REPAIR = "Save the adapter again with PEFT"
@@ -31,18 +34,20 @@ class AdapterConfig:
     """The fields that decide what an adapter does."""
 
     peft_type: str
-    """``LORA`` or ``TRAINABLE_TOKENS``."""
-    rank: int
-    alpha: float
-    rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    """``LORA``, ``TRAINABLE_TOKENS``, ``LN_TUNING`` or one of ``peft_tuners.TUNERS``."""
+    rank: int = 8
+    alpha: float = 8
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """These five are of LoRA alone."""
     fan_in_fan_out: bool
     dora: bool = False
     lora_bias: bool = False
     """Whether B has a bias."""
     bias: str = "none"
-    """Which biases of the base were trained: ``none``, ``all`` or ``lora_only``."""
+    """Which biases of the base were trained: ``none``, ``all``, or those of the tuner's own layers,
+    such as ``lora_only``."""
     saved: tuple[str, ...] = ()
     """``modules_to_save``: names of modules that were trained as a whole."""
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -51,6 +56,8 @@ class AdapterConfig:
     """Whether what was trained of tied embeddings was trained of the head as well."""
     targets: str | tuple[str, ...] = ()
     """``target_modules``; empty where other fields narrow it down, so that it says nothing."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """All of them, where PEFT is to read them."""
 
     def is_target(self, module: str) -> bool:
         """Whether the config says that ``module`` was trained (PEFT: a regex, or suffixes)."""
@@ -64,7 +71,7 @@ class AdapterConfig:
 
     def trains_bias(self, *, beside_factors: bool) -> bool:
         """Whether the bias of a module that has factors, or has none, was trained."""
-        return self.bias == "all" or (self.bias == "lora_only" and beside_factors)
+        return self.bias == "all" or (self.bias.endswith("_only") and beside_factors)
 
     def tokens_of(self, module: str) -> tuple[int, ...] | None:
         """The rows of ``module`` that were trained; None if the config names none."""
@@ -116,13 +123,33 @@ def read_config(fields: Mapping[str, Any], where: str) -> AdapterConfig:
             raymeld does not merge yet.
     """
     kind = fields.get("peft_type")
-    if kind not in ("LORA", "TRAINABLE_TOKENS"):
-        raise InputError([_other_tuner(kind, where)])
-    problems = [*_unsupported(fields, where), *_unknown(fields, where), *malformed(fields, where)]
+    if kind not in _READ and kind not in TUNERS:
+        raise InputError([_no_merge(kind, where)])
+    own = kind in TUNERS
+    problems = [
+        *_unsupported(fields, where),
+        *_unknown(fields, where),
+        *(malformed_tuner(fields, where) if own else malformed(fields, where)),
+    ]
     if problems:
         raise InputError(problems)
+    return _of_tuner(fields) if own else _of_lora(fields)
+
+
+def _of_tuner(fields: Mapping[str, Any]) -> AdapterConfig:
     return AdapterConfig(
-        peft_type=str(kind),
+        peft_type=fields["peft_type"],
+        fan_in_fan_out=fields.get("fan_in_fan_out") or False,
+        bias=fields.get("bias") or "none",
+        saved=tuple(fields.get("modules_to_save") or ()),
+        targets=_targets(fields),
+        fields=fields,
+    )
+
+
+def _of_lora(fields: Mapping[str, Any]) -> AdapterConfig:
+    return AdapterConfig(
+        peft_type=fields["peft_type"],
         rank=fields.get("r", 8),
         alpha=fields.get("lora_alpha", 8),
         rslora=fields.get("use_rslora") or False,
@@ -135,7 +162,7 @@ def read_config(fields: Mapping[str, Any], where: str) -> AdapterConfig:
         saved=tuple(fields.get("modules_to_save") or ()),
         tokens=_tokens(fields),
         ensures_tying=fields.get("ensure_weight_tying") or False,
-        targets=_targets(fields) if kind == "LORA" else (),
+        targets=() if fields["peft_type"] == "TRAINABLE_TOKENS" else _targets(fields),
     )
 
 
@@ -170,9 +197,10 @@ def _first_match(pattern: Mapping[str, T], module: str, default: T) -> T:
     return default
 
 
-def _other_tuner(kind: Any, where: str) -> Problem:
-    if isinstance(kind, str) and kind in TUNERS:
-        return Problem(f"peft_type {kind} is not merged yet", where, _NOT_YET)
+def _no_merge(kind: Any, where: str) -> Problem:
+    if isinstance(kind, str) and kind in REFUSED:
+        what = f"peft_type {kind} is not merged: {REFUSED[kind]}"
+        return Problem(what, where, "Use it as an adapter, with PEFT")
     return Problem(f"peft_type is {shortened(kind)}, which is no PEFT type", where, _REPAIR)
 
 
@@ -180,6 +208,11 @@ def _unsupported(fields: Mapping[str, Any], where: str) -> list[Problem]:
     problems = [
         Problem(f"{feature} is not merged yet ({name} is set)", where, _NOT_YET)
         for name, feature in FEATURE_FIELDS.items()
+        if fields.get(name)
+    ]
+    problems += [
+        Problem(f"{name} is set: {why}", where, "Use it as an adapter, with PEFT")
+        for name, why in RUNS_ALONE.items()
         if fields.get(name)
     ]
     init = fields.get("init_lora_weights", True)
@@ -195,8 +228,9 @@ def _unsupported(fields: Mapping[str, Any], where: str) -> list[Problem]:
 
 
 def _unknown(fields: Mapping[str, Any], where: str) -> list[Problem]:
-    read = READ_FIELDS if fields.get("peft_type") == "LORA" else TOKEN_FIELDS
-    known = read | INERT_FIELDS | FEATURE_FIELDS.keys()
+    kind = fields["peft_type"]
+    read = COMMON_FIELDS | TUNERS[kind].fields if kind in TUNERS else _READ[kind]
+    known = read | INERT_FIELDS | FEATURE_FIELDS.keys() | RUNS_ALONE.keys()
     return [
         Problem(
             f"field {shortened(name)} = {shortened(value)} is not known and could change the"

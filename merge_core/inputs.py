@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,7 @@ from merge_core.lanes import TORCH_DTYPES, aligned
 from merge_core.layout import TensorSpec
 from merge_core.plan import MergePlan, Shard, TensorTask
 from merge_core.storage import SLACK, RangeReader
+from merge_core.updates.tuning import Tuning
 
 
 class Inputs:
@@ -25,7 +27,8 @@ class Inputs:
     """
 
     def __init__(self, plan: MergePlan) -> None:
-        self._plan = plan
+        self.plan = plan
+        self.tasks = {task.target.name: task for task in plan.tasks}
         with contextlib.ExitStack() as inputs:
             opened = inputs.enter_context
             self.factors = [opened(closing(FactorSource(one))) for one in plan.adapters]
@@ -59,9 +62,9 @@ class Inputs:
         """
         sources = [task.source for task in shard.tasks]
         for file in {source.file for source in sources if source.file is not None}:
-            self._plan.base_files[file].check(self._plan.base)
+            self.plan.base_files[file].check(self.plan.base)
         for number in {source.adapter for source in sources if source.adapter is not None}:
-            adapter = self._plan.adapters[number]
+            adapter = self.plan.adapters[number]
             adapter.file.check(adapter.path)
 
     def close(self) -> None:
@@ -83,11 +86,38 @@ class TaskInputs:
 
     def base_rows(self) -> Iterator[tuple[int, torch.Tensor]]:
         """See ``Loading``."""
-        (rows, width), source = self.task.matrix, self.task.source
+        return self._rows_of(self.task)
+
+    def stored(self, adapter: int, tensor: TensorSpec) -> torch.Tensor:
+        """See ``Loading``."""
+        return self.inputs.factors[adapter].load(tensor, self.device)
+
+    def whole(self, name: str) -> torch.Tensor:
+        """See ``Loading``."""
+        task = self.task if name == self.task.target.name else self.inputs.tasks[name]
+        (rows, width), shape = task.matrix, task.source.tensor.shape
+        into = torch.empty((rows, width), dtype=torch.float32, device=self.device)
+        for top, part in self._rows_of(task):
+            into[top : top + len(part)] = part
+        return into.view(shape)
+
+    def tuning(self, adapter: int) -> Tuning:
+        """See ``Loading``."""
+        found = self.inputs.plan.adapters[adapter].tuning
+        if found is None:
+            raise AssertionError("what PEFT merges has a tuning")
+        return found
+
+    def path(self, adapter: int) -> Path:
+        """See ``Loading``."""
+        return self.inputs.plan.adapters[adapter].path
+
+    def _rows_of(self, task: TensorTask) -> Iterator[tuple[int, torch.Tensor]]:
+        (rows, width), source = task.matrix, task.source
         row_bytes, step = width * source.dtype_bytes, block_rows(width, self.device.type)
         buffer = aligned(step * row_bytes + SLACK, self.device).numpy().data
         for top in range(0, rows, step):
             bottom = min(top + step, rows)
-            view = self.inputs.read(self.task, top * row_bytes, bottom * row_bytes, buffer)
+            view = self.inputs.read(task, top * row_bytes, bottom * row_bytes, buffer)
             stored = torch.frombuffer(view, dtype=TORCH_DTYPES[source.tensor.dtype])
             yield top, stored.view(-1, width).to(self.device, torch.float32)

@@ -14,6 +14,7 @@ from merge_core.orientation import check_mergeable, is_transposed
 from merge_core.plan import Source, Twins
 from merge_core.trained import LowRankPair, TokenRows, has_token_rows
 from merge_core.updates import DoraUpdate, LowRankUpdate, RowsUpdate, ShiftUpdate, Update
+from merge_core.updates.tuning import Tuning
 
 _OTHER_BASE = "Give the base that this adapter was trained on"
 
@@ -32,6 +33,8 @@ class Matched:
     config_changes: dict[str, Any] = field(default_factory=dict)
     """Fields of config.json that the adapters change."""
     notes: list[str] = field(default_factory=list)
+    tunings: dict[int, Tuning] = field(default_factory=dict)
+    """By the number of the adapter: what PEFT is to merge."""
 
     @classmethod
     def of(cls, bases: Mapping[str, Source]) -> Matched:

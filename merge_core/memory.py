@@ -14,8 +14,9 @@ from merge_core.digest import CELL_BYTES
 from merge_core.errors import DeviceMemoryError, counted
 from merge_core.layout import DTYPE_BYTES, TensorSpec
 from merge_core.nvidia import GpuProcess
-from merge_core.plan import MergePlan
+from merge_core.plan import MergePlan, TensorTask
 from merge_core.storage import SLACK
+from merge_core.updates import Update
 
 MAX_LANES = 8
 """While some lanes multiply, enough others must wait on the disk to keep it busy: on two cores a
@@ -59,16 +60,18 @@ class LaneNeed:
     factors: int
     """Of the tensor with the largest factors, in float32. Each lane holds on to those of its last
     block, and one more tensor's are being loaded."""
+    layer: int = 0
+    """For the largest layer that PEFT merges: of these there is one at a time."""
 
     def on_host(self, lanes: int, device: str) -> int:
         """Host memory for that many lanes, without the runtime."""
         each = self.inbox + self.outbox + (4 * self.scratch * self.block if device == "cpu" else 0)
-        return lanes * each + (lanes + 1) * self.factors
+        return lanes * each + (lanes + 1) * self.factors + self.layer
 
     def on_device(self, lanes: int) -> int:
         """VRAM for that many lanes."""
         each = self.inbox + self.outbox + 4 * self.scratch * self.block
-        return lanes * each + (lanes + 1) * self.factors
+        return lanes * each + (lanes + 1) * self.factors + self.layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +89,7 @@ def lane_need(plan: MergePlan, device: str, read_bytes: int) -> LaneNeed:
     Args:
         device: ``cpu`` or ``cuda``; the blocks of the product differ.
     """
-    widening, rest, block, scratch, factors = 1.0, 0, 0, 0, 0
+    widening, rest, block, scratch, factors, layer = 1.0, 0, 0, 0, 0, 0
     for task in plan.tasks:
         ratio = task.source.dtype_bytes / DTYPE_BYTES[task.target.dtype]
         widening = max(widening, ratio)
@@ -94,7 +97,8 @@ def lane_need(plan: MergePlan, device: str, read_bytes: int) -> LaneNeed:
             rows, width = task.matrix
             block = max(block, largest_block(rows, width, device))
             scratch = max(scratch, 4 if task.whole_rows else 2)
-            loaded = sum(4 * _elements(*update.tensors) for update in task.updates)
+            loaded = sum(_loaded(update, task) for update in task.updates)
+            layer = max(layer, *(_layer(update, plan) for update in task.updates))
             if task.column_norms:
                 loaded += NORM_BYTES * largest_block(rows, width, device)
             factors = max(factors, loaded)
@@ -106,6 +110,7 @@ def lane_need(plan: MergePlan, device: str, read_bytes: int) -> LaneNeed:
         block=block,
         scratch=scratch,
         factors=factors,
+        layer=layer,
     )
 
 
@@ -153,6 +158,22 @@ def _meminfo_available() -> int:
 
 def _elements(*factors: TensorSpec) -> int:
     return sum(math.prod(factor.shape) for factor in factors)
+
+
+def _loaded(update: Update, task: TensorTask) -> int:
+    """Bytes that an update holds on the device: of what PEFT merges, the result."""
+    if update.kind == "through_peft":
+        return 4 * math.prod(task.matrix)
+    return 4 * _elements(*update.tensors)
+
+
+def _layer(update: Update, plan: MergePlan) -> int:
+    """Bytes that PEFT needs to merge the layer of an update."""
+    tuning = plan.adapters[update.adapter].tuning
+    if update.kind != "through_peft" or tuning is None:
+        return 0
+    tensors = (*update.tensors, *tuning.shared)
+    return 4 * (tuning.elements(update.layer) + 2 * _elements(*tensors))
 
 
 def _reason(lanes: int, read_bytes: int, host: int, vram: int, found: Memory) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 from merge_core.layout import DTYPE_BYTES, FileLayout, TensorSpec, lay_out
 from merge_core.storage import FileIdentity
 from merge_core.updates import Update
+from merge_core.updates.tuning import Tuning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,8 +62,8 @@ class TensorTask:
 
     @property
     def whole_rows(self) -> bool:
-        """Whether an element depends on all others of its row."""
-        return any(update.kind == "dora" for update in self.updates)
+        """Whether rows are made anew, each of them as a whole."""
+        return any(update.kind in ("dora", "through_peft") for update in self.updates)
 
     @property
     def column_norms(self) -> bool:
@@ -119,6 +120,8 @@ class AdapterInput:
     digests: Mapping[str, str]
     """Of the tensors that are used, by name; empty until ``factors.seal`` has read and checked
     them all."""
+    tuning: Tuning | None = None
+    """What PEFT is to merge of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +171,7 @@ class MergePlan:
             "config": [self.config, self.config_changes],
             "side_files": [[f.name, f.size] for f in self.side_files],
             "adapters": [[a.weight, dict(a.digests)] for a in self.adapters],
+            "tunings": [asdict(a.tuning) if a.tuning else None for a in self.adapters],
             "shards": [asdict(shard) for shard in self.shards],
         }
         text = json.dumps(covered, sort_keys=True, separators=(",", ":"))

@@ -19,6 +19,8 @@ from merge_core.orientation import MERGEABLE
 from merge_core.plan import AdapterInput, MergePlan, Shard, Source, TensorTask
 from merge_core.shards import OutputTensor, cut_shards, shard_name
 from merge_core.ties import HEAD, settle_ties, tied_embeddings
+from merge_core.tuning import tune
+from merge_core.updates.tuning import Tuning
 
 SHARD_BYTES = 2_000_000_000
 """Default --shard-size. Small enough that a lost worker costs seconds, large enough that a 72B
@@ -119,6 +121,9 @@ def _match(
     embeddings = tied_embeddings(checkpoint)
     ends = bases if embeddings is None else {**bases, HEAD: bases[embeddings]}
     matched = match(ends, checkpoint, adapters, problems)
+    for number, adapter in enumerate(adapters):
+        with gathered(problems):
+            tune(matched, number, adapter, checkpoint)
     if embeddings is not None:
         settle_ties(matched, embeddings, adapters, keep=keep_tied)
     with gathered(problems):
@@ -148,7 +153,9 @@ def _assemble(
         config=checkpoint.config,
         config_changes=_config_changes(checkpoint.config, matched, dtype),
         side_files=checkpoint.side_files,
-        adapters=tuple(map(_input, adapters)),
+        adapters=tuple(
+            _input(adapter, matched.tunings.get(number)) for number, adapter in enumerate(adapters)
+        ),
         twins=tuple(matched.twins),
         keep_tied=output.keep_tied,
         added=tuple(name for name in matched.sources if name not in there),
@@ -160,7 +167,7 @@ def _assemble(
     )
 
 
-def _input(adapter: Adapter) -> AdapterInput:
+def _input(adapter: Adapter, tuning: Tuning | None) -> AdapterInput:
     return AdapterInput(
         path=adapter.path,
         weight=adapter.weight,
@@ -168,6 +175,7 @@ def _input(adapter: Adapter) -> AdapterInput:
         file=adapter.file,
         config_file=adapter.config_file,
         digests={},
+        tuning=tuning,
     )
 
 

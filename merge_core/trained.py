@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from merge_core.adapter_config import AdapterConfig
 from merge_core.adapter_keys import Part, parse_key
 from merge_core.errors import InputError, Problem, counted, gathered, refuse
 from merge_core.layout import TensorSpec
 from merge_core.peft_fields import FEATURE_KEYS, TRAINING_KEYS
+from merge_core.tuned import Tuned, odd_dtypes, take_tuned
 
 DTYPES = frozenset({"F32", "F16", "BF16"})
 
@@ -57,6 +58,12 @@ class Trained:
     """Tensors that take the place of the base's, by their name there."""
     twins: tuple[tuple[TensorSpec, TensorSpec], ...]
     """Tensors that were saved twice, and must be the same."""
+    tuned: Tuned = field(default_factory=Tuned)
+
+    @property
+    def layers(self) -> Collection[str]:
+        """The modules that have anything of a tuner."""
+        return self.pairs.keys() | self.tuned.layers.keys()
 
 
 def read_trained(
@@ -71,15 +78,21 @@ def read_trained(
         InputError: with every tensor that is unknown, malformed, or not as the config says.
     """
     problems: list[Problem] = []
-    modules = _by_module(tensors, where, problems)
-    trained = None if config is None else _sorted_out(modules, config, where, problems)
+    tuned, others = take_tuned(tensors, config.peft_type if config else "")
+    problems += odd_dtypes(tuned, where)
+    modules = _by_module(others, where, problems)
+    trained = None if config is None else _sorted_out(modules, tuned, config, where, problems)
     if problems:
         raise InputError(problems)
     return trained
 
 
 def _sorted_out(
-    modules: Mapping[str, Parts], config: AdapterConfig, where: str, problems: list[Problem]
+    modules: Mapping[str, Parts],
+    tuned: Tuned,
+    config: AdapterConfig,
+    where: str,
+    problems: list[Problem],
 ) -> Trained:
     pairs: dict[str, LowRankPair] = {}
     tokens: dict[str, TokenRows] = {}
@@ -96,11 +109,13 @@ def _sorted_out(
     for module, parts in modules.items():
         for part, *others in _WHOLE:
             with gathered(problems):
-                brought = _brought(module, parts, (part, *others), config, where)
+                kinds = (part, *others)
+                beside = bool(parts.keys() & _FACTORS) or module in tuned.layers
+                brought = _brought(module, parts, kinds, config, where, has_factors=beside)
                 if brought is not None:
                     whole[f"{module}.{part}"] = brought
                     twins += [(brought, parts[kind]) for kind in others[:1] if kind in parts]
-    return Trained(pairs=pairs, tokens=tokens, whole=whole, twins=tuple(twins))
+    return Trained(pairs=pairs, tokens=tokens, whole=whole, twins=tuple(twins), tuned=tuned)
 
 
 _WHOLE = (
@@ -202,15 +217,21 @@ def _vector(
 
 
 def _brought(
-    module: str, parts: Parts, kinds: tuple[Part, ...], config: AdapterConfig, where: str
+    module: str,
+    parts: Parts,
+    kinds: tuple[Part, ...],
+    config: AdapterConfig,
+    where: str,
+    *,
+    has_factors: bool,
 ) -> TensorSpec | None:
     """The tensor that takes the place of the base's, if the config says why it is there."""
     part, saved, original = kinds
     found = next((parts[kind] for kind in kinds if kind in parts), None)
     if found is None:
         return None
-    name, has_factors = found.name, bool(parts.keys() & _FACTORS)
-    if ".base_layer." in name and not parts.keys() & {*_FACTORS, Part.TOKENS}:
+    name = found.name
+    if ".base_layer." in name and not has_factors and Part.TOKENS not in parts:
         what = f"{name!r} stands beside factors, and there are none of this module"
         raise refuse(what, where, _REPAIR)
     if not parts.keys() & {part, saved}:
@@ -219,7 +240,9 @@ def _brought(
     if parts.keys() & {saved, original} and not named:
         what = f"{name!r} is there, and modules_to_save does not name its module"
         raise refuse(what, where, _OTHER_CONFIG)
-    if part == Part.BIAS:
+    if ".ln_tuning_layers." in name:
+        explained = config.peft_type == "LN_TUNING"
+    elif part == Part.BIAS:
         explained = config.trains_bias(beside_factors=has_factors)
     else:
         explained = has_factors or has_token_rows(module)

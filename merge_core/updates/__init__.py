@@ -10,7 +10,8 @@ from merge_core.updates.dora import DoraUpdate
 from merge_core.updates.low_rank import LowRankUpdate
 from merge_core.updates.rows import RowsUpdate
 from merge_core.updates.shift import ShiftUpdate
+from merge_core.updates.through_peft import PeftUpdate
 
-Update = LowRankUpdate | ShiftUpdate | DoraUpdate | RowsUpdate
+Update = LowRankUpdate | ShiftUpdate | DoraUpdate | RowsUpdate | PeftUpdate
 
-__all__ = ["DoraUpdate", "LowRankUpdate", "RowsUpdate", "ShiftUpdate", "Update"]
+__all__ = ["DoraUpdate", "LowRankUpdate", "PeftUpdate", "RowsUpdate", "ShiftUpdate", "Update"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from merge_core.layout import TensorSpec
+from merge_core.updates.tuning import Tuning
 
 if TYPE_CHECKING:
     import torch
@@ -22,4 +24,20 @@ class Loading(Protocol):
         """The whole base tensor in float32 on the device, some rows at a time, each time with the
         number of the first.
         """
+        ...
+
+    def stored(self, adapter: int, tensor: TensorSpec) -> torch.Tensor:
+        """A tensor of an adapter on the device: integers as they are, all else in float32."""
+        ...
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A whole tensor as the updates find it, in float32 on the device."""
+        ...
+
+    def tuning(self, adapter: int) -> Tuning:
+        """What all updates of an adapter share that PEFT merges."""
+        ...
+
+    def path(self, adapter: int) -> Path:
+        """The adapter's directory, for messages."""
         ...
