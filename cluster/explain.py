@@ -14,6 +14,7 @@ _KINDS = {
     "dora": "DoRA",
     "shift": "a bias on B",
     "rows": "trained tokens",
+    "through_peft": "a layer of PEFT's own",
 }
 """By the kind of an update, see ``merge_core.updates``."""
 

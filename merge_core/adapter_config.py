@@ -17,7 +17,9 @@ from merge_core.peft_fields import (
     READ_FIELDS,
     TOKEN_FIELDS,
 )
-from merge_core.peft_tuners import COMMON_FIELDS, REFUSED, RUNS_ALONE, TUNERS
+from merge_core.peft_tuners import TUNERS
+from merge_core.refused_tuners import REFUSED, REFUSED_FIELDS
+from merge_core.tuner import COMMON_FIELDS
 
 T = TypeVar("T")
 
@@ -123,7 +125,7 @@ def read_config(fields: Mapping[str, Any], where: str) -> AdapterConfig:
             raymeld does not merge yet.
     """
     kind = fields.get("peft_type")
-    if kind not in _READ and kind not in TUNERS:
+    if not isinstance(kind, str) or kind not in _READ.keys() | TUNERS.keys():
         raise InputError([_no_merge(kind, where)])
     own = kind in TUNERS
     problems = [
@@ -212,7 +214,7 @@ def _unsupported(fields: Mapping[str, Any], where: str) -> list[Problem]:
     ]
     problems += [
         Problem(f"{name} is set: {why}", where, "Use it as an adapter, with PEFT")
-        for name, why in RUNS_ALONE.items()
+        for name, why in REFUSED_FIELDS.items()
         if fields.get(name)
     ]
     init = fields.get("init_lora_weights", True)
@@ -230,7 +232,7 @@ def _unsupported(fields: Mapping[str, Any], where: str) -> list[Problem]:
 def _unknown(fields: Mapping[str, Any], where: str) -> list[Problem]:
     kind = fields["peft_type"]
     read = COMMON_FIELDS | TUNERS[kind].fields if kind in TUNERS else _READ[kind]
-    known = read | INERT_FIELDS | FEATURE_FIELDS.keys() | RUNS_ALONE.keys()
+    known = read | INERT_FIELDS | FEATURE_FIELDS.keys() | REFUSED_FIELDS.keys()
     return [
         Problem(
             f"field {shortened(name)} = {shortened(value)} is not known and could change the"

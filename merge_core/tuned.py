@@ -11,7 +11,8 @@ from typing import Any
 from merge_core.adapter_keys import PREFIX
 from merge_core.errors import Problem, some_of
 from merge_core.layout import TensorSpec
-from merge_core.peft_tuners import TUNERS, Form, Tuner
+from merge_core.peft_tuners import TUNERS
+from merge_core.tuner import Form, Tuner
 
 _MODEL = "base_model."
 _REPAIR = "Save the adapter again with PEFT; the file is damaged or incomplete"

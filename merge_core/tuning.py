@@ -12,8 +12,9 @@ from merge_core.checkpoint import Checkpoint
 from merge_core.errors import InputError, Problem, gathered, refuse, some_of
 from merge_core.matching import Matched
 from merge_core.orientation import CONV1D_MODELS, LINEAR_MODELS, check_mergeable
-from merge_core.peft_tuners import TUNERS, Tuner
+from merge_core.peft_tuners import TUNERS
 from merge_core.tuned import MismatchError, Sizes, check_parts, check_shared, unlike_others
+from merge_core.tuner import Tuner
 from merge_core.updates import PeftUpdate
 from merge_core.updates.tuning import Kind, Layer, Others, Tuning
 
@@ -25,7 +26,6 @@ _PATTERNS = {
     "rank_pattern": ("r", "init_r"),
     "block_size_pattern": ("block_size",),
     "n_frequency_pattern": ("n_frequency",),
-    "proportional_parameters": ("n_frequency",),
 }
 """Fields that, when set, give some layers another value of a field than the config's own."""
 

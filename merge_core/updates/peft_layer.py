@@ -155,13 +155,14 @@ _ELSEWHERE = {"bias": "none", "modules_to_save": None}
 
 
 def _load(model: PeftModel, layer: Layer, held: State, at: str) -> None:
-    """Load the layer's tensors, of which there must be exactly those that PEFT would save."""
-    set_peft_model_state_dict(model, dict(held))
+    """Load the layer's tensors: all that PEFT would save, and none that it does not know."""
+    model.eval()  # some draw random numbers otherwise
+    loaded = set_peft_model_state_dict(model, dict(held))
     saved = get_peft_model_state_dict(model, save_embedding_layers=False)
     module = f"{_MODULE}{layer.path}."
     wanted = {name for name in saved if name.startswith(module) or not name.startswith(_MODULE)}
     remedy = "Save the adapter again with PEFT"
     if missing := sorted(wanted - held.keys()):
         raise refuse(f"PEFT needs {some_of(missing)}, which the file lacks", at, remedy)
-    if unknown := sorted(held.keys() - wanted):
+    if unknown := loaded.unexpected_keys:
         raise refuse(f"PEFT does not know {some_of(unknown)}", at, remedy)
