@@ -98,7 +98,7 @@ def lane_need(plan: MergePlan, device: str, read_bytes: int) -> LaneNeed:
             block = max(block, largest_block(rows, width, device))
             scratch = max(scratch, 4 if task.whole_rows else 2)
             loaded = sum(_loaded(update, task) for update in task.updates)
-            layer = max(layer, *(_layer(update, plan) for update in task.updates))
+            layer = max(layer, *(layer_bytes(update, plan) for update in task.updates))
             if task.column_norms:
                 loaded += NORM_BYTES * largest_block(rows, width, device)
             factors = max(factors, loaded)
@@ -167,8 +167,8 @@ def _loaded(update: Update, task: TensorTask) -> int:
     return 4 * _elements(*update.tensors)
 
 
-def _layer(update: Update, plan: MergePlan) -> int:
-    """Bytes that PEFT needs to merge the layer of an update."""
+def layer_bytes(update: Update, plan: MergePlan) -> int:
+    """Bytes that PEFT needs to merge the layer of an update; 0 where it does not merge it."""
     tuning = plan.adapters[update.adapter].tuning
     if update.kind != "through_peft" or tuning is None:
         return 0

@@ -24,7 +24,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
         "ADALORA": Tuner(
             groups=groups(
                 "lora_A: init_r in; lora_B: out init_r; lora_E: init_r 1",
-                "ranknum: |",  # saved by PEFT before 0.18
+                "ranknum: 1 |",  # saved by PEFT before 0.18
             ),
             fields=words(
                 "r init_r target_r lora_alpha rank_pattern tinit tfinal deltaT beta1 beta2"
@@ -89,8 +89,9 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             kinds=_CONV1D,
         ),
         "HIRA": Tuner(
+            # PEFT 0.21 has its rank_pattern in the config, and overlooks it.
             groups=groups(
-                "hira_A: r in; hira_B: out r | hira_embedding_A: r in; hira_embedding_B: out r"
+                "hira_A: n in; hira_B: out n | hira_embedding_A: n in; hira_embedding_B: out n"
             ),
             fields=words("r rank_pattern hira_dropout"),
             copies=6,
@@ -168,6 +169,8 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             ),
             copies=8,
             squares=4,
+            note="PEFT works its basis out of the base again, which may come out differently on"
+            " another kind of device than it was trained on",
         ),
         "PVERA": Tuner(
             groups=groups("pvera_lambda_b: out; pvera_lambda_d: 2r"),
@@ -181,7 +184,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
         ),
         "RANDLORA": Tuner(
             groups=groups(
-                "randlora_gamma: bases shape; randlora_lambda: r bases",
+                "randlora_gamma: bases least; randlora_lambda: r bases",
                 "randlora_A: r 1 shorter; randlora_B: longer all_bases r |",
             ),
             fields=words(

@@ -67,7 +67,7 @@ class Trained:
 
 
 def read_trained(
-    tensors: Sequence[TensorSpec], config: AdapterConfig | None, where: str
+    tensors: Sequence[TensorSpec], config: AdapterConfig | None, peft_type: str, where: str
 ) -> Trained | None:
     """Account for every tensor of an adapter's file.
 
@@ -78,7 +78,7 @@ def read_trained(
         InputError: with every tensor that is unknown, malformed, or not as the config says.
     """
     problems: list[Problem] = []
-    tuned, others = take_tuned(tensors, config.peft_type if config else "")
+    tuned, others = take_tuned(tensors, peft_type)
     problems += odd_dtypes(tuned, where)
     modules = _by_module(others, where, problems)
     trained = None if config is None else _sorted_out(modules, tuned, config, where, problems)

@@ -76,7 +76,9 @@ def check_shared(shared: Parts, tuner: Tuner, config: Mapping[str, Any], sizes: 
         found = [tensor for key, tensor in shared.items() if _is_called(key, name)]
         if not found and not optional:
             raise MismatchError(f"{_MODEL}{name} is missing")
-        for tensor in found:
+        for number, tensor in enumerate(found):
+            if name.endswith("*") and f"{name[:-1]}{number}" not in shared:
+                raise MismatchError(f"{_MODEL}{name[:-1]}{number} is missing")
             _check_form({name: shape}, {name: tensor}, sizes)
 
 

@@ -10,8 +10,8 @@ from merge_core.updates.tuning import Kind, Others
 
 Form = Mapping[str, str]
 """Names of a layer's tensors and their shapes, size by size. A size is a number; ``in`` or ``out``
-of the layer; a field of the config; or a name that must mean the same wherever it stands. ``2r``
-and ``in/r`` are what they look like."""
+of the layer, or ``least``, the smaller of the two; a field of the config; or a name that must mean
+the same wherever it stands. ``2r`` and ``in/r`` are what they look like."""
 
 COMMON_FIELDS = frozenset({"peft_type", "bias", "modules_to_save", "fan_in_fan_out"})
 """Fields of many tuners; what ``bias`` and ``modules_to_save`` name is trained without them."""
@@ -37,6 +37,8 @@ class Tuner:
     changes: tuple[str, ...] = ("weight",)
     kinds: frozenset[Kind] = frozenset({Kind.LINEAR})
     others: Others = Others.NONE
+    note: str = ""
+    """What a person should know who merges one."""
 
 
 def groups(*texts: str) -> tuple[tuple[Form, ...], ...]:

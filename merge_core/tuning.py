@@ -9,6 +9,7 @@ from typing import Any
 from merge_core.adapter import Adapter
 from merge_core.architecture import expected_tensors
 from merge_core.checkpoint import Checkpoint
+from merge_core.config_values import at_end
 from merge_core.errors import InputError, Problem, gathered, refuse, some_of
 from merge_core.matching import Matched
 from merge_core.orientation import CONV1D_MODELS, LINEAR_MODELS, check_mergeable
@@ -23,11 +24,11 @@ _OTHER_CONFIG = "Use the adapter_config.json that was saved with these weights"
 _WITH_PEFT = "Merge this adapter with PEFT's merge_and_unload"
 
 _PATTERNS = {
-    "rank_pattern": ("r", "init_r"),
-    "block_size_pattern": ("block_size",),
-    "n_frequency_pattern": ("n_frequency",),
+    "rank_pattern": "r",
+    "block_size_pattern": "block_size",
+    "n_frequency_pattern": "n_frequency",
 }
-"""Fields that, when set, give some layers another value of a field than the config's own."""
+"""Fields that give some layers another value of a field than the config's own."""
 
 
 def tune(matched: Matched, number: int, adapter: Adapter, checkpoint: Checkpoint) -> None:
@@ -48,6 +49,8 @@ def tune(matched: Matched, number: int, adapter: Adapter, checkpoint: Checkpoint
         _check_tensors(adapter, tuner, layers)
     if problems:
         raise InputError(problems)
+    if tuner.note:
+        matched.notes.append(f"{adapter.path}: {adapter.config.peft_type}: {tuner.note}")
     tuned = adapter.trained.tuned
     matched.tunings[number] = Tuning(
         config={k: v for k, v in adapter.config.fields.items() if k not in _PROVENANCE},
@@ -134,18 +137,20 @@ def _kind(path: str, adapter: Adapter, checkpoint: Checkpoint, at: str) -> Kind:
 
 def _check_tensors(adapter: Adapter, tuner: Tuner, layers: list[Layer]) -> None:
     tuned, problems = adapter.trained.tuned, list[Problem]()
-    sizes = _sizes_of(adapter.config.fields, tuner)
+    config, shared = adapter.config.fields, dict[str, int]()
     ins = [_in_out(layer) for layer in layers]
     if ins:
         wide, tall = max(i for i, _ in ins), max(o for _, o in ins)
-        sizes |= {"widest": wide, "tallest": tall}
-        sizes |= {"longer": max(wide, tall), "shorter": min(wide, tall)}
+        shared |= {"widest": wide, "tallest": tall}
+        shared |= {"longer": max(wide, tall), "shorter": min(wide, tall)}
     with _gathered(problems, str(adapter.path)):
-        check_shared(tuned.shared, tuner, adapter.config.fields, sizes)
+        shared |= _sizes_of(config, tuner, "")
+        check_shared(tuned.shared, tuner, config, shared)
     for layer, (wide, tall) in zip(layers, ins, strict=True):
         with _gathered(problems, f"{adapter.path}, module {layer.path}"):
             parts = tuned.layers.get(layer.path, {})
-            check_parts(parts, tuner, {**sizes, "in": wide, "out": tall})
+            sizes = shared | _sizes_of(config, tuner, layer.path)
+            check_parts(parts, tuner, {**sizes, "in": wide, "out": tall, "least": min(wide, tall)})
     for path, lacking in unlike_others(tuned.layers, tuner):
         what = f"{some_of(lacking)} is missing, which other layers have"
         problems.append(Problem(what, f"{adapter.path}, module {path}", _OTHER_CONFIG))
@@ -158,14 +163,20 @@ def _in_out(layer: Layer) -> tuple[int, int]:
     return (second, first) if layer.kind == Kind.LINEAR else (first, second)
 
 
-def _sizes_of(config: Mapping[str, Any], tuner: Tuner) -> Sizes:
-    """What the fields of the config say about sizes, where they hold for every layer."""
-    varied = {name for field, names in _PATTERNS.items() if config.get(field) for name in names}
-    return {
-        name: value
-        for name, value in config.items()
-        if name in tuner.fields and type(value) is int and name not in varied
-    }
+def _sizes_of(config: Mapping[str, Any], tuner: Tuner, path: str) -> Sizes:
+    """What the fields of the config say about the sizes of a layer.
+
+    As PEFT does (``get_pattern_key``), the first key of a pattern counts that is the layer's. The
+    patterns of ADALORA are masks, by which its ranks shrank.
+    """
+    sizes = {n: v for n, v in config.items() if n in tuner.fields and type(v) is int}
+    for pattern, name in _PATTERNS.items():
+        found = (v for k, v in (config.get(pattern) or {}).items() if at_end(k).match(path))
+        if type(value := next(found, None)) is int:
+            sizes[name] = value
+    if config["peft_type"] == "ADALORA" and config.get("rank_pattern"):
+        del sizes["init_r"]
+    return sizes
 
 
 @contextlib.contextmanager

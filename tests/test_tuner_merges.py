@@ -1,0 +1,198 @@
+"""Adapters of other tuners beside others, with weights, on other layers, within memory."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from models import assert_same_tensors, edit_json, make_adapter, make_gpt2, read_tensors
+from safetensors.torch import load_file, save_file
+from tuners import make_tuned, merged_by_peft
+
+from cluster.explain import adapter_documents, adapter_lines
+from merge_core.errors import DeviceMemoryError, InputError
+from merge_core.memory import Memory, choose_lanes, lane_need
+from merge_core.merge import merge
+from merge_core.peft_tuners import TUNERS
+from merge_core.planner import make_plan
+from merge_core.updates.tuning import Kind
+
+Q = "model.layers.0.self_attn.q_proj"
+CONV1D = ["IA3", "VERA", "ADALORA", "DEFT", "FOURIERFT", "GRALORA", "HIRA", "PVERA", "RANDLORA"]
+CONV1D += ["VBLORA", "WAVEFT"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_no_warnings() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, about what it leaves out of the file
+        yield
+    torch.set_num_threads(threads)
+
+
+def close(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Equal up to the rounding of a few sums in float32."""
+    return torch.allclose(one.float(), two.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["IA3", "LOHA", "OFT", "ROAD"])
+def test_a_weight_takes_that_much_of_the_whole_change(
+    kind: str, bases: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = bases("F32", shard="80KB")
+    adapter = make_tuned(tmp_path / "adapter", base, kind)
+
+    merge(make_plan(base, [f"{adapter}@-0.5"], shard_bytes=70_000), tmp_path / "out")
+
+    before, whole, got = (
+        read_tensors(base),
+        merged_by_peft(base, adapter),
+        read_tensors(tmp_path / "out"),
+    )
+    assert all(close(got[n], w - 0.5 * (whole[n] - w)) for n, w in before.items())
+    assert not close(got[f"{Q}.weight"], before[f"{Q}.weight"])
+
+
+def test_the_changes_of_several_adapters_of_any_kind_are_summed(
+    bases: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = bases("F32", shard="80KB")
+    adapters = [
+        make_adapter(tmp_path / "lora", base, r=4, target_modules=["q_proj", "k_proj"]),
+        make_adapter(tmp_path / "dora", base, r=4, use_dora=True, target_modules=["q_proj"]),
+        make_tuned(tmp_path / "hra", base, "HRA"),
+        make_tuned(tmp_path / "ia3", base, "IA3"),
+    ]
+
+    merge(make_plan(base, adapters, shard_bytes=70_000), tmp_path / "out")
+
+    before, got = read_tensors(base), read_tensors(tmp_path / "out")
+    alone = [merged_by_peft(base, adapter) for adapter in adapters]
+    for name, tensor in before.items():
+        assert close(got[name], tensor + sum(one[name] - tensor for one in alone)), name
+
+
+@pytest.mark.parametrize("kind", CONV1D)
+def test_a_conv1d_layer_is_merged_as_peft_merges_it(kind: str, tmp_path: Path) -> None:
+    base = make_gpt2(tmp_path / "base", torch.bfloat16)
+    fields = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+    changes = {"feedforward_modules": ["c_fc"]} if kind == "IA3" else {}
+    adapter = make_tuned(tmp_path / "adapter", base, kind, **fields, **changes)
+
+    merge(make_plan(base, [adapter]), tmp_path / "out")
+
+    wanted = {name: tensor.bfloat16() for name, tensor in merged_by_peft(base, adapter).items()}
+    assert_same_tensors(read_tensors(tmp_path / "out"), wanted)
+
+
+def test_every_tuner_of_conv1d_layers_is_tested() -> None:
+    numbered = {"TINYLORA"}  # of Qwen2 alone
+    assert {k for k, t in TUNERS.items() if Kind.CONV1D in t.kinds} == {*CONV1D, *numbered}
+
+
+def test_adalora_keeps_the_rank_that_was_left_and_old_files_say_ranknum(
+    base: Path, tmp_path: Path
+) -> None:
+    adapter = make_tuned(tmp_path / "adapter", base, "ADALORA")
+    file = adapter / "adapter_model.safetensors"
+    saved, pattern = load_file(file), {}
+    for key in [key for key in saved if key.endswith("lora_E")]:
+        module = key.removesuffix(".lora_E")
+        kept = [True, False, True, True, False, True] if "q_proj" in key else [True] * 6
+        pattern[f"{module.removeprefix('base_model.model.')}.lora_E"] = kept
+        for part, dim in (("lora_A", 0), ("lora_E", 0), ("lora_B", 1)):
+            places = torch.tensor([n for n, one in enumerate(kept) if one])
+            saved[f"{module}.{part}"] = saved[f"{module}.{part}"].index_select(dim, places)
+        saved[f"{module}.ranknum"] = torch.tensor([6.0])
+    save_file(saved, file)
+    edit_json(adapter / "adapter_config.json", rank_pattern=pattern)
+
+    merge(make_plan(base, [adapter], shard_bytes=70_000), tmp_path / "out")
+
+    wanted = {name: tensor.bfloat16() for name, tensor in merged_by_peft(base, adapter).items()}
+    assert_same_tensors(read_tensors(tmp_path / "out"), wanted)
+
+
+def test_the_memory_of_a_layer_that_peft_merges_is_asked_for_once(
+    base: Path, tmp_path: Path
+) -> None:
+    plan = make_plan(base, [make_tuned(tmp_path / "adapter", base, "OFT")])
+
+    need = lane_need(plan, "cpu", 1 << 20)
+
+    largest = 3 * 96 * 64 + 2 * 96**2 + 2 * 6 * 120  # up or down, and the adapter's of down
+    assert need.layer == 4 * largest
+    assert need.factors == 4 * 96 * 64
+    assert need.on_host(2, "cpu") - need.on_host(1, "cpu") < need.on_host(1, "cpu") - need.layer
+    enough = need.on_host(1, "cpu") / 0.8
+    assert choose_lanes(plan, "cpu", Memory(host=int(enough) + (2 << 20), device=None)).lanes == 1
+    with pytest.raises(DeviceMemoryError, match="one lane needs"):
+        choose_lanes(plan, "cpu", Memory(host=need.layer, device=None))
+
+
+def test_the_plan_says_what_peft_merges_and_in_how_much_memory(base: Path, tmp_path: Path) -> None:
+    adapter = make_tuned(tmp_path / "adapter", base, "PSOFT")
+    plan = make_plan(base, [adapter])
+
+    assert [line.strip() for line in adapter_lines(plan)] == [
+        f"adapter  {adapter}, weight 1: PSOFT",
+        "layers merged by PEFT on 8 tensors: down_proj, o_proj, q_proj, up_proj",
+        "one layer at a time, in 0 MB",
+    ]
+    (document,) = adapter_documents(plan)
+    assert document["peft_bytes"] == lane_need(plan, "cpu", 1 << 20).layer > 0
+    assert any("another kind of device" in note for note in plan.notes)
+
+
+def test_a_plan_travels_to_the_workers(base: Path, tmp_path: Path) -> None:
+    plan = make_plan(base, [make_tuned(tmp_path / "adapter", base, "VERA")])
+
+    assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "said"),
+    [
+        ("PVERA", {"sample_at_inference": True}, "drawn anew for each input"),
+        ("PEANUT", {"depth": 1}, "is not merged yet"),
+        ("WAVEFT", {"proportional_parameters": True}, "depends on all layers"),
+        ("LOHA", {"next_thing": 3}, "field 'next_thing' = 3 is not known"),
+        ("LOHA", {"rank_pattern": {"(": 3}}, "rank_pattern is"),
+        ("LOHA", {"bias": "some"}, "bias is 'some'"),
+        (
+            "LOHA",
+            {"r": 4},
+            "'base_model.model.model.layers.0.self_attn.o_proj.hada_w1_a' has shape",
+        ),
+        ("VERA", {"save_projection": None}, None),
+    ],
+)
+def test_what_is_not_understood_of_a_config_is_refused(
+    kind: str, fields: dict[str, object], said: str | None, base: Path, tmp_path: Path
+) -> None:
+    adapter = make_tuned(tmp_path / "adapter", base, kind)
+    edit_json(adapter / "adapter_config.json", **fields)
+    if said is None:
+        assert len(make_plan(base, [adapter]).adapters) == 1
+        return
+
+    with pytest.raises(InputError) as caught:
+        make_plan(base, [adapter])
+
+    assert said in str(caught.value)
+    assert all(str(adapter) in problem.where for problem in caught.value.problems)
+
+
+def test_a_tuner_that_numbers_its_layers_needs_a_model_that_is_known(tmp_path: Path) -> None:
+    base = make_gpt2(tmp_path / "base", torch.bfloat16)
+    fields = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+    adapter = make_tuned(tmp_path / "adapter", base, "TINYLORA", **fields)
+
+    with pytest.raises(InputError, match="TINYLORA depends on the order of the layers"):
+        make_plan(base, [adapter])
