@@ -14,6 +14,7 @@ from merge_core.checkpoint import read_header, read_json
 from merge_core.config_values import MAX_SCALE
 from merge_core.errors import InputError, Problem, gathered, refuse, some_of
 from merge_core.layout import TensorSpec
+from merge_core.peft_tuners import tuner_of
 from merge_core.refused_tuners import REFUSED
 from merge_core.storage import FileIdentity
 from merge_core.trained import Trained, read_trained
@@ -71,7 +72,7 @@ def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
         tensors = _list_tensors(path / name)
     trained: Trained | None = None
     with gathered(problems):
-        kind = str(fields.get("peft_type"))
+        kind = tuner_of(fields)
         if tensors and kind not in REFUSED:  # whose keys nobody knows
             trained = read_trained(tensors, config, kind, str(path / name))
     if config is None or trained is None or problems:

@@ -17,7 +17,7 @@ from merge_core.peft_fields import (
     READ_FIELDS,
     TOKEN_FIELDS,
 )
-from merge_core.peft_tuners import TUNERS
+from merge_core.peft_tuners import TUNERS, tuner_of
 from merge_core.refused_tuners import REFUSED, REFUSED_FIELDS
 from merge_core.tuner import COMMON_FIELDS
 
@@ -36,7 +36,7 @@ class AdapterConfig:
     """The fields that decide what an adapter does."""
 
     peft_type: str
-    """``LORA``, ``TRAINABLE_TOKENS``, ``LN_TUNING`` or one of ``peft_tuners.TUNERS``."""
+    """``LORA``, ``TRAINABLE_TOKENS``, ``LN_TUNING`` or a name in ``peft_tuners.TUNERS``."""
     rank: int = 8
     alpha: float = 8
     rslora: bool = False
@@ -124,9 +124,9 @@ def read_config(fields: Mapping[str, Any], where: str) -> AdapterConfig:
         InputError: with every field that is malformed, unknown, or belongs to a feature that
             raymeld does not merge yet.
     """
-    kind = fields.get("peft_type")
-    if not isinstance(kind, str) or kind not in _READ.keys() | TUNERS.keys():
-        raise InputError([_no_merge(kind, where)])
+    kind = tuner_of(fields)
+    if kind not in _READ.keys() | TUNERS.keys() or fields["peft_type"] == "KASA":
+        raise InputError([_no_merge(fields.get("peft_type"), where)])
     own = kind in TUNERS
     problems = [
         *_unsupported(fields, where),
@@ -140,7 +140,7 @@ def read_config(fields: Mapping[str, Any], where: str) -> AdapterConfig:
 
 def _of_tuner(fields: Mapping[str, Any]) -> AdapterConfig:
     return AdapterConfig(
-        peft_type=fields["peft_type"],
+        peft_type=tuner_of(fields),
         fan_in_fan_out=fields.get("fan_in_fan_out") or False,
         bias=fields.get("bias") or "none",
         saved=tuple(fields.get("modules_to_save") or ()),
@@ -230,7 +230,7 @@ def _unsupported(fields: Mapping[str, Any], where: str) -> list[Problem]:
 
 
 def _unknown(fields: Mapping[str, Any], where: str) -> list[Problem]:
-    kind = fields["peft_type"]
+    kind = tuner_of(fields)
     read = COMMON_FIELDS | TUNERS[kind].fields if kind in TUNERS else _READ[kind]
     known = read | INERT_FIELDS | FEATURE_FIELDS.keys() | REFUSED_FIELDS.keys()
     return [

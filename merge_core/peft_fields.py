@@ -27,6 +27,7 @@ READ_FIELDS = frozenset(
         "trainable_token_indices",
         "ensure_weight_tying",
         "init_lora_weights",
+        "kasa_config",
     }
 )
 """Fields that decide what a LoRA merge computes; ``adapter_config`` reads each of them."""
@@ -73,7 +74,6 @@ FEATURE_FIELDS = MappingProxyType(
         "target_parameters": "LoRA on parameters (target_parameters)",
         "layer_replication": "layer replication",
         "use_bdlora": "BD-LoRA",
-        "kasa_config": "KaSA",
         "alora_invocation_tokens": "aLoRA",
         "arrow_config": "Arrow",
         "use_qalora": "QALoRA",
@@ -82,7 +82,6 @@ FEATURE_FIELDS = MappingProxyType(
 """Fields of features that are not merged yet: refused by name unless they are off."""
 
 FEATURE_KEYS = (
-    (re.compile(r"\.lora_diag\Z"), "KaSA"),
     (re.compile(r"\.base_layer\.lora_[AB]\.weight\Z"), "LoRA on parameters (target_parameters)"),
 )
 """Kinds of keys that are not merged yet."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from merge_core.tuner import Tuner, form, groups, words
 from merge_core.updates.tuning import Kind, Others
@@ -104,6 +105,14 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             copies=3,
             changes=_BOTH,
             kinds=_CONV1D,
+        ),
+        "KASA": Tuner(
+            groups=groups("lora_A.weight: r in; lora_B.weight: out r; lora_diag: r"),
+            fields=words(
+                "r lora_alpha use_rslora rank_pattern alpha_pattern init_lora_weights kasa_config"
+            ),
+            copies=8,
+            squares=4,
         ),
         "LOHA": Tuner(
             groups=groups("hada_w1_a: out r; hada_w1_b: r in; hada_w2_a: out r; hada_w2_b: r in"),
@@ -275,3 +284,9 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
     }
 )
 """Every tuner whose layers PEFT merges, one by one."""
+
+
+def tuner_of(config: Mapping[str, Any]) -> str:
+    """``peft_type``, or ``KASA``: LoRA with a changed base, merged as a tuner of its own."""
+    kind = config.get("peft_type")
+    return "KASA" if kind == "LORA" and config.get("kasa_config") is not None else str(kind)

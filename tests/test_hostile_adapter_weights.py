@@ -137,7 +137,6 @@ def test_a_damaged_pickle_is_refused(adapter_scene: AdapterScene) -> None:
 
 
 KEYS = {
-    f"{Q}.lora_diag": "KaSA",
     f"{Q}.base_layer.lora_A.weight": "LoRA on parameters (target_parameters)",
 }
 

@@ -27,6 +27,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "HIRA": {"r": 4, "rank_pattern": {"q_proj": 3}},
     "HRA": {"r": 4},
     "IA3": {"feedforward_modules": ["down_proj"]},
+    "KASA": {"r": 4, "lora_alpha": 6, "kasa_config": {}, "rank_pattern": {"q_proj": 3}},
     "LN_TUNING": {"target_modules": ["input_layernorm", "norm"]},
     "LOHA": {"r": 3, "alpha": 5, "rank_pattern": {"q_proj": 2}},
     "LOKR": {"r": 3, "alpha": 5, "decompose_both": True},
@@ -92,7 +93,8 @@ ALL = {**CONFIGS, **VARIANTS}
 def tuner_config(name: str, **changes: Any) -> PeftConfig:
     """The config of one of ``ALL``."""
     fields = {"target_modules": LAYERS, **ALL[name], **changes}
-    return PEFT_TYPE_TO_CONFIG_MAPPING[name.partition(",")[0]](task_type="CAUSAL_LM", **fields)
+    kind = {"KASA": "LORA"}.get(name, name.partition(",")[0])
+    return PEFT_TYPE_TO_CONFIG_MAPPING[kind](task_type="CAUSAL_LM", **fields)
 
 
 def make_tuned(path: Path, base: Path, name: str, **changes: Any) -> Path:
