@@ -51,6 +51,8 @@ class Pairing:
     findings: tuple[Finding, ...]
     """Tensors of the output, the base or an adapter that have no counterpart of the same shape,
     or that the ledger calls something else."""
+    unchecked: tuple[str, ...] = ()
+    """Tensors of the output that are compared with nothing, see ``elsewhere``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,14 +131,16 @@ def pair_with_base(structure: Structure, sources: Sources) -> Pairing:
     recipes, found = _recipes(tensors, config, sources.adapters)
     names = {entry.name for entries in structure.headers.values() for entry in entries}
     wanted, changes, unfit = _wanted(tensors, config, recipes, names, keep_tied=sources.keep_tied)
-    findings = [*found, *unfit]
+    findings, unchecked = [*found, *unfit], list[str]()
     comparisons: dict[str, tuple[Comparison, ...]] = {}
     for file, entries in structure.headers.items():
         pairs = []
         for entry in entries:
             mine = wanted.get(entry.name)
             wrong = _mismatch(entry, mine)
-            if mine is not None and wrong is None:
+            if mine is not None and mine.unchecked and wrong is None:
+                unchecked.append(entry.name)
+            elif mine is not None and wrong is None:
                 pairs.append(
                     Comparison(
                         tensor=entry.name,
@@ -152,7 +156,12 @@ def pair_with_base(structure: Structure, sources: Sources) -> Pairing:
     # With an unreadable header the tensors in it only look as if they were missing.
     if len(structure.headers) == len(structure.files):
         findings += _missing(wanted, names)
-    return Pairing(comparisons=comparisons, config=changes, findings=tuple(findings))
+    return Pairing(
+        comparisons=comparisons,
+        config=changes,
+        findings=tuple(findings),
+        unchecked=tuple(unchecked),
+    )
 
 
 def _base_config(base: Path) -> dict[str, Any]:
@@ -209,6 +218,8 @@ def _wanted(
                 findings.append(Finding(check="adapter", where=where, what=wrong))
         for name, updates in recipe.updates.items():
             wanted[name].updates += updates
+        for name in recipe.unchecked:
+            wanted[name].unchecked = True
     if embeddings is not None:
         has_head = HEAD in names
         if has_head:

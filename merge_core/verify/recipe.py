@@ -35,6 +35,7 @@ from merge_core.verify.adapter_keys import (
     B,
     sort_keys,
 )
+from merge_core.verify.elsewhere import is_elsewhere, touched
 from merge_core.verify.factors import Factors, open_factors, weights_path
 from merge_core.verify.report import Finding
 from merge_core.verify.same_values import same_values
@@ -111,6 +112,8 @@ class Recipe:
     """By base tensor."""
     whole: Mapping[str, str]
     """Base tensor to the key of what takes its place."""
+    unchecked: frozenset[str] = frozenset()
+    """Base tensors that it changes in ways that are not worked out here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +160,10 @@ def adapter_recipe(
         InputError: it has features that cannot be checked here; all are named.
     """
     config = read_fields(path / "adapter_config.json")
+    if is_elsewhere(config):
+        file = open_factors(str(weights_path(path)), any_dtype=True)
+        names = touched(file.shapes, base, str(path))
+        return Recipe(config=config, factors=file, updates={}, whole={}, unchecked=names), []
     factors = open_factors(str(weights_path(path)))
     modules, unknown = sort_keys(factors.shapes)
     problems = [*unsupported_fields(config), *(f"tensor {key!r}" for key in unknown)]
