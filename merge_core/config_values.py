@@ -51,9 +51,7 @@ def malformed_tuner(fields: Mapping[str, Any], where: str) -> list[Problem]:
         ("fan_in_fan_out", False, _is_flag, "true or false"),
         ("bias", "none", _is_bias, "none, all or the layers' own, such as oft_only"),
         ("modules_to_save", (), are_names, "a list of names"),
-        ("target_modules", (), _are_targets, "a list of names or a regex"),
         ("feedforward_modules", (), _are_targets, "a list of names or a regex"),
-        ("exclude_modules", (), _are_targets, "a list of names or a regex"),
         *(
             (name, {}, lambda v: _is_pattern(v, lambda _: True), "a map of regexes")
             for name in ("rank_pattern", "alpha_pattern", "lambda_pattern", "n_frequency_pattern")

@@ -92,9 +92,9 @@ class TaskInputs:
         """See ``Loading``."""
         return self.inputs.factors[adapter].load(tensor, self.device)
 
-    def whole(self, name: str) -> torch.Tensor:
+    def whole(self, name: str | None = None) -> torch.Tensor:
         """See ``Loading``."""
-        task = self.task if name == self.task.target.name else self.inputs.tasks[name]
+        task = self.task if name is None else self.inputs.tasks[name]
         (rows, width), shape = task.matrix, task.source.tensor.shape
         into = torch.empty((rows, width), dtype=torch.float32, device=self.device)
         for top, part in self._rows_of(task):

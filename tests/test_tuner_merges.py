@@ -91,6 +91,37 @@ def test_a_conv1d_layer_is_merged_as_peft_merges_it(kind: str, tmp_path: Path) -
     assert_same_tensors(read_tensors(tmp_path / "out"), wanted)
 
 
+@pytest.mark.parametrize("end", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_of_tied_embeddings_the_end_that_was_trained_changes(
+    end: str, keep: bool, bases: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = bases("BF16", tie_word_embeddings=True)
+    adapter = make_tuned(tmp_path / "adapter", base, "HIRA", target_modules=[end])
+
+    merge(make_plan(base, [adapter], keep_tied=keep), tmp_path / "out")
+
+    before, got = read_tensors(base), read_tensors(tmp_path / "out")
+    embeddings, head = "model.embed_tokens.weight", "lm_head.weight"
+    old, new = before[embeddings], changed_by_hira(before[embeddings], adapter)
+    wanted = {embeddings: new if keep or end == "embed_tokens" else old}
+    if not keep:
+        wanted[head] = new if end == "lm_head" else old
+    assert got.keys() - before.keys() == wanted.keys() - before.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+
+
+def changed_by_hira(weight: torch.Tensor, adapter: Path) -> torch.Tensor:
+    """W * (1 + B @ A) in float32, rounded once; arXiv 2410.23870 without a scale."""
+    saved = load_file(adapter / "adapter_model.safetensors")
+    embedding = any("embedding" in key for key in saved)
+    factors = {key[-1]: tensor for key, tensor in saved.items() if "hira" in key}
+    product = factors["B"] @ factors["A"]
+    return (weight.float() + weight.float() * (product.T if embedding else product)).to(
+        weight.dtype
+    )
+
+
 def test_every_tuner_of_conv1d_layers_is_tested() -> None:
     numbered = {"TINYLORA"}  # of Qwen2 alone
     assert {k for k, t in TUNERS.items() if Kind.CONV1D in t.kinds} == {*CONV1D, *numbered}

@@ -30,8 +30,8 @@ class Loading(Protocol):
         """A tensor of an adapter on the device: integers as they are, all else in float32."""
         ...
 
-    def whole(self, name: str) -> torch.Tensor:
-        """A whole tensor as the updates find it, in float32 on the device."""
+    def whole(self, name: str | None = None) -> torch.Tensor:
+        """The whole base tensor, or that of another name, in float32 on the device."""
         ...
 
     def tuning(self, adapter: int) -> Tuning:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -52,7 +53,7 @@ def merge_layer(
     try:
         with torch.no_grad(), _left_alone():
             root = _model(tuning, layer, base)
-            model = PeftModel(root, _config(tuning, layer))
+            model = PeftModel(root, _config(tuning, layer, at))
             _load(model, layer, held, at)
             merged = _merged(model, layer, at)
     except InputError:
@@ -121,16 +122,18 @@ def _shape_alone(layer: Layer, device: torch.device) -> State:
     }
 
 
-def _config(tuning: Tuning, layer: Layer) -> PeftConfig:
+def _config(tuning: Tuning, layer: Layer, at: str) -> PeftConfig:
     """The adapter's config, for a model of one layer or a few."""
-    kind = PEFT_TYPE_TO_CONFIG_MAPPING[tuning.config["peft_type"]]
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(tuning.config["peft_type"])
+    if kind is None:
+        what = f"PEFT {peft.__version__} does not know peft_type {tuning.config['peft_type']}"
+        raise refuse(what, at, "Install a newer PEFT, on every machine")
     known = {field.name for field in dataclasses.fields(kind)}
     fields: dict[str, Any] = {k: v for k, v in tuning.config.items() if k in known}
-    fields["inference_mode"] = True
-    # What these name is trained in other ways, and is in the base already.
-    fields |= {name: empty for name, empty in _ELSEWHERE.items() if name in known}
-    if fields.get("target_modules") in (None, "all-linear"):
-        fields["target_modules"] = [one.path for one in tuning.layers]
+    fields |= {name: value for name, value in _OURS.items() if name in known}
+    if not fields.get("feedforward_modules"):  # these are among the names of the others
+        fields["target_modules"] = [one.path for one in tuning.around(layer)]
+        fields |= {name: None for name in _NARROWING if name in known}
     if tuning.config["peft_type"] == "ADALORA" and fields.get("rank_pattern"):
         # By the names of tensors, all of which must be there.
         fields["rank_pattern"] = {
@@ -141,6 +144,13 @@ def _config(tuning: Tuning, layer: Layer) -> PeftConfig:
     return kind(**fields)
 
 
+_OURS = {"inference_mode": True, "bias": "none", "modules_to_save": None}
+"""What the last two name was trained without the tuner, and is in the base already."""
+
+_NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+"""Not needed where the layers are listed one by one."""
+
+
 def _merged(model: PeftModel, layer: Layer, at: str) -> nn.Module:
     """This layer alone: the others have no memory that could be written to."""
     tuned = model.get_base_model().get_submodule(layer.path)
@@ -149,9 +159,6 @@ def _merged(model: PeftModel, layer: Layer, at: str) -> nn.Module:
     tuned.merge()
     merged: nn.Module = tuned.get_base_layer()
     return merged
-
-
-_ELSEWHERE = {"bias": "none", "modules_to_save": None}
 
 
 def _load(model: PeftModel, layer: Layer, held: State, at: str) -> None:

@@ -59,7 +59,9 @@ class PeftUpdate:
                 for tensor in (*self.tensors, *tuning.shared)
             }
             parts = ("weight", "bias") if self.layer.bias else ("weight",)
-            base = {part: inputs.whole(f"{self.layer.path}.{part}") for part in parts}
+            # Its own by no name: what was trained of a tied head may end up in the embeddings.
+            names = {p: None if p == self.part else f"{self.layer.path}.{p}" for p in parts}
+            base = {part: inputs.whole(name) for part, name in names.items()}
             path = inputs.path(self.adapter)
             merged = merge_layer(tuning, self.layer, held, base, path)[self.part]
         return LoadedPeft(merged=merged.reshape(len(merged), -1), weight=self.weight)

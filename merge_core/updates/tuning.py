@@ -76,4 +76,7 @@ class Tuning:
     def elements(self, layer: Layer) -> int:
         """Float32 numbers that are in memory at once while PEFT merges a layer."""
         rows, width = layer.shape
-        return self.copies * rows * width + self.squares * max(rows, width) ** 2
+        dealt_out = 0
+        if self.others == Others.ALL:  # a place of eight bytes for each, and its scale, and copies
+            dealt_out = 12 * self.config.get("r", 4) * sum(sum(one.shape) for one in self.layers)
+        return self.copies * rows * width + self.squares * max(rows, width) ** 2 + dealt_out
