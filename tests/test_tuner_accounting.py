@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from models import read_tensors
 from safetensors.torch import load_file, save_file
-from tuners import CONFIGS, make_tuned
+from tuners import CONFIGS
 
 from merge_core.errors import InputError
 from merge_core.merge import merge
@@ -25,16 +24,6 @@ SHAPES_THAT_PEFT_CHECKS = {
 """By formulae of the config that the plan does not know: found when the layer is merged."""
 
 Change = Callable[[dict[str, torch.Tensor], str], None]
-
-
-@pytest.fixture(scope="module", params=CONFIGS)
-def tuned(
-    request: pytest.FixtureRequest, base: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[str, Path]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        name = str(request.param)
-        return name, make_tuned(tmp_path_factory.mktemp("tuned") / "adapter", base, name)
 
 
 def changed(adapter: Path, path: Path, change: Change) -> Iterator[tuple[str, Path]]:
@@ -68,8 +57,9 @@ def names(said: str | None, key: str) -> bool:
     return said is not None and (last in said or module in said)
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_a_tensor_that_is_lost_or_renamed_is_named(
-    tuned: tuple[str, Path], base: Path, tmp_path: Path
+    kind: str, tuned: Callable[..., Path], base: Path, tmp_path: Path
 ) -> None:
     def rename(saved: dict[str, torch.Tensor], key: str) -> None:
         saved[f"{key}x"] = saved.pop(key)
@@ -81,7 +71,7 @@ def test_a_tensor_that_is_lost_or_renamed_is_named(
         del saved[key]
 
     for change in (rename, move, lose):
-        for key, path in changed(tuned[1], tmp_path / change.__name__, change):
+        for key, path in changed(tuned(kind), tmp_path / change.__name__, change):
             shared = "model.model" not in key
             if not (shared and change is move):
                 said = refusal(base, path)
@@ -89,16 +79,16 @@ def test_a_tensor_that_is_lost_or_renamed_is_named(
                 assert names(said, key) or nothing_left, (key, said)
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("dim", [0, -1])
 def test_a_tensor_of_another_shape_is_named(
-    tuned: tuple[str, Path], base: Path, tmp_path: Path, dim: int
+    kind: str, dim: int, tuned: Callable[..., Path], base: Path, tmp_path: Path
 ) -> None:
     def grow(saved: dict[str, torch.Tensor], key: str) -> None:
         tensor = saved[key]
         saved[key] = torch.cat([tensor, tensor.narrow(dim, 0, 1)], dim)
 
-    kind, adapter = tuned
-    for key, path in changed(adapter, tmp_path / "changed", grow):
+    for key, path in changed(tuned(kind), tmp_path / "changed", grow):
         said = refusal(base, path)
         if said is None:
             assert (kind, key.rpartition(".")[2]) in SHAPES_THAT_PEFT_CHECKS or "weight" in key, key
@@ -107,14 +97,14 @@ def test_a_tensor_of_another_shape_is_named(
         assert names(said, key), (key, said)
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_only_what_the_adapter_names_is_changed(
-    tuned: tuple[str, Path], base: Path, tmp_path: Path
+    kind: str, tuned: Callable[..., Path], base: Path, tmp_path: Path
 ) -> None:
-    kind, adapter = tuned
     layers = {"LN_TUNING": ("norm",), "BEFT": ("q_proj", "v_proj")}
     ends = layers.get(kind, ("q_proj", "o_proj", "up_proj", "down_proj"))
 
-    merge(make_plan(base, [adapter], shard_bytes=50_000), tmp_path / "out", device="cpu")
+    merge(make_plan(base, [tuned(kind)], shard_bytes=50_000), tmp_path / "out", device="cpu")
 
     before, after = read_tensors(base), read_tensors(tmp_path / "out")
     assert before.keys() == after.keys()

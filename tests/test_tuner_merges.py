@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pickle
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,16 +23,6 @@ from merge_core.updates.tuning import Kind
 Q = "model.layers.0.self_attn.q_proj"
 CONV1D = ["IA3", "VERA", "ADALORA", "DEFT", "FOURIERFT", "GRALORA", "HIRA", "PVERA", "RANDLORA"]
 CONV1D += ["VBLORA", "WAVEFT"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_and_no_warnings() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's, about what it leaves out of the file
-        yield
-    torch.set_num_threads(threads)
 
 
 def close(one: torch.Tensor, two: torch.Tensor) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from models import DTYPES, assert_same_tensors, oracle, read_tensors
-from tuners import ALL, CONFIGS, make_tuned, merged_by_peft
+from models import assert_same_tensors, read_tensors
+from tuners import ALL, CONFIGS, merged_by_peft
 
 from merge_core.merge import merge
 from merge_core.planner import make_plan
@@ -37,40 +36,29 @@ ROUNDS_ONCE = {
 """Where PEFT, in the dtype of a 16-bit base, comes to the same bits."""
 
 
-@pytest.fixture(autouse=True)
-def _one_thread_and_no_warnings() -> Iterator[None]:
-    """The last bits of products this small depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's, about what it leaves out of the file
-        yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_the_result_is_that_of_peft_on_a_float32_copy_rounded_once(
-    name: str, bases: Callable[..., Path], tmp_path: Path
+    name: str, bases: Callable[..., Path], tuned: Callable[..., Path], tmp_path: Path
 ) -> None:
-    for dtype in ("F32", "BF16") if name in CONFIGS else ("BF16",):
-        base = bases(dtype, shard="80KB")
-        adapter = make_tuned(tmp_path / f"adapter{dtype}", base, name)
+    base, adapter = bases("BF16", shard="80KB"), tuned(name)
 
-        merge(make_plan(base, [adapter], shard_bytes=70_000), tmp_path / dtype)
+    merge(make_plan(base, [adapter], shard_bytes=70_000), tmp_path / "out")
 
-        wanted = merged_by_peft(base, adapter)
-        wanted = {name: tensor.to(DTYPES[dtype]) for name, tensor in wanted.items()}
-        assert_same_tensors(read_tensors(tmp_path / dtype), wanted)
-        assert any(not torch.equal(wanted[n], t) for n, t in read_tensors(base).items())
+    wanted = {n: tensor.bfloat16() for n, tensor in merged_by_peft(base, adapter).items()}
+    assert_same_tensors(read_tensors(tmp_path / "out"), wanted)
+    assert any(not torch.equal(wanted[n], tensor) for n, tensor in read_tensors(base).items())
+    if name in CONFIGS:
+        in_16_bits = merged_by_peft(base, adapter, float32=False)
+        same = all(torch.equal(wanted[n], tensor) for n, tensor in in_16_bits.items())
+        assert same == (name in ROUNDS_ONCE)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_where_peft_rounds_once_it_comes_to_the_same_bits_in_16_bits(
-    name: str, base: Path, tmp_path: Path
+def test_the_result_on_a_base_in_float32_is_that_of_peft(
+    name: str, bases: Callable[..., Path], tuned: Callable[..., Path], tmp_path: Path
 ) -> None:
-    adapter = make_tuned(tmp_path / "adapter", base, name)
+    base, adapter = bases("F32", shard="80KB"), tuned(name, "F32")
 
-    rounded = {n: tensor.bfloat16() for n, tensor in merged_by_peft(base, adapter).items()}
-    same = all(torch.equal(rounded[n], t) for n, t in oracle(base, adapter).items())
+    merge(make_plan(base, [adapter], shard_bytes=70_000), tmp_path / "out")
 
-    assert same == (name in ROUNDS_ONCE)
+    assert_same_tensors(read_tensors(tmp_path / "out"), merged_by_peft(base, adapter))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,13 +16,6 @@ from merge_core.verify import verify
 
 Q, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
 K = "model.layers.1.self_attn.k_proj.weight"
-
-
-@pytest.fixture(autouse=True)
-def _no_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's
-        yield
 
 
 @pytest.mark.parametrize(("kind", "tensors"), [("SHIRA", 10), ("VERA", 10), ("KASA", 10)])

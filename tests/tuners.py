@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,25 +102,39 @@ def tuner_config(name: str, **changes: Any) -> PeftConfig:
 
 def make_tuned(path: Path, base: Path, name: str, **changes: Any) -> Path:
     """One of ``ALL``, trained on ``base``."""
-    torch.manual_seed(0)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), tuner_config(name, **changes)
-    )
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:  # near where it starts: some count as 1, some as a norm
-            parameter.data += torch.randn(parameter.shape).mul_(0.1).to(parameter.dtype)
-    model.save_pretrained(path)
+    with _peft_at_ease():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(base)
+        tuned = get_peft_model(model, tuner_config(name, **changes))
+        torch.manual_seed(1)
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:  # near where it starts: some count as 1, some as a norm
+                parameter.data += torch.randn(parameter.shape).mul_(0.1).to(parameter.dtype)
+        tuned.save_pretrained(path)
     return path
 
 
-def merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    """What PEFT makes of a float32 copy of the base."""
-    model = run_adapter(base, adapter, dtype=torch.float32)
-    for parameter in model.parameters():  # safetensors maps some to odd addresses, where MKL
-        parameter.data = parameter.data.clone()  # multiplies in another order
-    merged = model.merge_and_unload()
+def merged_by_peft(base: Path, adapter: Path, *, float32: bool = True) -> dict[str, torch.Tensor]:
+    """What PEFT makes of a float32 copy of the base, or of the base as it is."""
+    with _peft_at_ease():
+        model = run_adapter(base, adapter, dtype=torch.float32 if float32 else None)
+        for parameter in model.parameters():  # safetensors maps some to odd addresses, where MKL
+            parameter.data = parameter.data.clone()  # multiplies in another order
+        merged = model.merge_and_unload()
     state = {name: tensor.detach().clone() for name, tensor in merged.state_dict().items()}
     if merged.config.tie_word_embeddings:
         del state["lm_head.weight"]
     return state
+
+
+@contextlib.contextmanager
+def _peft_at_ease() -> Iterator[None]:
+    """It warns of what it leaves out of files and of tied weights; and the last bits of products
+    this small depend on the number of threads.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.set_num_threads(threads)
