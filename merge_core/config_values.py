@@ -47,7 +47,10 @@ _Checks = Sequence[tuple[str, Any, Callable[[Any], bool], str]]
 
 def malformed_tuner(fields: Mapping[str, Any], where: str) -> list[Problem]:
     """The same for a tuner other than LoRA, of the fields that are not left to PEFT alone."""
+    of_ia3: _Checks = (("target_modules", (), _are_targets, "a list of names or a regex"),)
     checks: _Checks = (
+        *(of_ia3 if fields.get("feedforward_modules") else ()),  # of others the keys tell as much
+        ("r", 0, _is_rank_or_none, "a whole number, 0 or more"),
         ("fan_in_fan_out", False, _is_flag, "true or false"),
         ("bias", "none", _is_bias, "none, all or the layers' own, such as oft_only"),
         ("modules_to_save", (), are_names, "a list of names"),
@@ -67,6 +70,10 @@ def _failed(checks: _Checks, fields: Mapping[str, Any], where: str) -> list[Prob
         for name, default, is_valid, expected in checks
         if not is_valid(fields.get(name, default))
     ]
+
+
+def _is_rank_or_none(value: Any) -> bool:
+    return value is None or value == 0 or _is_rank(value)
 
 
 def _is_bias(value: Any) -> bool:

@@ -233,7 +233,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             shared=form("tinylora_v.*: u"),
             copies=8,
             squares=4,
-            kinds=_ANY,
+            kinds=_EMBEDDING,
             others=Others.NUMBER,
         ),
         "UNILORA": Tuner(

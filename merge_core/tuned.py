@@ -159,7 +159,9 @@ def _size(word: str, sizes: Sizes) -> int | None:
     if match is None:
         raise AssertionError(f"{word!r} is no size")
     size, divisor = sizes.get(match["name"]), sizes.get(match["divisor"] or "", 1)
-    return None if size is None else int(match["times"] or 1) * size // divisor
+    if size is None or divisor < 1:
+        return None
+    return int(match["times"] or 1) * size // divisor
 
 
 def _wrong(tensor: TensorSpec, shape: str, sizes: Sizes) -> MismatchError:

@@ -175,7 +175,7 @@ def _sizes_of(config: Mapping[str, Any], tuner: Tuner, path: str) -> Sizes:
         if type(value := next(found, None)) is int:
             sizes[name] = value
     if config["peft_type"] == "ADALORA" and config.get("rank_pattern"):
-        del sizes["init_r"]
+        sizes.pop("init_r", None)
     return sizes
 
 

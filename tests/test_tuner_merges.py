@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,8 +113,42 @@ def changed_by_hira(weight: torch.Tensor, adapter: Path) -> torch.Tensor:
 
 
 def test_every_tuner_of_conv1d_layers_is_tested() -> None:
-    numbered = {"TINYLORA"}  # of Qwen2 alone
-    assert {k for k, t in TUNERS.items() if Kind.CONV1D in t.kinds} == {*CONV1D, *numbered}
+    assert {kind for kind, t in TUNERS.items() if Kind.CONV1D in t.kinds} == set(CONV1D)
+
+
+def test_what_all_share_need_not_be_saved_with_each_layer(
+    base: Path, tuned: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(tuned("RANDLORA"), tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    saved = load_file(file)
+    kept = {k: t for k, t in saved.items() if "layers" not in k or k.endswith(("gamma", "lambda"))}
+    assert len(kept) < len(saved)
+    save_file(kept, file)
+
+    merge(make_plan(base, [adapter]), tmp_path / "out")
+
+    wanted = {name: tensor.bfloat16() for name, tensor in merged_by_peft(base, adapter).items()}
+    assert_same_tensors(read_tensors(tmp_path / "out"), wanted)
+
+
+@pytest.mark.parametrize("kind", ["SHIRA", "SUPERTUNING"])
+def test_a_place_outside_of_the_layer_is_refused_by_name(
+    kind: str, base: Path, tuned: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(tuned(kind), tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    saved = load_file(file)
+    key = min(key for key in saved if key.endswith("indices"))
+    saved[key].view(-1)[0] = 10**6
+    save_file(saved, file)
+
+    with pytest.raises(InputError) as caught:
+        merge(make_plan(base, [adapter]), tmp_path / "out", device="cpu")
+
+    assert f"{adapter}, module {key.removeprefix('base_model.model.').rpartition('.')[0]}" in str(
+        caught.value
+    )
 
 
 def test_adalora_keeps_the_rank_that_was_left_and_old_files_say_ranknum(

@@ -78,8 +78,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "PVERA, no projection": {"r": 4, "save_projection": False},
     "RANDLORA, sparse": {"r": 4, "sparse": True, "save_projection": False},
     "ROAD, two": {"group_size": 16, "variant": "road_2"},
+    "TINYLORA, tied, all layers": {
+        "u": 8,
+        "target_modules": "all-linear",
+        "weight_tying": 0.7,
+    },
     "TINYLORA, tied": {"u": 8, "weight_tying": 0.5, "save_projection": False},
     "TINYLORA, embeddings": {"u": 8, "target_modules": ["embed_tokens", "q_proj"]},
+    "UNILORA, all layers": {"target_modules": "all-linear"},
     "UNILORA, indices": {"save_indices": True},
     "VBLORA, top weights": {
         "num_vectors": 8,

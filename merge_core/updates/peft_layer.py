@@ -29,10 +29,14 @@ State = Mapping[str, torch.Tensor]
 _MODULE = "base_model.model."
 """Before the path of a module, in the names of an adapter's tensors."""
 
+_SHARED = "base_model."
+"""Before the names of what all layers share."""
+
 _OTHER_CONFIG = "Use the adapter_config.json that was saved with these weights"
 
-_PEFT_REFUSES = (ValueError, KeyError, TypeError, AttributeError, ImportError, NotImplementedError)
-"""What PEFT raises where config and tensors do not fit; RuntimeErrors may be a lack of memory."""
+_PEFT_REFUSES = (ValueError, LookupError, TypeError, AttributeError, ImportError)
+_TORCH_REFUSES = ("loading state_dict", "out of bounds")
+"""What is raised where config and tensors do not fit; other RuntimeErrors may be lack of memory."""
 
 
 def merge_layer(
@@ -50,6 +54,7 @@ def merge_layer(
         InputError: PEFT refuses the adapter, or expects other tensors of it.
     """
     at = f"{adapter}, module {layer.path}"
+    _check_places(layer, held, at)
     try:
         with torch.no_grad(), _left_alone():
             root = _model(tuning, layer, base)
@@ -59,11 +64,22 @@ def merge_layer(
     except InputError:
         raise
     except (*_PEFT_REFUSES, RuntimeError) as error:
-        if not isinstance(error, _PEFT_REFUSES) and "loading state_dict" not in str(error):
+        known = isinstance(error, (*_PEFT_REFUSES, NotImplementedError))
+        if not known and not any(sign in str(error) for sign in _TORCH_REFUSES):
             raise
         what = f"PEFT cannot merge it ({type(error).__name__}: {error})"
         raise refuse(what, at, "Check that config and weights belong together") from error
     return {part: getattr(merged, part).detach().float() for part in base}
+
+
+def _check_places(layer: Layer, held: State, at: str) -> None:
+    """SHIRA's rows and columns: sparse tensors write wherever they point."""
+    for name, places in held.items():
+        if name.endswith(".shira_indices"):
+            sizes = torch.tensor(layer.shape, device=places.device).unsqueeze(1)
+            if bool(((places < 0) | (places >= sizes)).any()):
+                what = f"{name!r} names places outside of {list(layer.shape)}"
+                raise refuse(what, at, _OTHER_CONFIG)
 
 
 @contextlib.contextmanager
@@ -168,6 +184,8 @@ def _load(model: PeftModel, layer: Layer, held: State, at: str) -> None:
     saved = get_peft_model_state_dict(model, save_embedding_layers=False)
     module = f"{_MODULE}{layer.path}."
     wanted = {name for name in saved if name.startswith(module) or not name.startswith(_MODULE)}
+    # What all share may be saved with each layer as well.
+    wanted -= {f"{module}{name.removeprefix(_SHARED)}" for name in held}
     remedy = "Save the adapter again with PEFT"
     if missing := sorted(wanted - held.keys()):
         raise refuse(f"PEFT needs {some_of(missing)}, which the file lacks", at, remedy)

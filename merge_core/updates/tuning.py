@@ -9,6 +9,9 @@ from typing import Any
 
 from merge_core.layout import TensorSpec
 
+_DEFAULT_RANK = 4
+"""Of tuners that look at others; PEFT's own is that or less, and each writes it into the config."""
+
 
 class Kind(StrEnum):
     """The class of a layer, which decides what a tuner makes of it."""
@@ -63,12 +66,12 @@ class Tuning:
 
     def around(self, chosen: Layer) -> Iterator[Layer]:
         """``chosen`` and the others that must be there with it, in order."""
-        seen = {chosen.shape}
+        seen, rank = {chosen.shape}, self._rank
         for layer in self.layers:
             if layer == chosen or self.others == Others.ALL:
                 yield layer
             elif self.others == Others.NUMBER:
-                yield replace(layer, shape=tuple(min(n, self.config["r"]) for n in layer.shape))
+                yield replace(layer, shape=tuple(min(n, rank) for n in layer.shape))
             elif self.others == Others.SHAPES and layer.shape not in seen:
                 seen.add(layer.shape)
                 yield layer
@@ -78,5 +81,9 @@ class Tuning:
         rows, width = layer.shape
         dealt_out = 0
         if self.others == Others.ALL:  # a place of eight bytes for each, and its scale, and copies
-            dealt_out = 12 * self.config.get("r", 4) * sum(sum(one.shape) for one in self.layers)
+            dealt_out = 12 * self._rank * sum(sum(one.shape) for one in self.layers)
         return self.copies * rows * width + self.squares * max(rows, width) ** 2 + dealt_out
+
+    @property
+    def _rank(self) -> int:
+        return self.config.get("r") or _DEFAULT_RANK
