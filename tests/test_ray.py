@@ -11,6 +11,7 @@ import pytest
 import ray
 from clusters import running_cluster
 from models import assert_same_tensors, make_adapter, make_base, oracle, read_tensors
+from tuners import make_tuned
 
 from actors import kept_collector
 from actors.kept_collector import KeptCollector
@@ -75,6 +76,18 @@ def test_any_number_of_workers_writes_the_bytes_of_the_inline_merge(
     run(plan, tmp_path / "out", address, workers=workers)
 
     assert published(tmp_path / "out") == expected
+
+
+def test_what_peft_merges_is_merged_by_the_workers_to_the_same_bytes(
+    plan: MergePlan, address: str, tmp_path: Path
+) -> None:
+    adapter = make_tuned(tmp_path / "adapter", plan.base, "VERA")
+    tuned = make_plan(plan.base, [adapter], shard_bytes=60_000)
+    merge(tuned, tmp_path / "inline")
+
+    run(tuned, tmp_path / "out", address)
+
+    assert published(tmp_path / "out") == published(tmp_path / "inline")
 
 
 @pytest.mark.parametrize(
