@@ -152,6 +152,7 @@ def _list_tensors(path: Path) -> tuple[TensorSpec, ...]:
 
 def _list_pickle(path: Path) -> tuple[TensorSpec, ...]:
     names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+    names |= {"torch.uint8": "U8"} | {f"torch.int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)}
     return tuple(
         TensorSpec(
             name=name,

@@ -218,7 +218,10 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             copies=5,
         ),
         "SUPERTUNING": Tuner(
-            groups=groups("supertuning_values: n; supertuning_indices: n"),
+            groups=groups(
+                "supertuning_values: n; supertuning_indices: n",
+                "supertuning_lora_A.weight: r in; supertuning_lora_B.weight: out r |",
+            ),
             fields=words("sparsity select_top r lora_alpha save_precomputed_indices"),
             copies=4,
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from merge_core.peft_tuners import TUNERS
 from merge_core.tuned import MismatchError, Sizes, check_parts, check_shared, unlike_others
 from merge_core.tuner import Tuner
 from merge_core.updates import PeftUpdate
-from merge_core.updates.tuning import Kind, Layer, Others, Tuning
+from merge_core.updates.tuning import Kind, Layer, Others, Tuning, rank_of
 
 _OTHER_BASE = "Give the base that this adapter was trained on"
 _OTHER_CONFIG = "Use the adapter_config.json that was saved with these weights"
@@ -56,9 +57,11 @@ def tune(matched: Matched, number: int, adapter: Adapter, checkpoint: Checkpoint
         config={k: v for k, v in adapter.config.fields.items() if k not in _PROVENANCE},
         layers=tuple(layers),
         others=tuner.others,
+        peft=_installed_peft(str(adapter.path)),
         shared=tuple(tuned.shared.values()),
         copies=tuner.copies,
         squares=tuner.squares,
+        always=_dealt_out(layers, adapter) if tuner.others == Others.ALL else 0,
     )
     for layer in layers:
         tensors = tuple(tuned.layers.get(layer.path, {}).values())
@@ -72,6 +75,22 @@ def tune(matched: Matched, number: int, adapter: Adapter, checkpoint: Checkpoint
                     weight=adapter.weight,
                 )
                 matched.add(f"{layer.path}.{part}", update)
+
+
+def _dealt_out(layers: list[Layer], adapter: Adapter) -> int:
+    """Float32 numbers for the places in one vector of all layers' factors: eight bytes for each,
+    their copies while they are drawn, and a scale.
+    """
+    return 12 * rank_of(adapter.config.fields) * sum(sum(layer.shape) for layer in layers)
+
+
+def _installed_peft(where: str) -> str:
+    """Its version, without importing it."""
+    try:
+        return importlib.metadata.version("peft")
+    except importlib.metadata.PackageNotFoundError:
+        what = "PEFT merges this adapter, and is not installed here"
+        raise refuse(what, where, "Install peft, on every machine") from None
 
 
 _PROVENANCE = frozenset({"base_model_name_or_path", "revision", "auto_mapping", "peft_version"})

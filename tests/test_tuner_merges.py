@@ -15,6 +15,7 @@ from tuners import make_tuned, merged_by_peft
 
 from cluster.explain import adapter_documents, adapter_lines
 from merge_core.errors import DeviceMemoryError, InputError
+from merge_core.factors import seal
 from merge_core.memory import Memory, choose_lanes, lane_need
 from merge_core.merge import merge
 from merge_core.peft_tuners import TUNERS
@@ -132,6 +133,32 @@ def test_what_all_share_need_not_be_saved_with_each_layer(
     assert_same_tensors(read_tensors(tmp_path / "out"), wanted)
 
 
+@pytest.mark.parametrize("kind", ["SHIRA", "IA3"])
+def test_a_pickled_adapter_is_the_same_adapter(
+    kind: str, base: Path, tuned: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = shutil.copytree(tuned(kind), tmp_path / "adapter")
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+
+    merge(make_plan(base, [adapter]), tmp_path / "out")
+    merge(make_plan(base, [tuned(kind)]), tmp_path / "other")
+
+    assert_same_tensors(read_tensors(tmp_path / "out"), read_tensors(tmp_path / "other"))
+
+
+def test_norms_that_have_a_bias_are_replaced_with_it(tmp_path: Path) -> None:
+    base = make_gpt2(tmp_path / "base", torch.bfloat16)
+    adapter = make_tuned(tmp_path / "adapter", base, "LN_TUNING", target_modules=["ln_1"])
+
+    merge(make_plan(base, [adapter]), tmp_path / "out")
+
+    wanted = {name: tensor.bfloat16() for name, tensor in merged_by_peft(base, adapter).items()}
+    assert_same_tensors(read_tensors(tmp_path / "out"), wanted)
+    bias = "transformer.h.0.ln_1.bias"
+    assert not torch.equal(read_tensors(base)[bias], wanted[bias])
+
+
 @pytest.mark.parametrize("kind", ["SHIRA", "SUPERTUNING"])
 def test_a_place_outside_of_the_layer_is_refused_by_name(
     kind: str, base: Path, tuned: Callable[..., Path], tmp_path: Path
@@ -242,6 +269,20 @@ def test_what_is_not_understood_of_a_config_is_refused(
 
     assert said in str(caught.value)
     assert all(str(adapter) in problem.where for problem in caught.value.problems)
+
+
+def test_the_workers_must_have_the_peft_that_was_planned_with(
+    base: Path, tuned: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(base, [tuned("VERA")])
+    before = seal(plan).fingerprint
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "0.99.0")
+    other = make_plan(base, [tuned("VERA")])
+
+    with pytest.raises(InputError, match=r"0\.99\.0 where it was planned"):
+        merge(other, tmp_path / "out", device="cpu")
+
+    assert seal(other).fingerprint != before
 
 
 def test_a_tuner_that_numbers_its_layers_needs_a_model_that_is_known(tmp_path: Path) -> None:

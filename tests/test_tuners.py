@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import assert_same_tensors, read_tensors
+from models import DTYPES, assert_same_tensors, read_tensors
 from tuners import ALL, CONFIGS, merged_by_peft
 
 from merge_core.merge import merge
@@ -53,12 +53,15 @@ def test_the_result_is_that_of_peft_on_a_float32_copy_rounded_once(
         assert same == (name in ROUNDS_ONCE)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_the_result_on_a_base_in_float32_is_that_of_peft(
-    name: str, bases: Callable[..., Path], tuned: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "F32") for name in CONFIGS), ("IA3", "F16"), ("LN_TUNING", "F16")]
+)
+def test_the_result_on_a_base_in_another_dtype_is_that_of_peft(
+    name: str, dtype: str, bases: Callable[..., Path], tuned: Callable[..., Path], tmp_path: Path
 ) -> None:
-    base, adapter = bases("F32", shard="80KB"), tuned(name, "F32")
+    base, adapter = bases(dtype, shard="80KB"), tuned(name, dtype)
 
     merge(make_plan(base, [adapter], shard_bytes=70_000), tmp_path / "out")
 
-    assert_same_tensors(read_tensors(tmp_path / "out"), merged_by_peft(base, adapter))
+    wanted = {n: t.to(DTYPES[dtype]) for n, t in merged_by_peft(base, adapter).items()}
+    assert_same_tensors(read_tensors(tmp_path / "out"), wanted)

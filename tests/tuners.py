@@ -78,6 +78,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "PVERA, no projection": {"r": 4, "save_projection": False},
     "RANDLORA, sparse": {"r": 4, "sparse": True, "save_projection": False},
     "ROAD, two": {"group_size": 16, "variant": "road_2"},
+    "SUPERTUNING, low rank": {"r": 3, "lora_alpha": 5},
     "TINYLORA, tied, all layers": {
         "u": 8,
         "target_modules": "all-linear",

@@ -54,6 +54,9 @@ def merge_layer(
         InputError: PEFT refuses the adapter, or expects other tensors of it.
     """
     at = f"{adapter}, module {layer.path}"
+    if peft.__version__ != tuning.peft:
+        what = f"PEFT is {peft.__version__} on this machine, and {tuning.peft} where it was planned"
+        raise refuse(what, at, "Install the same PEFT on every machine")
     _check_places(layer, held, at)
     try:
         with torch.no_grad(), _left_alone():
@@ -142,7 +145,7 @@ def _config(tuning: Tuning, layer: Layer, at: str) -> PeftConfig:
     """The adapter's config, for a model of one layer or a few."""
     kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(tuning.config["peft_type"])
     if kind is None:
-        what = f"PEFT {peft.__version__} does not know peft_type {tuning.config['peft_type']}"
+        what = f"PEFT {tuning.peft} does not know peft_type {tuning.config['peft_type']}"
         raise refuse(what, at, "Install a newer PEFT, on every machine")
     known = {field.name for field in dataclasses.fields(kind)}
     fields: dict[str, Any] = {k: v for k, v in tuning.config.items() if k in known}

@@ -36,6 +36,11 @@ class Others(StrEnum):
     """It numbers its layers."""
 
 
+def rank_of(config: Mapping[str, Any]) -> int:
+    """``r``; also where an old config leaves it out."""
+    return config.get("r") or _DEFAULT_RANK
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
     """A module that an adapter was trained on."""
@@ -58,15 +63,19 @@ class Tuning:
     layers: tuple[Layer, ...]
     """All that it was trained on, in the order of the model."""
     others: Others
+    peft: str
+    """Version of PEFT beside which it was planned: the result may depend on it."""
     shared: tuple[TensorSpec, ...] = ()
     """Tensors of no module."""
     copies: int = 0
     squares: int = 0
-    """What a layer takes in memory, see ``peft_tuners.Tuner``."""
+    """What a layer takes in memory, see ``tuner.Tuner``."""
+    always: int = 0
+    """Float32 numbers that are in memory with any layer."""
 
     def around(self, chosen: Layer) -> Iterator[Layer]:
         """``chosen`` and the others that must be there with it, in order."""
-        seen, rank = {chosen.shape}, self._rank
+        seen, rank = {chosen.shape}, rank_of(self.config)
         for layer in self.layers:
             if layer == chosen or self.others == Others.ALL:
                 yield layer
@@ -79,11 +88,4 @@ class Tuning:
     def elements(self, layer: Layer) -> int:
         """Float32 numbers that are in memory at once while PEFT merges a layer."""
         rows, width = layer.shape
-        dealt_out = 0
-        if self.others == Others.ALL:  # a place of eight bytes for each, and its scale, and copies
-            dealt_out = 12 * self._rank * sum(sum(one.shape) for one in self.layers)
-        return self.copies * rows * width + self.squares * max(rows, width) ** 2 + dealt_out
-
-    @property
-    def _rank(self) -> int:
-        return self.config.get("r") or _DEFAULT_RANK
+        return self.copies * rows * width + self.squares * max(rows, width) ** 2 + self.always
