@@ -11,13 +11,13 @@ from types import MappingProxyType
 from typing import Any
 
 from merge_core.tuner import Tuner, form, groups, words
-from merge_core.updates.tuning import Kind, Others
+from merge_core.updates.tuning import Kind, Others, Part
 
 _CONV1D = frozenset({Kind.LINEAR, Kind.CONV1D})
 _EMBEDDING = frozenset({Kind.LINEAR, Kind.EMBEDDING})
 _ANY = frozenset(Kind)
 
-_BOTH = ("weight", "bias")
+_BOTH: tuple[Part, ...] = ("weight", "bias")
 _VERA = "r save_projection projection_prng_key d_initial vera_dropout"
 
 TUNERS: Mapping[str, Tuner] = MappingProxyType(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from merge_core.updates.tuning import Kind, Others
+from merge_core.updates.tuning import Kind, Others, Part
 
 Form = Mapping[str, str]
 """Names of a layer's tensors and their shapes, size by size. A size is a number; ``in`` or ``out``
@@ -34,7 +34,8 @@ class Tuner:
     """What belongs to no layer, after ``base_model.``. Its sizes may also be ``widest`` and
     ``tallest``, the largest ``in`` and ``out`` of all layers; ``longer`` is the larger of the two,
     ``shorter`` the other. A name that ends with ``*`` stands for any number of tensors."""
-    changes: tuple[str, ...] = ("weight",)
+    changes: tuple[Part, ...] = ("weight",)
+    """Which tensors of a layer it changes."""
     kinds: frozenset[Kind] = frozenset({Kind.LINEAR})
     others: Others = Others.NONE
     note: str = ""

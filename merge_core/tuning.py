@@ -52,29 +52,31 @@ def tune(matched: Matched, number: int, adapter: Adapter, checkpoint: Checkpoint
         raise InputError(problems)
     if tuner.note:
         matched.notes.append(f"{adapter.path}: {adapter.config.peft_type}: {tuner.note}")
-    tuned = adapter.trained.tuned
     matched.tunings[number] = Tuning(
         config={k: v for k, v in adapter.config.fields.items() if k not in _PROVENANCE},
         layers=tuple(layers),
         others=tuner.others,
         peft=_installed_peft(str(adapter.path)),
-        shared=tuple(tuned.shared.values()),
+        shared=tuple(adapter.trained.tuned.shared.values()),
         copies=tuner.copies,
         squares=tuner.squares,
         always=_dealt_out(layers, adapter) if tuner.others == Others.ALL else 0,
     )
     for layer in layers:
-        tensors = tuple(tuned.layers.get(layer.path, {}).values())
-        for part in tuner.changes:
-            if part == "weight" or layer.bias:
-                update = PeftUpdate(
-                    adapter=number,
-                    layer=layer,
-                    part="bias" if part == "bias" else "weight",
-                    tensors=tensors,
-                    weight=adapter.weight,
-                )
-                matched.add(f"{layer.path}.{part}", update)
+        _update(matched, number, adapter, layer, tuner)
+
+
+def _update(matched: Matched, number: int, adapter: Adapter, layer: Layer, tuner: Tuner) -> None:
+    for part in tuner.changes:
+        if part == "weight" or layer.bias:
+            update = PeftUpdate(
+                adapter=number,
+                layer=layer,
+                part=part,
+                tensors=tuple(adapter.trained.tuned.layers.get(layer.path, {}).values()),
+                weight=adapter.weight,
+            )
+            matched.add(f"{layer.path}.{part}", update)
 
 
 def _dealt_out(layers: list[Layer], adapter: Adapter) -> int:

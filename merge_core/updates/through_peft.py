@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from merge_core.layout import TensorSpec
 from merge_core.updates.loading import Loading
-from merge_core.updates.tuning import Layer
+from merge_core.updates.tuning import Layer, Part
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ class PeftUpdate:
     """Index into ``MergePlan.adapters``, whose ``tuning`` says the rest."""
     layer: Layer
     """The one that the tensor belongs to."""
-    part: Literal["weight", "bias"]
+    part: Part
     """Which tensor of the layer it is."""
     tensors: tuple[TensorSpec, ...]
     """What it reads of the adapter, beside what all layers share."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from merge_core.layout import TensorSpec
 
 _DEFAULT_RANK = 4
-"""Of tuners that look at others; PEFT's own is that or less, and each writes it into the config."""
+"""Of tuners that look at all others; PEFT's own are 4 and 2, and are in every config it writes."""
+
+Part = Literal["weight", "bias"]
+"""A tensor of a layer."""
 
 
 class Kind(StrEnum):
