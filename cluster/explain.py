@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from merge_core.errors import counted, some_of
+from merge_core.memory import alone_bytes
 from merge_core.plan import MergePlan, TensorTask
 from merge_core.updates import LowRankUpdate, Update
 
@@ -16,6 +17,7 @@ _KINDS = {
     "dora": "DoRA",
     "shift": "a bias on B",
     "rows": "trained tokens",
+    "through_peft": "layers merged by PEFT",
 }
 """By the kind of an update, see ``merge_core.updates``."""
 
@@ -52,6 +54,14 @@ def adapter_lines(plan: MergePlan) -> Iterator[str]:
         yield f"adapter  {adapter.path}, weight {adapter.weight:g}: {adapter.peft_type}"
         for kind, names in features_of(plan, number).items():
             yield f"         {kind} on {counted(len(names), 'tensor')}: {_modules(names)}"
+        if adapter.tuning is not None:
+            yield f"         one layer at a time, in {peft_bytes(plan, number) / 1e6:,.0f} MB"
+
+
+def peft_bytes(plan: MergePlan, adapter: int) -> int:
+    """The most memory that PEFT needs for a layer of adapter number ``adapter``."""
+    updates = (u for task in plan.tasks for u in task.parts if u.adapter == adapter)
+    return max((alone_bytes(update, plan) for update in updates), default=0)
 
 
 def _modules(names: Sequence[str]) -> str:
@@ -69,6 +79,7 @@ def adapter_documents(plan: MergePlan) -> list[dict[str, Any]]:
             "weight": adapter.weight,
             "peft_type": adapter.peft_type,
             "touches": features_of(plan, number),
+            "peft_bytes": peft_bytes(plan, number),
         }
         for number, adapter in enumerate(plan.adapters)
     ]

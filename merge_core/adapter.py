@@ -14,6 +14,8 @@ from merge_core.checkpoint import read_header, read_json
 from merge_core.config_values import MAX_SCALE
 from merge_core.errors import InputError, Problem, gathered, refuse, some_of
 from merge_core.layout import TensorSpec
+from merge_core.peft_tuners import tuner_of
+from merge_core.refused_tuners import REFUSED
 from merge_core.storage import FileIdentity
 from merge_core.trained import Trained, read_trained
 
@@ -60,15 +62,19 @@ def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
         what = f"weight {weight} merges nothing sensible"
         problems.append(Problem(what, str(path), "Give a weight other than 0, or leave it out"))
     config_file = FileIdentity.of(path, CONFIG)
+    fields: dict[str, Any] = {}
     with gathered(problems):
-        config = read_config(read_json(path / CONFIG), str(path / CONFIG))
+        fields = read_json(path / CONFIG)
+        config = read_config(fields, str(path / CONFIG))
     with gathered(problems):
         name = _weights_file(path)
         file = FileIdentity.of(path, name)  # before the header: a file put there later differs
         tensors = _list_tensors(path / name)
     trained: Trained | None = None
     with gathered(problems):
-        trained = read_trained(tensors, config, str(path / name)) if tensors else None
+        kind = tuner_of(fields)
+        if tensors and kind not in REFUSED:  # whose keys nobody knows
+            trained = read_trained(tensors, config, kind, str(path / name))
     if config is None or trained is None or problems:
         raise InputError(problems)
     paths = [*map(config.key_of, trained.pairs), *trained.experts]
@@ -147,6 +153,7 @@ def _list_tensors(path: Path) -> tuple[TensorSpec, ...]:
 
 def _list_pickle(path: Path) -> tuple[TensorSpec, ...]:
     names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
+    names |= {"torch.uint8": "U8"} | {f"torch.int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)}
     return tuple(
         TensorSpec(
             name=name,

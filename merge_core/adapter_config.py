@@ -9,22 +9,25 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from merge_core.block_diagonal import BlockDiagonal, read_block_diagonal
-from merge_core.config_values import are_names, at_end, is_regex, malformed, whole
+from merge_core.config_values import are_names, at_end, is_regex, malformed, malformed_tuner, whole
 from merge_core.errors import InputError, Problem, shortened
 from merge_core.peft_fields import (
-    FEATURE_FIELDS,
     INERT_FIELDS,
+    NORM_FIELDS,
     PLAIN_INITS,
     READ_FIELDS,
     TOKEN_FIELDS,
-    TUNERS,
 )
+from merge_core.peft_tuners import TUNERS, tuner_of
+from merge_core.refused_tuners import REFUSED, REFUSED_FIELDS, REFUSED_VARIANTS
+from merge_core.tuner import COMMON_FIELDS
 
 T = TypeVar("T")
 
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
-_NOT_YET = "Merge this adapter with PEFT's merge_and_unload for now"
+_READ = {"LORA": READ_FIELDS, "TRAINABLE_TOKENS": TOKEN_FIELDS, "LN_TUNING": NORM_FIELDS}
+
 _REPAIR = "Save the adapter again with PEFT"
 _CONVERT = (
     "Save the adapter again as plain LoRA: save_pretrained(...,"
@@ -41,18 +44,20 @@ class AdapterConfig:
     """The fields that decide what an adapter does."""
 
     peft_type: str
-    """``LORA`` or ``TRAINABLE_TOKENS``."""
-    rank: int
-    alpha: float
-    rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    """``LORA``, ``TRAINABLE_TOKENS``, ``LN_TUNING`` or a name in ``peft_tuners.TUNERS``."""
+    rank: int = 8
+    alpha: float = 8
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    """These five are of LoRA alone."""
     fan_in_fan_out: bool
     dora: bool = False
     lora_bias: bool = False
     """Whether B has a bias."""
     bias: str = "none"
-    """Which biases of the base were trained: ``none``, ``all`` or ``lora_only``."""
+    """Which biases of the base were trained: ``none``, ``all``, or those of the tuner's own layers,
+    such as ``lora_only``."""
     saved: tuple[str, ...] = ()
     """``modules_to_save``: names of modules that were trained as a whole."""
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -69,6 +74,8 @@ class AdapterConfig:
     """The release of PEFT that saved the adapter; None if it was none."""
     block_diagonal: BlockDiagonal | None = None
     """``use_bdlora``"""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """All of them, where PEFT is to read them."""
 
     def is_target(self, module: str) -> bool:
         """Whether the config says that ``module`` was trained (PEFT: a regex, or suffixes)."""
@@ -91,7 +98,7 @@ class AdapterConfig:
 
     def trains_bias(self, *, beside_factors: bool) -> bool:
         """Whether the bias of a module that has factors, or has none, was trained."""
-        return self.bias == "all" or (self.bias == "lora_only" and beside_factors)
+        return self.bias == "all" or (self.bias.endswith("_only") and beside_factors)
 
     def tokens_of(self, module: str) -> tuple[int, ...] | None:
         """The rows of ``module`` that were trained; None if the config names none."""
@@ -143,14 +150,34 @@ def read_config(fields: Mapping[str, Any], where: str) -> AdapterConfig:
         InputError: with every field that is malformed, unknown, or belongs to a feature that
             raymeld does not merge yet.
     """
-    kind = fields.get("peft_type")
-    if kind not in ("LORA", "TRAINABLE_TOKENS"):
-        raise InputError([_other_tuner(kind, where)])
-    problems = [*_unsupported(fields, where), *_unknown(fields, where), *malformed(fields, where)]
+    kind = tuner_of(fields)
+    if kind not in _READ.keys() | TUNERS.keys() or fields["peft_type"] == "KASA":
+        raise InputError([_no_merge(fields.get("peft_type"), where)])
+    own = kind in TUNERS
+    problems = [
+        *_unsupported(fields, where),
+        *_unknown(fields, where),
+        *(malformed_tuner(fields, where) if own else malformed(fields, where)),
+    ]
     if problems:
         raise InputError(problems)
+    return _of_tuner(fields) if own else _of_lora(fields)
+
+
+def _of_tuner(fields: Mapping[str, Any]) -> AdapterConfig:
     return AdapterConfig(
-        peft_type=str(kind),
+        peft_type=tuner_of(fields),
+        fan_in_fan_out=fields.get("fan_in_fan_out") or False,
+        bias=fields.get("bias") or "none",
+        saved=tuple(fields.get("modules_to_save") or ()),
+        targets=_targets(fields),
+        fields=fields,
+    )
+
+
+def _of_lora(fields: Mapping[str, Any]) -> AdapterConfig:
+    return AdapterConfig(
+        peft_type=fields["peft_type"],
         rank=fields.get("r", 8),
         alpha=fields.get("lora_alpha", 8),
         rslora=fields.get("use_rslora") or False,
@@ -163,8 +190,8 @@ def read_config(fields: Mapping[str, Any], where: str) -> AdapterConfig:
         saved=tuple(fields.get("modules_to_save") or ()),
         tokens=_tokens(fields),
         ensures_tying=fields.get("ensure_weight_tying") or False,
+        targets=() if fields["peft_type"] == "TRAINABLE_TOKENS" else _targets(fields),
         replication=tuple((start, end) for start, end in fields.get("layer_replication") or ()),
-        targets=_targets(fields) if kind == "LORA" else (),
         parameters=tuple(fields.get("target_parameters") or ()),
         peft_release=_release(fields.get("peft_version")),
         block_diagonal=read_block_diagonal(fields.get("use_bdlora")),
@@ -210,16 +237,17 @@ def _first_match(pattern: Mapping[str, T], module: str, default: T) -> T:
     return default
 
 
-def _other_tuner(kind: Any, where: str) -> Problem:
-    if isinstance(kind, str) and kind in TUNERS:
-        return Problem(f"peft_type {kind} is not merged yet", where, _NOT_YET)
+def _no_merge(kind: Any, where: str) -> Problem:
+    if isinstance(kind, str) and kind in REFUSED:
+        what = f"peft_type {kind} is not merged: {REFUSED[kind]}"
+        return Problem(what, where, "Use it as an adapter, with PEFT")
     return Problem(f"peft_type is {shortened(kind)}, which is no PEFT type", where, _REPAIR)
 
 
 def _unsupported(fields: Mapping[str, Any], where: str) -> list[Problem]:
     problems = [
-        Problem(f"{feature} is not merged yet ({name} is set)", where, _NOT_YET)
-        for name, feature in FEATURE_FIELDS.items()
+        Problem(f"{name} is set: {why}", where, "Use it as an adapter, with PEFT")
+        for name, why in {**REFUSED_VARIANTS, **REFUSED_FIELDS}.items()
         if fields.get(name)
     ]
     if fields.get("use_dora") and fields.get("use_bdlora"):
@@ -235,8 +263,9 @@ def _unsupported(fields: Mapping[str, Any], where: str) -> list[Problem]:
 
 
 def _unknown(fields: Mapping[str, Any], where: str) -> list[Problem]:
-    read = READ_FIELDS if fields.get("peft_type") == "LORA" else TOKEN_FIELDS
-    known = read | INERT_FIELDS | FEATURE_FIELDS.keys()
+    kind = tuner_of(fields)
+    read = COMMON_FIELDS | TUNERS[kind].fields if kind in TUNERS else _READ[kind]
+    known = read | INERT_FIELDS | REFUSED_VARIANTS.keys() | REFUSED_FIELDS.keys()
     return [
         Problem(
             f"field {shortened(name)} = {shortened(value)} is not known and could change the"

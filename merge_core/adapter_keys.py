@@ -14,6 +14,9 @@ from enum import StrEnum
 PREFIX = "base_model.model."
 _INNER = ".base_layer"
 
+NORM = r"ln_tuning_layers\."
+"""Before the tensors of a module that LN_TUNING trained: all of the module, in a copy."""
+
 
 class Part(StrEnum):
     """What a tensor is to its module."""
@@ -56,8 +59,8 @@ _NAMES = (
     (r"lora_embedding_B", Part.EMBEDDING_B),
     (r"(?:token_adapter\.)?trainable_tokens_delta", Part.TOKENS),
     # Beside factors or trained tokens PEFT calls the module's own tensors base_layer.
-    (r"(?:(?:token_adapter\.)?base_layer\.)?weight", Part.WEIGHT),
-    (r"(?:(?:token_adapter\.)?base_layer\.)?bias", Part.BIAS),
+    (rf"(?:(?:token_adapter\.)?base_layer\.|{NORM})?weight", Part.WEIGHT),
+    (rf"(?:(?:token_adapter\.)?base_layer\.|{NORM})?bias", Part.BIAS),
     (r"modules_to_save\.(?:default\.)?weight", Part.SAVED_WEIGHT),
     (r"modules_to_save\.(?:default\.)?bias", Part.SAVED_BIAS),
     (r"original_module\.weight", Part.ORIGINAL_WEIGHT),
@@ -67,7 +70,7 @@ _KEYS = tuple((re.compile(rf"{re.escape(PREFIX)}(.+?)\.{name}"), part) for name,
 _WRAPPED = frozenset({Part.A, Part.B})
 """What a wrapper within a wrapper can have."""
 _FOREIGN = re.compile(
-    r"\.(lora_|base_layer\.|modules_to_save|original_module|ranknum|token_adapter)"
+    r"\.(lora_|base_layer\.|modules_to_save|original_module|ranknum|token_adapter|ln_tuning_layers)"
 )
 """In the path of a module: then the key is of a kind that is not known here."""
 

@@ -31,7 +31,7 @@ def missing_parts(
     known = checkpoint.config.get("model_type") in ("qwen2", "qwen2_moe")
     fields = {
         "modules_to_save": list(_unsaved(adapter, bases)),
-        "target_modules": list(_without_factors(adapter, bases)) if known else [],
+        "target_modules": list(_untrained(adapter, bases)) if known else [],
         "target_parameters": list(_without_parameters(adapter, bases)) if known else [],
         f"bias={adapter.config.bias}": list(_without_bias(adapter, bases)) if known else [],
         "trained tokens": list(_without_rows(adapter, tied=tied)),
@@ -54,13 +54,25 @@ def _unsaved(adapter: Adapter, bases: Mapping[str, Source]) -> Iterator[str]:
             yield module
 
 
+def _untrained(adapter: Adapter, bases: Mapping[str, Source]) -> Iterator[str]:
+    config, trained = adapter.config, adapter.trained
+    if config.peft_type == "LN_TUNING":
+        yield from (
+            name
+            for name in bases
+            if config.is_target(name.rpartition(".")[0]) and name not in trained.whole
+        )
+    elif trained.layers:  # of what all layers share alone, the config says whose it is
+        yield from _without_factors(adapter, bases)
+
+
 def _without_factors(adapter: Adapter, bases: Mapping[str, Source]) -> Iterator[str]:
     """Modules that PEFT gives factors.
 
     Experts were modules in older transformers alone: they are expected where the file has factors
     of any.
     """
-    trained, config = adapter.trained.pairs, adapter.config
+    trained, config = adapter.trained.layers, adapter.config
     as_modules = any(map(_EXPERT.match, trained))
     for name, source in bases.items():
         for module in _modules(name, source.tensor.shape):
@@ -103,7 +115,7 @@ def _without_bias(adapter: Adapter, bases: Mapping[str, Source]) -> Iterator[str
     """Biases that were trained with the factors."""
     for name in bases:
         module, _, part = name.rpartition(".")
-        wanted = adapter.config.trains_bias(beside_factors=module in adapter.trained.pairs)
+        wanted = adapter.config.trains_bias(beside_factors=module in adapter.trained.layers)
         if part == "bias" and wanted and name not in adapter.trained.whole:
             yield name
 

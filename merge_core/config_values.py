@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from merge_core.block_diagonal import is_block_diagonal
@@ -25,7 +25,7 @@ _REPAIR = "Correct the value, or save the adapter again with PEFT"
 
 def malformed(fields: Mapping[str, Any], where: str) -> list[Problem]:
     """A problem for each field that has no sensible value."""
-    checks: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
+    checks: _Checks = (
         ("r", 8, _is_rank, "a whole number above 0"),
         ("lora_alpha", 8, _is_number, "a number other than 0"),
         ("use_rslora", False, _is_flag, "true or false"),
@@ -44,11 +44,49 @@ def malformed(fields: Mapping[str, Any], where: str) -> list[Problem]:
         ("trainable_token_indices", (), _are_tokens, "different rows, by module or without"),
         ("token_indices", (), _are_rows, "different rows"),
     )
+    return _failed(checks, fields, where)
+
+
+_Checks = Sequence[tuple[str, Any, Callable[[Any], bool], str]]
+
+
+def malformed_tuner(fields: Mapping[str, Any], where: str) -> list[Problem]:
+    """The same for a tuner other than LoRA, of the fields that are not left to PEFT alone."""
+    of_ia3: _Checks = (("target_modules", (), _are_targets, "a list of names or a regex"),)
+    checks: _Checks = (
+        *(of_ia3 if fields.get("feedforward_modules") else ()),  # of others the keys tell as much
+        ("r", 0, _is_rank_or_none, "a whole number, 0 or more"),
+        ("fan_in_fan_out", False, _is_flag, "true or false"),
+        ("bias", "none", _is_bias, "none, all or the layers' own, such as oft_only"),
+        ("modules_to_save", (), are_names, "a list of names"),
+        ("feedforward_modules", (), _are_targets, "a list of names or a regex"),
+        *(
+            (name, {}, lambda v: _is_pattern(v, lambda _: True), "a map of regexes")
+            for name in ("rank_pattern", "alpha_pattern", "lambda_pattern", "n_frequency_pattern")
+        ),
+        ("block_size_pattern", {}, lambda v: _is_pattern(v, lambda _: True), "a map of regexes"),
+    )
+    return _failed(checks, fields, where)
+
+
+def _failed(checks: _Checks, fields: Mapping[str, Any], where: str) -> list[Problem]:
     return [
         Problem(f"{name} is {shortened(fields[name])}, not {expected}", where, _REPAIR)
         for name, default, is_valid, expected in checks
         if not is_valid(fields.get(name, default))
     ]
+
+
+def _is_rank_or_none(value: Any) -> bool:
+    return value is None or value == 0 or _is_rank(value)
+
+
+def _is_bias(value: Any) -> bool:
+    return value in ("none", "all") or (isinstance(value, str) and value.endswith("_only"))
+
+
+def _are_targets(value: Any) -> bool:
+    return are_names(value) or (isinstance(value, str) and is_regex(value))
 
 
 def _is_rank(value: Any) -> bool:

@@ -30,6 +30,10 @@ _EXPONENTS = {
 """Integer view and exponent mask of each dtype: all exponent bits set means NaN or infinity.
 numpy has no bfloat16, and torch is still being imported when the factors are checked."""
 
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_INTEGERS = {"U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"}
+"""What torch calls each dtype. Some tuners save places beside values."""
+
 _COMPARED = 4 << 20
 """Elements of twins that are compared at a time: 16 MB each, where a whole one may have 5 GB."""
 
@@ -93,7 +97,8 @@ class FactorSource:
         return self._reader.read_cached(tensor.offset + first, behind - first)
 
     def load(self, factor: TensorSpec, device: torch.device) -> torch.Tensor:
-        """The factor in float32 on ``device``, proven to be the one that was sealed.
+        """The factor on ``device``, proven to be the one that was sealed: in float32, or integers
+        as they are.
 
         Raises:
             StorageError: its bytes differ from those that the plan was sealed with.
@@ -103,9 +108,10 @@ class FactorSource:
         raw = self.raw(factor)
         if bytes_digest(raw) != self._adapter.digests[factor.name]:
             raise replaced(self._path)
-        stored = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[factor.dtype]
-        flat = torch.frombuffer(raw, dtype=stored)
-        return flat.reshape(factor.shape).to(device=device, dtype=torch.float32)
+        stored = {**_FLOATS, **_INTEGERS}[factor.dtype]
+        flat = torch.frombuffer(raw, dtype=getattr(torch, stored))
+        whole = flat.reshape(factor.shape).to(device)
+        return whole if factor.dtype in _INTEGERS else whole.float()
 
     def close(self) -> None:
         """Close the file."""
@@ -122,6 +128,9 @@ def _used_of(plan: MergePlan, adapter: int) -> Iterable[TensorSpec]:
         for update in task.parts:
             if update.adapter == adapter:
                 used |= {tensor.name: tensor for tensor in update.tensors}
+    tuning = plan.adapters[adapter].tuning
+    if tuning is not None:
+        used |= {tensor.name: tensor for tensor in tuning.shared}
     for twins in plan.twins:
         used |= {t.name: t for number, t in (twins.one, twins.other) if number == adapter}
     return used.values()
@@ -129,11 +138,13 @@ def _used_of(plan: MergePlan, adapter: int) -> Iterable[TensorSpec]:
 
 def _examine(source: FactorSource, tensor: TensorSpec) -> tuple[str, int | None]:
     """Digest of a tensor, and its first row with a NaN or an infinity; a cell at a time."""
-    integers, mask = _EXPONENTS[tensor.dtype]
+    integers, mask = _EXPONENTS.get(tensor.dtype, (np.uint8, None))
     cells, bad = [], None
     for first in range(0, tensor.nbytes, CELL_BYTES):
         raw = source.part(tensor, first, min(first + CELL_BYTES, tensor.nbytes))
         cells.append(cell_digest(raw))
+        if mask is None:  # integers are all finite
+            continue
         found = np.flatnonzero((np.frombuffer(raw, dtype=integers) & mask) == mask)
         if found.size and bad is None:
             element = first // DTYPE_BYTES[tensor.dtype] + int(found[0])

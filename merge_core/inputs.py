@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -20,6 +21,7 @@ from merge_core.layout import TensorSpec
 from merge_core.plan import MergePlan, Shard, Source, TensorTask
 from merge_core.storage import SLACK, RangeReader
 from merge_core.updates.factor import KEPT_TENSORS, Factor
+from merge_core.updates.tuning import Tuning
 
 
 class Inputs:
@@ -30,7 +32,8 @@ class Inputs:
     """
 
     def __init__(self, plan: MergePlan) -> None:
-        self._plan = plan
+        self.plan = plan
+        self.tasks = {task.target.name: task for task in plan.tasks}
         with contextlib.ExitStack() as inputs:
             opened = inputs.enter_context
             self.factors = [opened(closing(FactorSource(one))) for one in plan.adapters]
@@ -75,9 +78,9 @@ class Inputs:
         """
         sources = [task.source for task in shard.tasks]
         for file in set[int]().union(*(source.base_files for source in sources)):
-            self._plan.base_files[file].check(self._plan.base)
+            self.plan.base_files[file].check(self.plan.base)
         for number in {source.adapter for source in sources if source.adapter is not None}:
-            adapter = self._plan.adapters[number]
+            adapter = self.plan.adapters[number]
             adapter.file.check(adapter.path)
 
     def close(self) -> None:
@@ -141,3 +144,24 @@ class TaskInputs:
             view = self.read(top * row_bytes, bottom * row_bytes, buffer)
             stored = torch.frombuffer(view, dtype=TORCH_DTYPES[source.tensor.dtype])
             yield top, stored.view(-1, width).to(self.device, torch.float32)
+
+    def whole(self, name: str | None = None) -> torch.Tensor:
+        """See ``Loading``."""
+        if name is not None:
+            return self.inputs.of(self.inputs.tasks[name], self.device).whole()
+        (rows, width), shape = self.task.matrix, self.task.source.tensor.shape
+        into = torch.empty((rows, width), dtype=torch.float32, device=self.device)
+        for top, part in self.base_rows():
+            into[top : top + len(part)] = part
+        return into.view(shape)
+
+    def tuning(self, adapter: int) -> Tuning:
+        """See ``Loading``."""
+        found = self.inputs.plan.adapters[adapter].tuning
+        if found is None:
+            raise AssertionError("what PEFT merges has a tuning")
+        return found
+
+    def path(self, adapter: int) -> Path:
+        """See ``Loading``."""
+        return self.inputs.plan.adapters[adapter].path

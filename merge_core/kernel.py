@@ -23,6 +23,7 @@ from merge_core.updates.piece import Change, Piece
 from merge_core.updates.rows import LoadedRows
 from merge_core.updates.shift import LoadedShift
 from merge_core.updates.stacked import LoadedStack
+from merge_core.updates.through_peft import LoadedPeft
 
 _DELTAS = (LoadedLowRank, LoadedStack, LoadedShift)
 
@@ -33,7 +34,8 @@ class LoadedUpdates:
 
     deltas: tuple[LoadedLowRank | LoadedStack | LoadedShift, ...] = ()
     """To be summed, in this order."""
-    dora: tuple[LoadedDora, ...] = ()
+    remade: tuple[LoadedDora | LoadedPeft, ...] = ()
+    """Those that say what rows become, and not what is added to them."""
     rows: tuple[LoadedRows, ...] = ()
 
     @classmethod
@@ -42,21 +44,21 @@ class LoadedUpdates:
         loaded = [update.load(inputs) for update in updates]
         return cls(
             deltas=tuple(one for one in loaded if isinstance(one, _DELTAS)),
-            dora=tuple(one for one in loaded if isinstance(one, LoadedDora)),
+            remade=tuple(one for one in loaded if isinstance(one, (LoadedDora, LoadedPeft))),
             rows=tuple(one for one in loaded if isinstance(one, LoadedRows)),
         )
 
     @property
     def adds(self) -> bool:
         """Whether all elements may change, and not only some rows."""
-        return bool(self.deltas or self.dora)
+        return bool(self.deltas or self.remade)
 
     @property
-    def is_lone_dora(self) -> bool:
-        """Whether the result is that of one DoRA adapter as it is: then nothing is added up, and
+    def is_one_remade(self) -> bool:
+        """Whether the result is what one update makes of the base: then nothing is added up, and
         the last bit is PEFT's.
         """
-        return len(self.dora) == 1 and not self.deltas and self.dora[0].weight == 1
+        return len(self.remade) == 1 and not self.deltas and self.remade[0].weight == 1
 
 
 class MergeKernel:
@@ -64,7 +66,7 @@ class MergeKernel:
 
     Args:
         block: elements of the largest block of rows.
-        scratch: how many such blocks there is room for: two, or four for DoRA.
+        scratch: how many such blocks there is room for: two, or four where rows are remade.
     """
 
     def __init__(self, block: int, scratch: int, device: torch.device) -> None:
@@ -82,7 +84,7 @@ class MergeKernel:
         Args:
             updates: all of them of the tensor's shape.
             source: the elements of the base from ``piece.source_first`` on, F32, F16 or BF16, on
-                the device; whole rows for DoRA.
+                the device; whole rows where they are remade.
             target: the elements of the result, in the output dtype, on the device.
 
         Raises:
@@ -95,8 +97,8 @@ class MergeKernel:
         for figures, (top, bottom) in zip(self._figures, blocks, strict=False):
             low, high = max(first, top * width), min(behind, bottom * width)
             into = target[low - first : high - first]
-            if updates.dora:
-                self._decompose(updates, piece, (top, bottom), source, into, figures)
+            if updates.remade:
+                self._remake(updates, piece, (top, bottom), source, into, figures)
                 continue
             base = source[low - piece.source_first : high - piece.source_first]
             if updates.deltas:
@@ -129,7 +131,7 @@ class MergeKernel:
         self._cached = (updates, top)
         return delta
 
-    def _decompose(
+    def _remake(
         self,
         updates: LoadedUpdates,
         piece: Piece,
@@ -138,7 +140,7 @@ class MergeKernel:
         target: torch.Tensor,
         figures: _Figures,
     ) -> None:
-        """Merge DoRA: on whole rows, of which ``target`` takes what lies in the piece."""
+        """Merge whole rows, of which ``target`` takes what lies in the piece."""
         width, (top, bottom) = piece.matrix[1], block
         low, high = max(top, piece.first // width), min(bottom, -(-piece.behind // width))
         start, size = low * width, (high - low) * width
@@ -151,13 +153,13 @@ class MergeKernel:
         for update in updates.deltas:
             update.write(whole.view(-1, width), top, room, add=False)
             result.add_(rows)
-        for dora in updates.dora:
-            dora.delta.write(whole.view(-1, width), top, room, add=False)
-            dora.decompose(rows.view(-1, width), base.view(-1, width), low)
-            if updates.is_lone_dora:
+        inner = slice(low - top, high - top)
+        for maker in updates.remade:
+            maker.become(whole.view(-1, width), inner, base.view(-1, width), top, room)
+            if updates.is_one_remade:
                 result.copy_(rows)
             else:
-                result.add_(rows.sub_(base), alpha=dora.weight)
+                result.add_(rows.sub_(base), alpha=maker.weight)
         inside = slice(max(piece.first - start, 0), min(piece.behind - start, size))
         target.copy_(result[inside])
         _measure(base[inside], result.sub_(base)[inside], figures)

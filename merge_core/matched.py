@@ -8,6 +8,7 @@ from typing import Any
 
 from merge_core.plan import Source, Twins
 from merge_core.updates import LowRankUpdate, SingleUpdate, StackedUpdate
+from merge_core.updates.tuning import Tuning
 
 
 @dataclass(slots=True)
@@ -24,6 +25,8 @@ class Matched:
     config_changes: dict[str, Any] = field(default_factory=dict)
     """Fields of config.json that the adapters change."""
     notes: list[str] = field(default_factory=list)
+    tunings: dict[int, Tuning] = field(default_factory=dict)
+    """By the number of the adapter: what PEFT is to merge."""
 
     @classmethod
     def of(cls, bases: Mapping[str, Source], decoded: str | None) -> Matched:

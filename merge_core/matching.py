@@ -97,7 +97,7 @@ def _replace(matched: Matched, bases: Mapping[str, Source], number: int, adapter
         with gathered(problems):
             check_mergeable(base.tensor, f"{adapter.path}, tensor {saved.name!r}")
             _check_shape(matched, adapter, saved, base.tensor)
-            beside_factors = name.removesuffix(".weight") in adapter.trained.pairs
+            beside_factors = name.removesuffix(".weight") in adapter.trained.layers
             if adapter.weight != 1 and not beside_factors:
                 raise _no_weight(adapter, saved.name)
             earlier = matched.sources[name]

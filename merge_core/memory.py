@@ -16,7 +16,7 @@ from merge_core.layout import DTYPE_BYTES
 from merge_core.nvidia import GpuProcess
 from merge_core.plan import MergePlan, TensorTask
 from merge_core.storage import SLACK
-from merge_core.updates import LowRankUpdate, StackedUpdate
+from merge_core.updates import LowRankUpdate, StackedUpdate, Update
 from merge_core.updates.factor import KEPT_TENSORS
 
 MAX_LANES = 8
@@ -70,16 +70,18 @@ class LaneNeed:
     """Of the tensors of adapters that many updates take parts of, on the host."""
     decoded: int = 0
     """Host memory that each lane may hold of a packed tensor, and needs to decode a piece of it."""
+    alone: int = 0
+    """For the largest tensor that is worked out as a whole, of which there is one at a time."""
 
     def on_host(self, lanes: int, device: str) -> int:
         """Host memory for that many lanes, without the runtime."""
         each = self.inbox + self.outbox + (4 * self.scratch * self.block if device == "cpu" else 0)
-        return lanes * (each + self.decoded) + (lanes + 1) * self.factors + self.kept
+        return lanes * (each + self.decoded) + (lanes + 1) * self.factors + self.kept + self.alone
 
     def on_device(self, lanes: int) -> int:
         """VRAM for that many lanes."""
         each = self.inbox + self.outbox + 4 * self.scratch * self.block
-        return lanes * each + (lanes + 1) * self.factors
+        return lanes * each + (lanes + 1) * self.factors + self.alone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +99,7 @@ def lane_need(plan: MergePlan, device: str, read_bytes: int) -> LaneNeed:
     Args:
         device: ``cpu`` or ``cuda``; the blocks of the product differ.
     """
-    widening, rest, block, scratch, factors, decoded = 1.0, 0, 0, 0, 0, 0
+    widening, rest, block, scratch, factors, decoded, alone = 1.0, 0, 0, 0, 0, 0, 0
     for task in plan.tasks:
         ratio = task.source.dtype_bytes / DTYPE_BYTES[task.target.dtype]
         widening = max(widening, ratio)
@@ -107,6 +109,7 @@ def lane_need(plan: MergePlan, device: str, read_bytes: int) -> LaneNeed:
             block = max(block, largest_block(rows, width, device))
             scratch = max(scratch, 4 if task.whole_rows else 2)
             loaded = sum(4 * update.elements for update in task.updates)
+            alone = max(alone, *(alone_bytes(update, plan) for update in task.updates))
             if task.column_norms:
                 loaded += NORM_BYTES * largest_block(rows, width, device)
             factors = max(factors, loaded)
@@ -120,6 +123,7 @@ def lane_need(plan: MergePlan, device: str, read_bytes: int) -> LaneNeed:
         factors=factors,
         kept=_kept(plan),
         decoded=decoded,
+        alone=alone,
     )
 
 
@@ -181,6 +185,17 @@ def _decoded(task: TensorTask, read_bytes: int) -> int:
         return 0
     piece = read_bytes // DTYPE_BYTES[task.target.dtype] + 2 * width  # it may end inside of a row
     return source.bytes_read + SLACK + DECODING_BYTES * min(piece, math.prod(source.tensor.shape))
+
+
+def alone_bytes(update: Update, plan: MergePlan) -> int:
+    """Bytes that are needed to work out an update, besides what it then holds; 0 for most."""
+    if update.kind == "combined":
+        return 4 * update.alone_elements
+    tuning = plan.adapters[update.adapter].tuning
+    if update.kind != "through_peft" or tuning is None:
+        return 0
+    tensors = sum(math.prod(tensor.shape) for tensor in (*update.tensors, *tuning.shared))
+    return 4 * (tuning.elements(update.layer) + 2 * tensors)
 
 
 def _reason(lanes: int, read_bytes: int, host: int, vram: int, found: Memory) -> str:

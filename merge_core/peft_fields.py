@@ -1,14 +1,14 @@
-"""What raymeld knows of PEFT: every config field, every tuner type, every kind of key.
+"""What raymeld knows of PEFT: every config field, and every kind of key that it does not merge.
 
-Planning must not import PEFT (it takes seconds and pulls torch), so the tables stand here; a
-test compares them with the installed PEFT, so that a field that PEFT adds is noticed. A field
-or key that is in no table stops the plan: it may change the arithmetic.
+Planning must not import PEFT (it takes seconds and pulls torch), so the tables stand here, and
+those of the tuners other than LoRA in ``peft_tuners``; a test compares them with the installed
+PEFT, so that a field that PEFT adds is noticed. A field or key that is in no table stops the plan:
+it may change the arithmetic.
 """
 
 from __future__ import annotations
 
 import re
-from types import MappingProxyType
 
 READ_FIELDS = frozenset(
     {
@@ -30,12 +30,16 @@ READ_FIELDS = frozenset(
         "target_parameters",
         "use_bdlora",
         "peft_version",
+        "kasa_config",
     }
 )
 """Fields that decide what a LoRA merge computes; ``adapter_config`` reads each of them."""
 
 TOKEN_FIELDS = frozenset({"peft_type", "token_indices", "peft_version"})
 """Fields that decide it for TRAINABLE_TOKENS."""
+
+NORM_FIELDS = frozenset({"peft_type", "modules_to_save"})
+"""Fields that decide it for LN_TUNING."""
 
 INERT_FIELDS = frozenset(
     {
@@ -67,37 +71,9 @@ INERT_FIELDS = frozenset(
 )
 """Fields that cannot change what a merge computes, whatever they hold."""
 
-FEATURE_FIELDS = MappingProxyType(
-    {
-        "kasa_config": "KaSA",
-        "alora_invocation_tokens": "aLoRA",
-        "arrow_config": "Arrow",
-        "use_qalora": "QALoRA",
-    }
-)
-"""Fields of features that are not merged yet: refused by name unless they are off."""
-
-FEATURE_KEYS = (
-    (re.compile(r"\.lora_diag\Z"), "KaSA"),
-    (re.compile(r"\.lora_E\Z|\.ranknum\Z"), "AdaLoRA"),
-)
-"""Kinds of keys that are not merged yet."""
-
 TRAINING_KEYS = re.compile(r"\.(lora_velora_embed|lora_monteclora_sampler\.)[^/]*\Z")
 """Tensors that only steered the training (VeLoRA, MonteCLoRA); PEFT merges such adapters as plain
 LoRA and ignores them, ``tuners/lora/variants.py``."""
 
 PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "mica", "orthogonal"})
 """``init_lora_weights`` that leave the base as it is, lower-cased."""
-
-# fmt: off
-TUNERS = frozenset({
-    "ADALORA", "ADAMSS", "ADAPTION_PROMPT", "BEFT", "BOFT", "BONE", "C3A", "CARTRIDGE", "CPT",
-    "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LILY",
-    "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "MULTITASK_PROMPT_TUNING", "OFT", "OSF",
-    "PEANUT", "POLY", "PREFIX_TUNING", "PROMPT_TUNING", "PSOFT", "PVERA", "P_TUNING",
-    "RANDLORA", "ROAD", "SHADOW", "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS",
-    "UNILORA", "VBLORA", "VERA", "WAVEFT", "XLORA",
-})
-# fmt: on
-"""Every ``peft_type``; BONE is what PEFT before 0.18 called MISS."""

@@ -19,6 +19,7 @@ from merge_core.layout import DTYPE_BYTES, FileLayout, TensorSpec, lay_out
 from merge_core.storage import FileIdentity
 from merge_core.updates import SingleUpdate, Update
 from merge_core.updates.combined import Combination
+from merge_core.updates.tuning import Tuning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +89,8 @@ class TensorTask:
 
     @property
     def whole_rows(self) -> bool:
-        """Whether an element depends on all others of its row."""
-        return any(update.kind == "dora" for update in self.updates)
+        """Whether rows are made anew, each of them as a whole."""
+        return any(update.kind in ("dora", "through_peft") for update in self.updates)
 
     @property
     def column_norms(self) -> bool:
@@ -146,6 +147,8 @@ class AdapterInput:
     digests: Mapping[str, str]
     """Of the tensors that are used, by name; empty until ``factors.seal`` has read and checked
     them all."""
+    tuning: Tuning | None = None
+    """What PEFT is to merge of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,6 +211,7 @@ class MergePlan:
             "config": [self.config, self.config_changes],
             "side_files": [[f.name, f.size] for f in self.side_files],
             "adapters": [[a.weight, dict(a.digests)] for a in self.adapters],
+            "tunings": [asdict(a.tuning) if a.tuning else None for a in self.adapters],
             "shards": [asdict(shard) for shard in self.shards],
         }
         text = json.dumps(covered, sort_keys=True, separators=(",", ":"))

@@ -30,8 +30,10 @@ from merge_core.shards import OutputTensor, cut_shards, shard_name
 from merge_core.simulated import round_to_nf4
 from merge_core.stages import shards_of
 from merge_core.ties import HEAD, settle_ties, tied_embeddings
+from merge_core.tuning import tune
 from merge_core.updates import Update
 from merge_core.updates.combined import Combination
+from merge_core.updates.tuning import Tuning
 
 SHARD_BYTES = 2_000_000_000
 """Default --shard-size. Small enough that a lost worker costs seconds, large enough that a 72B
@@ -158,6 +160,9 @@ def _match(
     embeddings = tied_embeddings(checkpoint)
     ends = bases if embeddings is None else {**bases, HEAD: bases[embeddings]}
     matched = match(ends, checkpoint, adapters, problems)
+    for number, adapter in enumerate(adapters):
+        with gathered(problems):
+            tune(matched, number, adapter, checkpoint)
     if embeddings is not None:
         settle_ties(matched, embeddings, adapters, keep=keep_tied)
     if order is not None:
@@ -208,7 +213,9 @@ def _assemble(
         config=checkpoint.config,
         config_changes=_config_changes(checkpoint, matched, dtype),
         side_files=checkpoint.side_files,
-        adapters=tuple(map(_input, adapters)),
+        adapters=tuple(
+            _input(adapter, matched.tunings.get(number)) for number, adapter in enumerate(adapters)
+        ),
         twins=tuple(matched.twins),
         keep_tied=output.keep_tied,
         combination=output.combination,
@@ -219,7 +226,7 @@ def _assemble(
     )
 
 
-def _input(adapter: Adapter) -> AdapterInput:
+def _input(adapter: Adapter, tuning: Tuning | None) -> AdapterInput:
     return AdapterInput(
         path=adapter.path,
         weight=adapter.weight,
@@ -227,6 +234,7 @@ def _input(adapter: Adapter) -> AdapterInput:
         file=adapter.file,
         config_file=adapter.config_file,
         digests={},
+        tuning=tuning,
     )
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from merge_core.adapter_config import AdapterConfig
 from merge_core.adapter_keys import Part, parse_key
-from merge_core.errors import InputError, Problem, counted, gathered, refuse
+from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.expert_factors import ExpertFactors, check_parameter, parameter_of, read_experts
 from merge_core.layout import TensorSpec
-from merge_core.peft_fields import FEATURE_KEYS, TRAINING_KEYS
+from merge_core.peft_fields import TRAINING_KEYS
+from merge_core.tuned import Tuned, odd_dtypes, take_tuned
 from merge_core.updates import Factor
 
 DTYPES = frozenset({"F32", "F16", "BF16"})
 
 _REPAIR = "Save the adapter again with PEFT; the file is damaged or incomplete"
-_NOT_YET = "Merge this adapter with PEFT's merge_and_unload for now"
 _OTHER_CONFIG = "Use the adapter_config.json that was saved with these weights"
 
 Parts = Mapping[Part, TensorSpec]
@@ -61,10 +61,16 @@ class Trained:
     """Tensors that take the place of the base's, by their name there."""
     twins: tuple[tuple[TensorSpec, TensorSpec], ...]
     """Tensors that were saved twice, and must be the same."""
+    tuned: Tuned = field(default_factory=Tuned)
+
+    @property
+    def layers(self) -> Collection[str]:
+        """The modules that have anything of a tuner."""
+        return self.pairs.keys() | self.tuned.layers.keys()
 
 
 def read_trained(
-    tensors: Sequence[TensorSpec], config: AdapterConfig | None, where: str
+    tensors: Sequence[TensorSpec], config: AdapterConfig | None, peft_type: str, where: str
 ) -> Trained | None:
     """Account for every tensor of an adapter's file.
 
@@ -75,15 +81,21 @@ def read_trained(
         InputError: with every tensor that is unknown, malformed, or not as the config says.
     """
     problems: list[Problem] = []
-    modules = _by_module(tensors, where, problems)
-    trained = None if config is None else _sorted_out(modules, config, where, problems)
+    tuned, others = take_tuned(tensors, peft_type)
+    problems += odd_dtypes(tuned, where)
+    modules = _by_module(others, where, problems)
+    trained = None if config is None else _sorted_out(modules, tuned, config, where, problems)
     if problems:
         raise InputError(problems)
     return trained
 
 
 def _sorted_out(
-    modules: Mapping[str, Parts], config: AdapterConfig, where: str, problems: list[Problem]
+    modules: Mapping[str, Parts],
+    tuned: Tuned,
+    config: AdapterConfig,
+    where: str,
+    problems: list[Problem],
 ) -> Trained:
     pairs: dict[str, LowRankPair] = {}
     experts: dict[str, ExpertFactors] = {}
@@ -105,11 +117,20 @@ def _sorted_out(
     for module, parts in modules.items():
         for part, *others in _WHOLE:
             with gathered(problems):
-                brought = _brought(module, parts, (part, *others), config, where)
+                kinds = (part, *others)
+                beside = bool(parts.keys() & _FACTORS) or module in tuned.layers
+                brought = _brought(module, parts, kinds, config, where, has_factors=beside)
                 if brought is not None:
                     whole[f"{module}.{part}"] = brought
                     twins += [(brought, parts[kind]) for kind in others[:1] if kind in parts]
-    return Trained(pairs=pairs, experts=experts, tokens=tokens, whole=whole, twins=tuple(twins))
+    return Trained(
+        pairs=pairs,
+        experts=experts,
+        tokens=tokens,
+        whole=whole,
+        twins=tuple(twins),
+        tuned=tuned,
+    )
 
 
 _WHOLE = (
@@ -142,20 +163,10 @@ def _by_module(
 
 
 def _unknown(names: Sequence[str], where: str) -> Iterator[Problem]:
-    """One problem a feature that is not merged yet, one an unknown key."""
-    by_feature: dict[str, list[str]] = {}
     for name in names:
-        if TRAINING_KEYS.search(name):
-            continue
-        feature = next((label for regex, label in FEATURE_KEYS if regex.search(name)), None)
-        if feature is None:
+        if not TRAINING_KEYS.search(name):
             what = f"key {name!r} is not known, and nothing is dropped silently"
             yield Problem(what, where, _REPAIR)
-        else:
-            by_feature.setdefault(feature, []).append(name)
-    for feature, found in by_feature.items():
-        which = f"{counted(len(found), 'tensor')}, such as {found[0]!r}"
-        yield Problem(f"{feature} is not merged yet ({which})", where, _NOT_YET)
 
 
 def _pair(module: str, parts: Parts, config: AdapterConfig, at: str) -> LowRankPair:
@@ -222,15 +233,21 @@ def _vector(
 
 
 def _brought(
-    module: str, parts: Parts, kinds: tuple[Part, ...], config: AdapterConfig, where: str
+    module: str,
+    parts: Parts,
+    kinds: tuple[Part, ...],
+    config: AdapterConfig,
+    where: str,
+    *,
+    has_factors: bool,
 ) -> TensorSpec | None:
     """The tensor that takes the place of the base's, if the config says why it is there."""
     part, saved, original = kinds
     found = next((parts[kind] for kind in kinds if kind in parts), None)
     if found is None:
         return None
-    name, has_factors = found.name, bool(parts.keys() & _FACTORS)
-    if ".base_layer." in name and not parts.keys() & {*_FACTORS, Part.TOKENS}:
+    name = found.name
+    if ".base_layer." in name and not has_factors and Part.TOKENS not in parts:
         what = f"{name!r} stands beside factors, and there are none of this module"
         raise refuse(what, where, _REPAIR)
     if not parts.keys() & {part, saved}:
@@ -239,7 +256,9 @@ def _brought(
     if parts.keys() & {saved, original} and not named:
         what = f"{name!r} is there, and modules_to_save does not name its module"
         raise refuse(what, where, _OTHER_CONFIG)
-    if part == Part.BIAS:
+    if ".ln_tuning_layers." in name:
+        explained = config.peft_type == "LN_TUNING"
+    elif part == Part.BIAS:
         explained = config.trains_bias(beside_factors=has_factors)
     else:
         explained = has_factors or has_token_rows(module)

@@ -19,6 +19,7 @@ from models import DTYPES, make_adapter, make_base, oracle
 from moe import make_moe
 from scenes import AdapterScene, BaseScene
 from transformers.utils import logging
+from tuners import make_tuned
 
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
@@ -68,6 +69,22 @@ def base(bases: Callable[..., Path]) -> Path:
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A float32 adapter on every linear layer. Not to be changed: damage ``adapter_copy``."""
     return make_adapter(tmp_path_factory.mktemp("adapters") / "adapter", base, r=8, lora_alpha=12)
+
+
+@pytest.fixture(scope="session")
+def tuned(
+    bases: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """Makes adapters of other tuners, each once: ``tuned("VERA", "F32")``. Not to be changed."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def make(name: str, dtype: str = "BF16") -> Path:
+        if (name, dtype) not in made:
+            path = tmp_path_factory.mktemp("tuned") / "adapter"
+            made[name, dtype] = make_tuned(path, bases(dtype, shard="80KB"), name)
+        return made[name, dtype]
+
+    return make
 
 
 @pytest.fixture(scope="session")

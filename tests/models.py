@@ -121,9 +121,14 @@ def make_adapter(
     return path
 
 
-def run_adapter(base: Path, adapter: Path, vocabulary: int | None = None) -> PeftModel:
-    """Base and adapter as they run, unmerged."""
-    model = AutoModelForCausalLM.from_pretrained(base)
+def run_adapter(
+    base: Path,
+    adapter: Path,
+    vocabulary: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> PeftModel:
+    """Base and adapter as they run, unmerged; in the base's own dtype without another."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto")
     if vocabulary is not None:
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
     with warnings.catch_warnings():

@@ -7,8 +7,8 @@ import reprlib
 import pytest
 from scenes import AdapterScene
 
-from merge_core.peft_fields import FEATURE_FIELDS, TUNERS
 from merge_core.planner import make_plan
+from merge_core.refused_tuners import REFUSED, REFUSED_VARIANTS
 
 
 @pytest.mark.parametrize("value", [True, 0.5, "x", [1], {"a": 1}])
@@ -32,12 +32,12 @@ def test_an_unknown_config_field_of_zero_is_refused(adapter_scene: AdapterScene)
     assert "field 'next_scale' = 0 is not known" in adapter_scene.refusal()
 
 
-@pytest.mark.parametrize(("field", "feature"), FEATURE_FIELDS.items())
+@pytest.mark.parametrize(("field", "why"), REFUSED_VARIANTS.items())
 def test_a_feature_in_the_config_is_refused_by_name(
-    adapter_scene: AdapterScene, field: str, feature: str
+    adapter_scene: AdapterScene, field: str, why: str
 ) -> None:
     adapter_scene.configure(**{field: ["x"]})
-    assert f"{feature} is not merged yet ({field} is set)" in adapter_scene.refusal()
+    assert f"{field} is set: {why}" in adapter_scene.refusal()
     adapter_scene.configure(**{field: None})
     assert len(make_plan(adapter_scene.base, [adapter_scene.adapter]).adapters) == 1
 
@@ -52,10 +52,12 @@ def test_an_initialisation_that_changed_the_base_is_refused_with_the_way_out(
     assert "path_initial_model_for_weight_conversion" in text
 
 
-@pytest.mark.parametrize("kind", sorted(TUNERS - {"LORA", "TRAINABLE_TOKENS"}))
-def test_another_tuner_is_refused_by_name(adapter_scene: AdapterScene, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "why"), REFUSED.items())
+def test_a_tuner_that_cannot_be_merged_is_refused_by_name(
+    adapter_scene: AdapterScene, kind: str, why: str
+) -> None:
     adapter_scene.configure(peft_type=kind)
-    assert f"peft_type {kind} is not merged yet" in adapter_scene.refusal()
+    assert f"peft_type {kind} is not merged: {why}" in adapter_scene.refusal()
 
 
 @pytest.mark.parametrize("kind", ["LORAX", "lora", "", None, 7, ["LORA"], {"LORA": 1}])

@@ -14,8 +14,6 @@ from models import edit_json
 from safetensors.torch import load_file, save_file
 from scenes import DOWN, QA, QB, AdapterScene, Q
 
-from merge_core.peft_fields import FEATURE_KEYS
-
 
 def test_an_adapter_for_another_size_is_refused(adapter_scene: AdapterScene) -> None:
     adapter_scene.keep(**{QA: torch.ones(4, 64), QB: torch.ones(64, 4)})
@@ -134,23 +132,3 @@ def test_a_damaged_pickle_is_refused(adapter_scene: AdapterScene) -> None:
     for other in ([1, 2], {**state, 7: torch.ones(1)}, {**state, QA: 1.0}, torch.ones(1)):
         torch.save(other, file)
         assert "adapter_model.bin: holds " in adapter_scene.refusal()
-
-
-KEYS = {
-    f"{Q}.lora_diag": "KaSA",
-    f"{Q}.lora_E": "AdaLoRA",
-    f"{Q}.ranknum": "AdaLoRA",
-}
-
-
-@pytest.mark.parametrize(("key", "feature"), KEYS.items())
-def test_a_feature_among_the_keys_is_refused_by_name(
-    adapter_scene: AdapterScene, key: str, feature: str
-) -> None:
-    name = f"base_model.model.{key}"
-    adapter_scene.keep(**{name: torch.ones(2)})
-    assert f"{feature} is not merged yet (1 tensor, such as {name!r})" in adapter_scene.refusal()
-
-
-def test_every_kind_of_key_is_tried() -> None:
-    assert set(KEYS.values()) == {feature for _, feature in FEATURE_KEYS}

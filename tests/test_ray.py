@@ -13,6 +13,7 @@ import ray
 from clusters import running_cluster
 from models import assert_same_tensors, make_adapter, make_base, oracle, read_tensors
 from moe import write_expert_adapter, write_fused_adapter
+from tuners import make_tuned
 
 from actors import kept_collector
 from actors.kept_collector import KeptCollector
@@ -104,6 +105,18 @@ def test_experts_are_merged_to_the_bytes_of_the_inline_merge(
     merge(plan, tmp_path / "inline")
 
     run(plan, tmp_path / "out", address)
+
+    assert published(tmp_path / "out") == published(tmp_path / "inline")
+
+
+def test_what_peft_merges_is_merged_by_the_workers_to_the_same_bytes(
+    plan: MergePlan, address: str, tmp_path: Path
+) -> None:
+    adapter = make_tuned(tmp_path / "adapter", plan.base, "VERA")
+    tuned = make_plan(plan.base, [adapter], shard_bytes=60_000)
+    merge(tuned, tmp_path / "inline")
+
+    run(tuned, tmp_path / "out", address)
 
     assert published(tmp_path / "out") == published(tmp_path / "inline")
 

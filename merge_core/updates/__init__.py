@@ -13,8 +13,9 @@ from merge_core.updates.low_rank import LowRankUpdate
 from merge_core.updates.rows import RowsUpdate
 from merge_core.updates.shift import ShiftUpdate
 from merge_core.updates.stacked import StackedUpdate
+from merge_core.updates.through_peft import PeftUpdate
 
-SingleUpdate = LowRankUpdate | StackedUpdate | ShiftUpdate | DoraUpdate | RowsUpdate
+SingleUpdate = LowRankUpdate | StackedUpdate | ShiftUpdate | DoraUpdate | RowsUpdate | PeftUpdate
 """Of one adapter."""
 
 Update = SingleUpdate | CombinedUpdate
@@ -24,6 +25,7 @@ __all__ = [
     "DoraUpdate",
     "Factor",
     "LowRankUpdate",
+    "PeftUpdate",
     "RowsUpdate",
     "ShiftUpdate",
     "SingleUpdate",

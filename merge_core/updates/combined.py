@@ -8,6 +8,7 @@ themselves and keep of the result what the largest rank among the adapters can h
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +18,9 @@ from merge_core.updates.low_rank import LoadedLowRank, LowRankUpdate
 
 if TYPE_CHECKING:
     import torch
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Whole deltas take several times the memory of their tensor."""
 
 Method = Literal[
     "sum",
@@ -94,10 +98,20 @@ class CombinedUpdate:
     def elements(self) -> int:
         """What it holds on the device while it is loaded, in float32."""
         factors = sum(part.elements for part in self.parts)
-        if self.how.truncates and self.how.method != "svd":
-            # every delta and its mask, all of them stacked and weighted, and LAPACK's copies
-            return factors + (3 * len(self.parts) + 6) * math.prod(self.parts[0].shape)
         return 7 * factors  # as they are, stacked, weighted and masked, or in float64
+
+    @property
+    def alone_elements(self) -> int:
+        """What whole deltas take meanwhile: every one and its mask, all of them stacked and
+        weighted, and LAPACK's copies.
+        """
+        if not self._is_whole:
+            return 0
+        return (3 * len(self.parts) + 6) * math.prod(self.parts[0].shape)
+
+    @property
+    def _is_whole(self) -> bool:
+        return self.how.truncates and self.how.method != "svd"
 
     def load(self, inputs: Loading) -> LoadedLowRank:
         """The combined factors, on the device.
@@ -107,8 +121,9 @@ class CombinedUpdate:
         first = self.parts[0]
         loaded = [part.load(inputs) for part in self.parts]
         device = loaded[0].a.device
-        if self.how.truncates and self.how.method != "svd":
-            b, a = self._truncated(loaded)
+        if self._is_whole:
+            with _ONE_AT_A_TIME:
+                b, a = self._truncated(loaded)
         else:
             b, a = self._of_factors([(one.a.cpu(), one.b.cpu()) for one in loaded])
         return LoadedLowRank(

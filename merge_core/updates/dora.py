@@ -75,7 +75,22 @@ class LoadedDora:
     """[width]: magnitude over norm, where norms are of columns."""
     weight: float
 
-    def decompose(self, delta: torch.Tensor, base: torch.Tensor, top: int) -> None:
+    def become(
+        self, block: torch.Tensor, inside: slice, base: torch.Tensor, top: int, work: torch.Tensor
+    ) -> None:
+        """Write what some rows of a block become, by this update alone.
+
+        Args:
+            block: [rows, width]; all of it may be written to.
+            inside: the rows that are asked for.
+            base: these rows of the base.
+            top: number of the block's first row.
+            work: scratch of at least as many elements as the block has.
+        """
+        self.delta.write(block, top, work, add=False)
+        self._decompose(block[inside], base, top + inside.start)
+
+    def _decompose(self, delta: torch.Tensor, base: torch.Tensor, top: int) -> None:
         """Turn the delta of whole rows into what they become.
 
         Args:

@@ -13,10 +13,11 @@ a tensor must be equal to), ``merged`` and ``decomposed`` (the numeric bounds an
 from), ``replaced_rows``, ``untouched``, ``load``.
 """
 
-from merge_core.verify.against_base import Sources, parse_weighted, refuse_unchecked
+from merge_core.verify.against_base import refuse_unchecked
 from merge_core.verify.file_check import FileCheck, FileResult, check_file
 from merge_core.verify.ledger import Row
 from merge_core.verify.report import LEVELS, Finding, VerifyReport
+from merge_core.verify.sources import Sources, parse_weighted
 from merge_core.verify.verification import verify
 
 __all__ = [

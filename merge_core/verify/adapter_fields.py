@@ -33,7 +33,7 @@ _NO_EFFECT |= {"init_weights"}
 """Fields that only steered the training; which modules were trained, the keys say.
 Every other field must be absent, null, false or empty."""
 
-_TYPES = ("LORA", "TRAINABLE_TOKENS")
+TYPES = ("LORA", "TRAINABLE_TOKENS", "LN_TUNING")
 
 _PLAIN_INITS = ("gaussian", "eva", "mica", "orthogonal")
 """Besides true and false. The other ways to initialise change the base weights too."""
@@ -59,7 +59,7 @@ def read_fields(path: Path) -> dict[str, Any]:
 
 def unsupported_fields(config: Mapping[str, Any]) -> Iterator[str]:
     """The fields that cannot be checked, with their values."""
-    if config.get("peft_type") not in _TYPES:
+    if config.get("peft_type") not in TYPES:
         yield f"peft_type {config.get('peft_type')!r}"
     for field, value in config.items():
         if field not in _UNDERSTOOD | _NO_EFFECT and value:

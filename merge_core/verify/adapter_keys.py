@@ -31,8 +31,10 @@ _ENDINGS = {
     "base_layer.weight": WEIGHT,
     "modules_to_save.default.weight": SAVED_WEIGHT,
     "modules_to_save.weight": SAVED_WEIGHT,
+    "ln_tuning_layers.weight": WEIGHT,
     "weight": WEIGHT,
     "base_layer.bias": BIAS,
+    "ln_tuning_layers.bias": BIAS,
     "modules_to_save.default.bias": SAVED_BIAS,
     "modules_to_save.bias": SAVED_BIAS,
     "bias": BIAS,
@@ -45,6 +47,7 @@ _OTHER_TUNERS = (
     "modules_to_save",
     "token_adapter",
     "ranknum",
+    "ln_tuning_layers",
     "original_module",
 )
 """A module's path has no such part; where it seems to, the ending is one that is not known here."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from merge_core.errors import InputError, Problem, gathered, refuse
-from merge_core.verify.adapter_fields import REMEDY, read_fields
+from merge_core.verify.adapter_fields import read_fields
 from merge_core.verify.header import TensorEntry
 from merge_core.verify.ledger import Row
 from merge_core.verify.packed import rounded, unpacked
@@ -18,14 +17,12 @@ from merge_core.verify.replicated import config_of_copies, ranges_of, with_copie
 from merge_core.verify.report import Finding, at
 from merge_core.verify.rounding import FLOATS
 from merge_core.verify.same_values import same_values
+from merge_core.verify.sources import Sources, WeightedAdapter, check_method
 from merge_core.verify.strict_json import MalformedError, parse_object
-from merge_core.verify.structure import RECORD, Structure
+from merge_core.verify.structure import Structure
 from merge_core.verify.tied import HEAD, Wanted, settle, tied_embeddings
 from merge_core.verify.updates import Update
 from merge_core.verify.weights import BaseTensor, open_base
-
-WeightedAdapter = tuple[Path, float]
-_PLAN = f"{RECORD}/plan.json"
 
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "wte.weight")
 """Tensors that an adapter may bring with more or fewer rows than the base has."""
@@ -55,28 +52,8 @@ class Pairing:
     findings: tuple[Finding, ...]
     """Tensors of the output, the base or an adapter that have no counterpart of the same shape,
     or that the ledger calls something else."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sources:
-    """What a merge was made from, and what it was asked for."""
-
-    base: Path
-    adapters: tuple[WeightedAdapter, ...]
-    keep_tied: bool = False
-    method: str = "sum"
-    """How the adapters were combined."""
-    simulate_nf4: bool = False
-
-
-def parse_weighted(text: str) -> WeightedAdapter:
-    """``path@0.5`` as path and weight; 1 without a number, or where the whole text is a path."""
-    path, _, number = text.rpartition("@")
-    try:
-        weight = float(number) if path and not Path(text).exists() else math.nan
-    except ValueError:
-        weight = math.nan
-    return (Path(path), weight) if math.isfinite(weight) else (Path(text), 1.0)
+    unchecked: tuple[str, ...] = ()
+    """Tensors of the output that are compared with nothing, see ``elsewhere``."""
 
 
 def refuse_unchecked(sources: Sources) -> None:
@@ -87,7 +64,7 @@ def refuse_unchecked(sources: Sources) -> None:
     """
     problems: list[Problem] = []
     with gathered(problems):
-        _check_method(sources.method)
+        check_method(sources.method)
     with gathered(problems):
         config = _base_config(sources.base)
         tensors = unpacked(open_base(sources.base), config)
@@ -96,61 +73,13 @@ def refuse_unchecked(sources: Sources) -> None:
         raise InputError(problems)
 
 
-def _check_method(method: str) -> None:
-    """With cat the factors lie side by side, and their product is the sum."""
-    if method not in ("sum", "cat"):
-        raise refuse(f"cannot check adapters combined by {method}", "--combine", REMEDY)
-
-
-def resolve_sources(
-    out: Path, base: Path | None, adapters: Sequence[WeightedAdapter] | None
-) -> Sources:
-    """Base and adapters to compare with, absolute: as given, else as the plan in ``out`` has them.
-
-    Raises:
-        InputError: something is neither given nor in the plan.
-    """
-    planned: Sources | None = None
-    try:
-        planned = _planned_sources(out / _PLAN)
-    except InputError:
-        if base is None or adapters is None:
-            raise
-    if planned is not None:
-        base = planned.base if base is None else base
-        adapters = planned.adapters if adapters is None else adapters
-    # Workers may run in another directory.
-    return Sources(
-        base=Path(base or "").absolute(),
-        adapters=tuple((path.absolute(), weight) for path, weight in adapters or ()),
-        keep_tied=planned is not None and planned.keep_tied,
-        method=planned.method if planned is not None else "sum",
-        simulate_nf4=planned is not None and planned.simulate_nf4,
-    )
-
-
-def _planned_sources(plan_path: Path) -> Sources:
-    try:
-        plan = parse_object(plan_path.read_bytes())
-        return Sources(
-            base=Path(plan["base"]),
-            adapters=tuple((Path(a["path"]), float(a["weight"])) for a in plan["adapters"]),
-            keep_tied=plan.get("keep_tied") is True,
-            method=str(plan.get("combination", {}).get("method", "sum")),
-            simulate_nf4=plan.get("simulate_nf4") is True,
-        )
-    except (OSError, MalformedError, KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"level numeric needs base and adapters, and the plan cannot tell them ({error!r})"
-        raise refuse(what, str(plan_path), "Give --base and --adapter") from error
-
-
 def pair_with_base(structure: Structure, sources: Sources) -> Pairing:
     """What to compare each tensor of ``structure`` with.
 
     Raises:
         InputError: base or adapters cannot be read, or hold features that cannot be checked.
     """
-    _check_method(sources.method)
+    check_method(sources.method)
     config = _base_config(sources.base)
     tensors = unpacked(open_base(sources.base), config)
     if sources.simulate_nf4:
@@ -161,14 +90,16 @@ def pair_with_base(structure: Structure, sources: Sources) -> Pairing:
     names = {entry.name for entries in structure.headers.values() for entry in entries}
     wanted, changes, unfit = _wanted(tensors, config, recipes, names, keep_tied=sources.keep_tied)
     changes |= config_of_copies(config, ranges)
-    findings = [*found, *unfit]
+    findings, unchecked = [*found, *unfit], list[str]()
     comparisons: dict[str, tuple[Comparison, ...]] = {}
     for file, entries in structure.headers.items():
         pairs = []
         for entry in entries:
             mine = wanted.get(entry.name)
             wrong = _mismatch(entry, mine)
-            if mine is not None and wrong is None:
+            if mine is not None and mine.unchecked and wrong is None:
+                unchecked.append(entry.name)
+            elif mine is not None and wrong is None:
                 pairs.append(
                     Comparison(
                         tensor=entry.name,
@@ -184,7 +115,12 @@ def pair_with_base(structure: Structure, sources: Sources) -> Pairing:
     # With an unreadable header the tensors in it only look as if they were missing.
     if len(structure.headers) == len(structure.files):
         findings += _missing(wanted, names)
-    return Pairing(comparisons=comparisons, config=changes, findings=tuple(findings))
+    return Pairing(
+        comparisons=comparisons,
+        config=changes,
+        findings=tuple(findings),
+        unchecked=tuple(unchecked),
+    )
 
 
 def _ranges(adapters: Sequence[WeightedAdapter]) -> list[list[int]]:
@@ -236,9 +172,7 @@ def _wanted(
     embeddings = tied_embeddings(config, tensors)
     if embeddings is not None:
         wanted[HEAD] = Wanted(base=tensors[embeddings])
-    changes: dict[str, Any] = {}
-    if config.get("quantization_config"):
-        changes["quantization_config"] = None
+    changes: dict[str, Any] = dict.fromkeys({"quantization_config"} & config.keys())
     findings: list[Finding] = []
     for recipe in recipes:
         for name, key in recipe.whole.items():
@@ -248,10 +182,11 @@ def _wanted(
                 findings.append(Finding(check="adapter", where=where, what=wrong))
         for name, updates in recipe.updates.items():
             wanted[name].updates += updates
+        for name in recipe.unchecked:
+            wanted[name].unchecked = True
     if embeddings is not None:
         has_head = HEAD in names
-        if has_head:
-            changes["tie_word_embeddings"] = False
+        changes |= {"tie_word_embeddings": False} if has_head else {}
         told = settle(wanted, embeddings, recipes, has_head=has_head, keep_tied=keep_tied)
         if told is not None:
             findings.append(Finding(check="base", where=embeddings, what=told))

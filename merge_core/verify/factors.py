@@ -57,16 +57,22 @@ def weights_path(adapter: Path) -> Path:
     raise refuse("it holds no adapter_model.safetensors or .bin", str(adapter), _REMEDY)
 
 
-def open_factors(path: str) -> Factors:
+def open_factors(path: str, *, any_dtype: bool = False) -> Factors:
     """Open an adapter's weights file; a ``.bin`` is unpickled (tensors only) and mapped.
+
+    Args:
+        any_dtype: of no tensor more than the name is asked for.
 
     Raises:
         InputError: it is broken, or holds a dtype that is not BF16, F16 or F32.
     """
     try:
-        return _pickled(path) if path.endswith(".bin") else _safetensors(path)
+        opened, dtypes = _pickled(path) if path.endswith(".bin") else _safetensors(path)
     except (MalformedError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise refuse(f"the adapter's weights cannot be read ({error})", path, _REMEDY) from error
+    if not any_dtype:
+        _refuse_dtypes(path, dtypes)
+    return opened
 
 
 def open_source(tensor: BaseTensor) -> Source:
@@ -79,13 +85,13 @@ def open_source(tensor: BaseTensor) -> Source:
     if tensor.packing is not None:
         return Unpacked(tensor, tensor.packing)
     if tensor.path.endswith(".bin"):
-        return Mapped(_pickled(tensor.path).mapped(tensor.entry.name))
+        return Mapped(_pickled(tensor.path)[0].mapped(tensor.entry.name))
     return Reader(tensor.path)
 
 
-def _safetensors(path: str) -> Factors:
+def _safetensors(path: str) -> tuple[Factors, dict[str, str]]:
+    """The file, and the dtype of each tensor."""
     entries: dict[str, TensorEntry] = {entry.name: entry for entry in read_header(Path(path))}
-    _refuse_dtypes(path, {name: entry.dtype for name, entry in entries.items()}, FLOATS)
 
     def read(name: str) -> Matrix:
         entry = entries[name]
@@ -101,10 +107,14 @@ def _safetensors(path: str) -> Factors:
 
     shapes = {name: entry.shape for name, entry in entries.items()}
     recall = lru_cache(_KEPT)(read)
-    return Factors(path=path, shapes=shapes, tensor=tensor, read=read, recall=recall, mapped=mapped)
+    opened = Factors(
+        path=path, shapes=shapes, tensor=tensor, read=read, recall=recall, mapped=mapped
+    )
+    return opened, {name: entry.dtype for name, entry in entries.items()}
 
 
-def _pickled(path: str) -> Factors:
+def _pickled(path: str) -> tuple[Factors, dict[str, str]]:
+    """The file, and the dtype of each tensor."""
     import torch  # only for this old format; verify runs without torch otherwise
 
     # Files from before torch 1.6 are no zip archives and cannot be mapped.
@@ -113,18 +123,18 @@ def _pickled(path: str) -> Factors:
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise MalformedError("it holds something else than a dictionary of tensors")
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-    accepted = (torch.bfloat16, torch.float16, torch.float32)
-    _refuse_dtypes(path, {name: tensor.dtype for name, tensor in tensors.items()}, accepted)
+    names = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+    dtypes = {key: names.get(held.dtype, str(held.dtype)) for key, held in tensors.items()}
 
     def read(name: str) -> Matrix:
         matrix: Matrix = tensors[name].to(torch.float32).resolve_neg().numpy()
         return matrix
 
     def tensor(name: str) -> BaseTensor:
-        held, names = tensors[name], dict(zip(accepted, ("BF16", "F16", "F32"), strict=True))
+        held = tensors[name]
         entry = TensorEntry(
             name=name,
-            dtype=names[held.dtype],
+            dtype=dtypes[name],
             shape=tuple(held.shape),
             start=0,
             nbytes=held.numel() * held.element_size(),
@@ -138,13 +148,14 @@ def _pickled(path: str) -> Factors:
 
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     recall = lru_cache(_KEPT)(read)
-    return Factors(
+    opened = Factors(
         path=path, shapes=shapes, tensor=tensor, read=read, recall=recall, mapped=bytes_of
     )
+    return opened, dtypes
 
 
-def _refuse_dtypes(path: str, dtypes: Mapping[str, object], accepted: Any) -> None:
+def _refuse_dtypes(path: str, dtypes: Mapping[str, str]) -> None:
     for name, dtype in dtypes.items():
-        if dtype not in accepted:
+        if dtype not in FLOATS:
             what = f"it cannot check tensor {name!r} of dtype {dtype}"
             raise refuse(what, path, _REMEDY)

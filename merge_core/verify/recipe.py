@@ -35,6 +35,7 @@ from merge_core.verify.adapter_keys import (
     B,
     sort_keys,
 )
+from merge_core.verify.elsewhere import is_elsewhere, touched
 from merge_core.verify.experts import (
     Part,
     is_parameter,
@@ -46,9 +47,9 @@ from merge_core.verify.experts import (
 )
 from merge_core.verify.factors import Factors, open_factors, weights_path
 from merge_core.verify.report import Finding
-from merge_core.verify.same_values import same_values
 from merge_core.verify.strict_json import MalformedError
 from merge_core.verify.updates import Decomposed, Delta, Rows, Shift, Update
+from merge_core.verify.whole import whole_tensors
 
 _LINEAR_ONLY = ("qwen2", "qwen2_moe")
 """Their layers are nn.Linear, for which PEFT ignores ``fan_in_fan_out``."""
@@ -67,6 +68,8 @@ class Recipe:
     """By base tensor."""
     whole: Mapping[str, str]
     """Base tensor to the key of what takes its place."""
+    unchecked: frozenset[str] = frozenset()
+    """Base tensors that it changes in ways that are not worked out here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +98,15 @@ class _Module:
         return shape
 
 
+def _elsewhere(
+    path: Path, config: Mapping[str, Any], base: Mapping[str, tuple[int, ...]]
+) -> Recipe:
+    """Of an adapter that PEFT merges: which tensors nobody here can check."""
+    file = open_factors(str(weights_path(path)), any_dtype=True)
+    names = touched(file.shapes, base, str(path))
+    return Recipe(config=config, factors=file, updates={}, whole={}, unchecked=names)
+
+
 def adapter_recipe(
     path: Path, weight: float, base: Mapping[str, tuple[int, ...]], model_type: object
 ) -> tuple[Recipe, list[Finding]]:
@@ -113,22 +125,15 @@ def adapter_recipe(
         InputError: it has features that cannot be checked here; all are named.
     """
     config = read_fields(path / "adapter_config.json")
+    if is_elsewhere(config):
+        return _elsewhere(path, config, base), []
     factors = open_factors(str(weights_path(path)))
     modules, unknown = sort_keys(factors.shapes)
     problems = [*unsupported_fields(config), *(f"tensor {key!r}" for key in unknown)]
     if problems:
         where = str(path)
         raise InputError([Problem(f"cannot check {what}", where, REMEDY) for what in problems])
-    whole: dict[str, str] = {}
-    findings: list[Finding] = []
-    for module, keys in modules.items():
-        for kind, saved in ((WEIGHT, SAVED_WEIGHT), (BIAS, SAVED_BIAS)):
-            key, twin = keys.get(kind), keys.get(saved)
-            if key and twin and not same_values(factors.tensor(key), factors.tensor(twin)):
-                what = f"{key!r} and {twin!r} should be the same"
-                findings.append(Finding(check="adapter", where=str(path), what=what))
-            if key or twin:
-                whole[f"{module}.{kind}"] = key or twin or ""
+    whole, findings = whole_tensors(modules, factors, str(path))
 
     def sizes(name: str) -> tuple[int, ...] | None:
         return base.get(name) and (factors.shapes[whole[name]] if name in whole else base[name])

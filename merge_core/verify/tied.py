@@ -32,6 +32,8 @@ class Wanted:
     replaced: Recipe | None = None
     """The adapter that brings ``base``; None if it is the base's own."""
     updates: list[Update] = field(default_factory=list)
+    unchecked: bool = False
+    """Whether something else is done to it, which is not worked out here."""
 
 
 def tied_embeddings(config: Mapping[str, Any], names: Collection[str]) -> str | None:
@@ -71,7 +73,7 @@ def settle(
             _share_factors(both, head, recipe)
     if has_head:
         return None
-    wrong = None
+    wrong, both.unchecked = None, both.unchecked or head.unchecked
     same = both.base == head.base and both.updates == head.updates
     if not same and keep_tied:
         if both.replaced is None and head.replaced is not None:

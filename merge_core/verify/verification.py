@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
-from merge_core.errors import refuse
-from merge_core.verify.against_base import Comparison, pair_with_base, resolve_sources
+from merge_core.errors import counted, refuse, some_of
+from merge_core.verify.against_base import Comparison, pair_with_base
 from merge_core.verify.file_check import FileCheck, FileResult, check_file
 from merge_core.verify.load import check_load
 from merge_core.verify.report import LEVELS, Finding, VerifyReport
 from merge_core.verify.side_files import check_recorded, compare_with_base
+from merge_core.verify.sources import resolve_sources
 from merge_core.verify.structure import Structure, config_path, inspect
 
 Run = Callable[[Callable[[FileCheck], FileResult], Sequence[FileCheck]], Iterable[FileResult]]
@@ -60,13 +61,14 @@ def verify(
     structure = inspect(out, committed=committed, needs_ledger=level != "structure")
     findings = list(structure.findings)
     comparisons: Mapping[str, tuple[Comparison, ...]] = {}
+    unchecked: tuple[str, ...] = ()
     recorded = structure.ledger.files if structure.ledger else {}
     if level != "structure":
         findings += check_recorded(out, recorded, committed=committed)
     if level == "numeric":
         sources = resolve_sources(out, base, adapters)
         pairing = pair_with_base(structure, sources)
-        comparisons = pairing.comparisons
+        comparisons, unchecked = pairing.comparisons, pairing.unchecked
         findings += pairing.findings
         findings += compare_with_base(
             out, sources.base, recorded, pairing.config, committed=committed
@@ -86,7 +88,7 @@ def verify(
         tensors=sum(result.tensors for result in results),
         bytes_read=sum(result.bytes_read for result in results),
         seconds=time.perf_counter() - started,
-        checks=tuple(_words(level, structure)),
+        checks=tuple(_words(level, structure, unchecked)),
     )
 
 
@@ -123,7 +125,7 @@ def _unchecked(checks: Sequence[FileCheck], results: Sequence[FileResult]) -> li
     ]
 
 
-def _words(level: str, structure: Structure) -> Iterable[str]:
+def _words(level: str, structure: Structure, unchecked: Sequence[str]) -> Iterable[str]:
     yield _WORDS["structure"]
     if structure.rows is not None:
         yield _WORDS["ledger"]
@@ -131,3 +133,6 @@ def _words(level: str, structure: Structure) -> Iterable[str]:
             yield _WORDS["digest"]
     if level in ("numeric", "load"):
         yield _WORDS[level]
+    if unchecked:
+        how = "by digest alone" if structure.rows is not None else "not checked in value"
+        yield f"{how}: {counted(len(unchecked), 'tensor')} that PEFT merged, {some_of(unchecked)}"
