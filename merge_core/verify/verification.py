@@ -131,8 +131,9 @@ def _words(level: str, structure: Structure, unchecked: Sequence[str]) -> Iterab
         yield _WORDS["ledger"]
         if level != "structure":
             yield _WORDS["digest"]
-    if level in ("numeric", "load"):
-        yield _WORDS[level]
     if unchecked:
-        how = "by digest alone" if structure.rows is not None else "not checked in value"
-        yield f"{how}: {counted(len(unchecked), 'tensor')} that PEFT merged, {some_of(unchecked)}"
+        left = f"{counted(len(unchecked), 'tensor')} of layers that PEFT merged"
+        yield f"left to the digest: {left}, {some_of(unchecked)}"
+        yield _WORDS[level].replace("every value", "every other value")
+    elif level in ("numeric", "load"):
+        yield _WORDS[level]
