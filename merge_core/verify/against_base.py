@@ -80,8 +80,7 @@ def refuse_unchecked(base: Path, adapters: Sequence[WeightedAdapter]) -> None:
     Raises:
         InputError: they cannot be read, or hold features that cannot be checked.
     """
-    config = _base_config(base)
-    _recipes(unpacked(open_base(base), config), config, adapters)
+    _recipes(*_opened(base), adapters)
 
 
 def resolve_sources(
@@ -130,8 +129,7 @@ def pair_with_base(structure: Structure, sources: Sources) -> Pairing:
     Raises:
         InputError: base or adapters cannot be read, or hold features that cannot be checked.
     """
-    config = _base_config(sources.base)
-    tensors = unpacked(open_base(sources.base), config)
+    tensors, config = _opened(sources.base)
     if sources.simulate_nf4:
         tensors = rounded(tensors)
     recipes, found = _recipes(tensors, config, sources.adapters)
@@ -161,6 +159,12 @@ def pair_with_base(structure: Structure, sources: Sources) -> Pairing:
     if len(structure.headers) == len(structure.files):
         findings += _missing(wanted, names)
     return Pairing(comparisons=comparisons, config=changes, findings=tuple(findings))
+
+
+def _opened(base: Path) -> tuple[dict[str, BaseTensor], dict[str, Any]]:
+    """The base's tensors as a merge sees them, and its config."""
+    stored, config = open_base(base), _base_config(base)
+    return unpacked(stored, config), config
 
 
 def _base_config(base: Path) -> dict[str, Any]:
