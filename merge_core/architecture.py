@@ -26,6 +26,9 @@ _DERIVED = ("num_key_value_heads", "head_dim")
 """Sizes that follow from the others where the config is silent."""
 
 
+CONV1D_MODELS = frozenset({"decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
+"""Models whose layers are transformers' Conv1D, which stores [in, out]."""
+
 _LAYER = re.compile(r"model\.layers\.\d+\.")
 
 
