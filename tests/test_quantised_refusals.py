@@ -163,7 +163,11 @@ def test_a_group_index_is_asked_for_where_its_order_counts(refusal: Callable[...
 
 @pytest.mark.parametrize(
     ("part", "value", "named"),
-    [("g_idx", 99, "names group 99, and there are 4"), ("qzeros", -1, "a zero point of 16")],
+    [
+        ("g_idx", 99, "names group 99, and there are 4"),
+        ("g_idx", -1, "names group -1, and there are 4"),
+        ("qzeros", -1, "a zero point of 16"),
+    ],
 )
 def test_numbers_that_mean_nothing_end_the_merge(
     part: str, value: int, named: str, tmp_path: Path, adapter: Path
