@@ -30,6 +30,10 @@ _MOE_SIZES = ("num_experts", "moe_intermediate_size", "shared_expert_intermediat
 
 
 _FUSED = (".experts.gate_up_proj", ".experts.down_proj")
+
+CONV1D_MODELS = frozenset({"decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
+"""Models whose layers are transformers' Conv1D, which stores [in, out]."""
+
 _LAYER = re.compile(r"model\.layers\.\d+\.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from merge_core.adapter import Adapter
+from merge_core.architecture import CONV1D_MODELS
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import refuse
 from merge_core.layout import TensorSpec
@@ -12,9 +13,6 @@ MERGEABLE = frozenset({"F32", "F16", "BF16"})
 
 LINEAR_MODELS = frozenset({"qwen2", "qwen2_moe"})
 """Models that are tested: every layer is nn.Linear, which stores [out, in]."""
-
-CONV1D_MODELS = frozenset({"decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
-"""Models whose layers are transformers' Conv1D, which stores [in, out]."""
 
 
 def check_mergeable(base: TensorSpec, at: str) -> None:

@@ -38,7 +38,7 @@ READ_FIELDS = frozenset(
 TOKEN_FIELDS = frozenset({"peft_type", "token_indices", "peft_version"})
 """Fields that decide it for TRAINABLE_TOKENS."""
 
-NORM_FIELDS = frozenset({"peft_type", "modules_to_save"})
+NORM_FIELDS = frozenset({"peft_type", "modules_to_save", "peft_version"})
 """Fields that decide it for LN_TUNING."""
 
 INERT_FIELDS = frozenset(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from merge_core.architecture import CONV1D_MODELS
 from merge_core.decoding import Decoding
 from merge_core.decoding.awq import AwqFormat
 from merge_core.decoding.bitsandbytes import BitsAndBytesFormat
@@ -109,6 +110,9 @@ def read_packed(
     method = _method(config) or "unknown method"
     if method not in _FORMATS:
         what = f"the base is quantised ({shortened(method)}), which is not decoded"
+        raise refuse(what, where, REMEDY)
+    if config.get("model_type") in CONV1D_MODELS:
+        what = "its layers store [in, out], and packed ones [out, in]: this is not decoded"
         raise refuse(what, where, REMEDY)
     form = _FORMATS[method](quantisation_of(config), where)
     modules, small = _modules(form, tensors), _small(read, where)

@@ -13,7 +13,9 @@ Form = Mapping[str, str]
 of the layer, or ``least``, the smaller of the two; a field of the config; or a name that must mean
 the same wherever it stands. ``2r`` and ``in/r`` are what they look like."""
 
-COMMON_FIELDS = frozenset({"peft_type", "bias", "modules_to_save", "fan_in_fan_out"})
+COMMON_FIELDS = frozenset(
+    {"peft_type", "peft_version", "bias", "modules_to_save", "fan_in_fan_out"}
+)
 """Fields of many tuners; what ``bias`` and ``modules_to_save`` name is trained without them."""
 
 

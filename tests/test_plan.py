@@ -216,7 +216,6 @@ def test_planning_imports_no_heavy_package(base: Path, adapter: Path) -> None:
     code = """if True:
         import sys
         from merge_core.planner import make_plan
-from merge_core.refused_tuners import REFUSED_VARIANTS
         assert make_plan(sys.argv[1], [sys.argv[2]]).total_size
         heavy = {"torch", "peft", "transformers", "ray", "safetensors", "pyarrow"}
         print(sorted(heavy & sys.modules.keys()))

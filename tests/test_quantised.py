@@ -22,11 +22,13 @@ from handmade import (
 from models import assert_same_tensors, edit_json, make_adapter, oracle, read_tensors
 from oracles import assert_within_contract
 from packers import Awq, Format, Fp8, Gptq, QuantisedBase, write_quantised
+from test_inputs_that_change import touching
 from typer.testing import CliRunner
 
 from cluster.cli import app
 from cluster.estimate import DECODING_SPEED
 from merge_core.decoding import Decoding
+from merge_core.errors import StorageError
 from merge_core.ledger import Receipt
 from merge_core.memory import lane_need
 from merge_core.merge import merge
@@ -213,6 +215,17 @@ def test_the_command_decodes_where_it_is_asked_to_and_says_how(
     done = CliRunner().invoke(app, [*words, "--dequantize"])
     assert done.exit_code == 2
     assert "the base is not quantised" in done.output
+
+
+def test_a_packed_file_that_is_replaced_during_the_merge_is_named(
+    base: QuantisedBase, adapter: Path, out: Path
+) -> None:
+    plan = make_plan(base.path, [adapter], dequantize=True, shard_bytes=30_000)
+    file = base.path / "model-00002-of-00002.safetensors"
+
+    with pytest.raises(StorageError, match="changed while it was being merged") as caught:
+        merge(plan, out, choice=TWO_LANES, watch=touching(file, "merging"))
+    assert caught.value.where == str(file)
 
 
 def test_plan_and_checks_can_be_sent_to_workers(base: QuantisedBase, adapter: Path) -> None:

@@ -147,6 +147,14 @@ def test_what_the_config_says_is_understood_or_named(
     assert named in refusal(how, **fields)
 
 
+def test_layers_that_lie_the_other_way_are_refused(tmp_path: Path, adapter: Path) -> None:
+    base = write_quantised(tmp_path / "base", Gptq(), GEOMETRY).path
+    edit_json(base / "config.json", model_type="gpt2")
+
+    with pytest.raises(InputError, match=r"its layers store \[in, out\]"):
+        make_plan(base, [adapter], dequantize=True)
+
+
 def test_a_group_index_is_asked_for_where_its_order_counts(refusal: Callable[..., str]) -> None:
     said = refusal(Gptq(without_index=True), desc_act=True)
 
@@ -155,7 +163,11 @@ def test_a_group_index_is_asked_for_where_its_order_counts(refusal: Callable[...
 
 @pytest.mark.parametrize(
     ("part", "value", "named"),
-    [("g_idx", 99, "names group 99, and there are 4"), ("qzeros", -1, "a zero point of 16")],
+    [
+        ("g_idx", 99, "names group 99, and there are 4"),
+        ("g_idx", -1, "names group -1, and there are 4"),
+        ("qzeros", -1, "a zero point of 16"),
+    ],
 )
 def test_numbers_that_mean_nothing_end_the_merge(
     part: str, value: int, named: str, tmp_path: Path, adapter: Path

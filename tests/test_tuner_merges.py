@@ -209,13 +209,13 @@ def test_the_memory_of_a_layer_that_peft_merges_is_asked_for_once(
     need = lane_need(plan, "cpu", 1 << 20)
 
     largest = 3 * 96 * 64 + 2 * 96**2 + 2 * 6 * 120  # up or down, and the adapter's of down
-    assert need.layer == 4 * largest
+    assert need.alone == 4 * largest
     assert need.factors == 4 * 96 * 64
-    assert need.on_host(2, "cpu") - need.on_host(1, "cpu") < need.on_host(1, "cpu") - need.layer
+    assert need.on_host(2, "cpu") - need.on_host(1, "cpu") < need.on_host(1, "cpu") - need.alone
     enough = need.on_host(1, "cpu") / 0.8
     assert choose_lanes(plan, "cpu", Memory(host=int(enough) + (2 << 20), device=None)).lanes == 1
     with pytest.raises(DeviceMemoryError, match="one lane needs"):
-        choose_lanes(plan, "cpu", Memory(host=need.layer, device=None))
+        choose_lanes(plan, "cpu", Memory(host=need.alone, device=None))
 
 
 def test_the_plan_says_what_peft_merges_and_in_how_much_memory(base: Path, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_the_plan_says_what_peft_merges_and_in_how_much_memory(base: Path, tmp_p
         "one layer at a time, in 0 MB",
     ]
     (document,) = adapter_documents(plan)
-    assert document["peft_bytes"] == lane_need(plan, "cpu", 1 << 20).layer > 0
+    assert document["peft_bytes"] == lane_need(plan, "cpu", 1 << 20).alone > 0
     assert any("another kind of device" in note for note in plan.notes)
 
 

@@ -104,14 +104,16 @@ class GptqDecoding:
         import torch
 
         width, count = self.shape[1], self.scales.tensor.shape[0]
-        in_order = torch.arange(width) // self.group_size
-        groups = in_order if self.g_idx is None else fetch(self.g_idx).long()
-        if int(groups.min()) < 0 or int(groups.max()) >= count:
-            raise refuse(
-                f"names group {int(groups.max())}, and there are {count}",
-                f"tensor {self.g_idx.tensor.name if self.g_idx else ''!r}",
-                "Fetch the checkpoint again",
-            )
+        groups = in_order = torch.arange(width) // self.group_size
+        if self.g_idx is not None:
+            groups = fetch(self.g_idx).long()
+            for group in (int(groups.min()), int(groups.max())):
+                if not 0 <= group < count:
+                    raise refuse(
+                        f"names group {group}, and there are {count}",
+                        f"tensor {self.g_idx.tensor.name!r}",
+                        FETCH,
+                    )
         even = width == count * self.group_size
         return None if even and torch.equal(groups, in_order) else groups
 

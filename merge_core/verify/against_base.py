@@ -66,8 +66,7 @@ def refuse_unchecked(sources: Sources) -> None:
     with gathered(problems):
         check_method(sources.method)
     with gathered(problems):
-        config = _base_config(sources.base)
-        tensors = unpacked(open_base(sources.base), config)
+        tensors, config = _opened(sources.base)
         _recipes(with_copies(tensors, _ranges(sources.adapters)), config, sources.adapters)
     if problems:
         raise InputError(problems)
@@ -80,8 +79,7 @@ def pair_with_base(structure: Structure, sources: Sources) -> Pairing:
         InputError: base or adapters cannot be read, or hold features that cannot be checked.
     """
     check_method(sources.method)
-    config = _base_config(sources.base)
-    tensors = unpacked(open_base(sources.base), config)
+    tensors, config = _opened(sources.base)
     if sources.simulate_nf4:
         tensors = rounded(tensors)
     ranges = _ranges(sources.adapters)
@@ -126,6 +124,12 @@ def pair_with_base(structure: Structure, sources: Sources) -> Pairing:
 def _ranges(adapters: Sequence[WeightedAdapter]) -> list[list[int]]:
     fields = [read_fields(path / "adapter_config.json") for path, _ in adapters]
     return ranges_of(fields, ", ".join(str(path) for path, _ in adapters))
+
+
+def _opened(base: Path) -> tuple[dict[str, BaseTensor], dict[str, Any]]:
+    """The base's tensors as a merge sees them, and its config."""
+    stored, config = open_base(base), _base_config(base)
+    return unpacked(stored, config), config
 
 
 def _base_config(base: Path) -> dict[str, Any]:
