@@ -38,6 +38,7 @@ TITLES = {
     "ray-structure": "raymeld on Ray, --verify structure",
     "ray": "raymeld on Ray",
     "inline-structure-qv": "raymeld inline, --verify structure, q+v",
+    "inline-structure-dora": "raymeld inline, --verify structure, DoRA",
     "peft": "PEFT merge_and_unload, save_pretrained",
 }
 
@@ -49,6 +50,7 @@ class Workplace:
     base: Path
     adapter: Path
     adapter_qv: Path
+    adapter_dora: Path
     out: Path
     log: Path
 
@@ -60,6 +62,7 @@ class Workplace:
             base=root / "base",
             adapter=root / "adapter-all-r16",
             adapter_qv=root / "adapter-qv-r16",
+            adapter_dora=root / "adapter-dora-r16",
             out=root / "out",
             log=root / "last.log",
         )
@@ -126,6 +129,7 @@ def _commands(place: Workplace) -> dict[str, list[str]]:
     raymeld = str(Path(python).with_name("raymeld"))
     merge = [raymeld, "merge", base, str(place.adapter), "--out", out, "--quiet"]
     merge_qv = [*merge[:3], str(place.adapter_qv), *merge[4:]]
+    merge_dora = [*merge[:3], str(place.adapter_dora), *merge[4:]]
     inline, ray = ["--address", "inline"], ["--address", "local"]
     structure = ["--verify", "structure"]
     return {
@@ -136,6 +140,7 @@ def _commands(place: Workplace) -> dict[str, list[str]]:
         "ray-structure": [*merge, *ray, *structure],
         "ray": [*merge, *ray],
         "inline-structure-qv": [*merge_qv, *inline, *structure],
+        "inline-structure-dora": [*merge_dora, *inline, *structure],
         "peft": [python, str(HERE / "peft_merge.py"), base, str(place.adapter), out],
     }
 
@@ -184,6 +189,7 @@ def _notes(
         f"peak memory is sampled every {INTERVAL * 1000:.0f} ms: {tree} ({when})",
         "largest process: the largest RSS of any one of them, sampled too",
         "adapters: rank 16, float32, on all linear layers and experts; q+v: on q_proj and v_proj",
+        "DoRA: on all linear layers but experts, with magnitudes",
     ]
     if "peft" in runs:
         notes.append("PEFT ran once, in the last round")
@@ -199,6 +205,7 @@ def _inputs(model: str, place: Workplace, *, keep: bool) -> Iterator[None]:
         place.base: lambda path: make_checkpoint(config(model), path),
         place.adapter: lambda path: make_adapter(config(model), path, "all"),
         place.adapter_qv: lambda path: make_adapter(config(model), path, "qv"),
+        place.adapter_dora: lambda path: make_adapter(config(model), path, "dora"),
     }
     made = [path for path in makers if not path.exists()]
     try:

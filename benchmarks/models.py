@@ -103,7 +103,8 @@ def make_adapter(
     rank: int = 16,
     hollow: bool = False,
 ) -> None:
-    """Write a float32 LoRA adapter on ``targets``: ``all`` linear layers, or ``qv``.
+    """Write a float32 LoRA adapter on ``targets``: ``all`` linear layers, ``qv``, or ``dora``,
+    which is all of them but experts, with magnitudes.
 
     Of experts it holds what PEFT trains with transformers 5: the parameters that all of a layer's
     share.
@@ -119,8 +120,10 @@ def make_adapter(
             module += ".base_layer" * (parameter == "gate_up_proj")
             parameters.add(f"experts.{parameter}")
             inner *= shape[0]
-        elif not name.endswith(ends):
+        elif not name.endswith(ends) or len(shape) == 3:
             continue
+        elif targets == "dora":
+            content[f"{module}.lora_magnitude_vector"] = ("F32", shape[:1])
         content[f"{module}.lora_A.weight"] = ("F32", (inner, shape[-1]))
         content[f"{module}.lora_B.weight"] = ("F32", (shape[-2], inner))
     draw = np.random.default_rng(1).normal
@@ -131,7 +134,8 @@ def make_adapter(
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": 2 * rank,
-        "target_modules": sorted({n.split(".")[-3] for n in content if "_proj." in n}),
+        "use_dora": targets == "dora",
+        "target_modules": sorted({n.split(".")[-3] for n in content if "_proj.lora_A." in n}),
         "target_parameters": sorted(parameters),
         "peft_version": "0.21.0",
         "base_model_name_or_path": None,
@@ -181,7 +185,7 @@ if __name__ == "__main__":
     parser.add_argument("model", choices=FAMILY)
     parser.add_argument("base", type=Path)
     parser.add_argument("adapter", type=Path)
-    parser.add_argument("--targets", choices=("all", "qv"), default="all")
+    parser.add_argument("--targets", choices=("all", "qv", "dora"), default="all")
     options = parser.parse_args()
     make_checkpoint(config(options.model), options.base)
     make_adapter(config(options.model), options.adapter, options.targets)
