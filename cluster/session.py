@@ -35,6 +35,9 @@ LEAVE_SECONDS = 10.0
 """For taking leave of a cluster, which takes a tenth of a second while its head answers. Without a
 head Ray may try for a minute, and then ends the process without a word."""
 
+_leaving: list[threading.Thread] = []
+"""Those that are still at it."""
+
 OBJECT_STORE_BYTES = 128 << 20
 """Only plans and receipts pass Ray; the default would reserve a third of the machine."""
 
@@ -101,6 +104,8 @@ def _connect(starter: Executor, ray: Any, address: str, scratch: Path, *, use_gp
         **(own if address == LOCAL else {}),
         **({"job_config": _json_logs_in_workers()} if logs_json() else {}),
     }
+    while _leaving:  # a shutdown that is still under way would end what begins here
+        _leaving.pop().join(LEAVE_SECONDS)
     started = starter.submit(ray.init, **options)
     try:
         started.result()
@@ -120,7 +125,9 @@ def _disconnect(ray: Any, address: str) -> None:
     leaving = threading.Thread(target=ray.shutdown, daemon=True)
     leaving.start()
     leaving.join(LEAVE_SECONDS)
-    if leaving.is_alive():  # or Ray would wait for that thread when Python exits
+    if leaving.is_alive():
+        _leaving.append(leaving)
+        # Or Ray would wait for that thread when Python exits
         atexit.unregister(ray._private.worker.shutdown)  # noqa: SLF001 - there is no public way
 
 

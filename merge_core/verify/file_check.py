@@ -197,7 +197,5 @@ def _compare_slabs(
 def _widest_row(pair: tuple[TensorEntry, Comparison]) -> int:
     """Bytes of the longer row of a merged tensor or its base: a block holds one row at least."""
     entry, item = pair
-    rows = math.prod(entry.shape[:-1]) if len(entry.shape) > 1 else entry.shape[0]
-    if not item.updates or not rows:
-        return 0
-    return max(entry.nbytes, item.base.entry.nbytes) // rows
+    rows = math.prod(entry.shape[:-1] or entry.shape)
+    return max(entry.nbytes, item.base.entry.nbytes) // rows if item.updates and rows else 0
