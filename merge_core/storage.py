@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -116,7 +117,9 @@ class RangeReader:
 
         For small things that several workers of a machine read, such as LoRA factors.
         """
-        buffer = memoryview(bytearray(nbytes))
+        # From the system itself: malloc would keep what is freed, in each thread's own arena.
+        large = nbytes >= DIRECT_MIN_BYTES
+        buffer = memoryview(mmap.mmap(-1, nbytes)) if large else memoryview(bytearray(nbytes))
         with reported(self._path):
             self._fill(self._buffered, buffer, offset, nbytes, nbytes)
         return buffer
