@@ -8,14 +8,16 @@ import sys
 from pathlib import Path
 
 CHAOS = Path(__file__).parent.parent / "benchmarks" / "chaos.py"
+ROUNDS = ["--seed", "20261128", "--first", "23", "--rounds", "10"]
+"""Of the two hundred in benchmarks/results: ten in a row in which everything is killed that can be,
+and no driver so often that it takes minutes."""
+VICTIMS = {"collector", "drain", "driver", "memory", "raylet", "worker"}
 
 
 def test_ten_merges_whose_processes_are_killed_at_random_lose_nothing() -> None:
-    ended = subprocess.run(
-        [sys.executable, CHAOS, "--rounds", "10", "--seed", "1"], capture_output=True, text=True
-    )
+    ended = subprocess.run([sys.executable, CHAOS, *ROUNDS], capture_output=True, text=True)
 
     assert ended.returncode == 0, ended.stderr
     numbers = json.loads(ended.stdout)
     assert (numbers["rounds"], numbers["lost"]) == (10, 0)
-    assert numbers["happened"].keys() >= {"collector", "driver", "raylet", "worker"}
+    assert numbers["happened"].keys() == VICTIMS
