@@ -10,7 +10,7 @@ all experts of a layer in one, as transformers 5 has them in memory and can save
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from merge_core.errors import InputError, Problem, some_of
@@ -34,6 +34,10 @@ _FUSED = (".experts.gate_up_proj", ".experts.down_proj")
 CONV1D_MODELS = frozenset({"decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
 """Models whose layers are transformers' Conv1D, which stores [in, out]."""
 
+HEAD = "lm_head.weight"
+
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
+
 _LAYER = re.compile(r"model\.layers\.\d+\.")
 
 
@@ -44,6 +48,11 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     """
     untied_by_default = str(config.get("model_type")).startswith("qwen2")
     return bool(config.get("tie_word_embeddings", not untied_by_default))
+
+
+def embeddings_among(names: Iterable[str]) -> str | None:
+    """Name of the tensor that turns tokens into vectors; None where there is no such tensor."""
+    return next((name for name in names if name.endswith(_EMBEDDINGS)), None)
 
 
 def check_architecture(
@@ -121,7 +130,7 @@ def expected_tensors(
         yield f"{layer}.post_attention_layernorm.weight", (hidden,)
     yield "model.norm.weight", (hidden,)
     if not is_tied(config):
-        yield "lm_head.weight", (config["vocab_size"], hidden)
+        yield HEAD, (config["vocab_size"], hidden)
 
 
 def _has_experts(config: Mapping[str, Any], layer: int) -> bool:

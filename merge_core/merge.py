@@ -26,6 +26,7 @@ from merge_core.output import (
 )
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, ProgressFile, Watch, WorkerProgress
+from merge_core.stored_head import check_stored_head
 from merge_core.verdict import conclude, unproven, verify_deeper
 from merge_core.verify import (
     FileCheck,
@@ -136,7 +137,8 @@ def begin(plan: MergePlan, out: Path, level: str) -> MergePlan:
         The plan, sealed.
 
     Raises:
-        InputError: ``out`` or the adapters cannot be used, or not be verified at ``level``.
+        InputError: ``out``, the base's head or the adapters cannot be used, or not be verified at
+            ``level``.
     """
     problems = check_location(out, plan.base, tuple(a.path for a in plan.adapters))
     with gathered(problems):
@@ -144,6 +146,8 @@ def begin(plan: MergePlan, out: Path, level: str) -> MergePlan:
             adapters = tuple((a.path, a.weight) for a in plan.adapters)
             method = plan.combination.method
             refuse_unchecked(Sources(base=plan.base, adapters=adapters, method=method))
+    with gathered(problems):
+        check_stored_head(plan)
     if problems:
         raise InputError(problems)
     return seal(plan)

@@ -136,6 +136,16 @@ class Twins:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoredHead:
+    """A head that a base with tied embeddings stores as well: it is left out, as loaders do, and
+    must hold the bytes of the embeddings.
+    """
+
+    head: Source
+    embeddings: Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInput:
     """An adapter as the workers need it."""
 
@@ -163,6 +173,8 @@ class MergePlan:
     config_changes: Mapping[str, Any]
     """Fields of config.json that the merge changes, None: removes; empty means: copied byte for
     byte."""
+    stored_head: StoredHead | None
+    """``stored_head.check_stored_head`` proves it."""
     side_files: tuple[FileIdentity, ...]
     adapters: tuple[AdapterInput, ...]
     twins: tuple[Twins, ...]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_core.adapter import Adapter, open_adapter, parse_adapter
+from merge_core.architecture import HEAD
 from merge_core.checkpoint import Checkpoint, Decode, open_checkpoint
 from merge_core.combining import check_combination, combined
 from merge_core.completeness import missing_parts
@@ -29,7 +30,7 @@ from merge_core.replication import (
 from merge_core.shards import OutputTensor, cut_shards, shard_name
 from merge_core.simulated import round_to_nf4
 from merge_core.stages import shards_of
-from merge_core.ties import HEAD, settle_ties, tied_embeddings
+from merge_core.ties import settle_ties, tied_embeddings
 from merge_core.tuning import tune
 from merge_core.updates import Update
 from merge_core.updates.combined import Combination
@@ -212,6 +213,7 @@ def _assemble(
         header_digests=tuple(file.header_digest for file in checkpoint.files),
         config=checkpoint.config,
         config_changes=_config_changes(checkpoint, matched, dtype),
+        stored_head=checkpoint.stored_head,
         side_files=checkpoint.side_files,
         adapters=tuple(
             _input(adapter, matched.tunings.get(number)) for number, adapter in enumerate(adapters)

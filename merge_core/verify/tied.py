@@ -36,6 +36,19 @@ class Wanted:
     """Whether something else is done to it, which is not worked out here."""
 
 
+def repeated_head(
+    config: Mapping[str, Any], tensors: Mapping[str, BaseTensor]
+) -> tuple[BaseTensor, BaseTensor] | None:
+    """Embeddings and head, if they are tied and the base stores both: it must repeat them then, and
+    counts for nothing.
+    """
+    others = {name: tensor for name, tensor in tensors.items() if name != HEAD}
+    embeddings = tied_embeddings(config, others)
+    if HEAD not in tensors or embeddings is None:
+        return None
+    return tensors[embeddings], tensors[HEAD]
+
+
 def tied_embeddings(config: Mapping[str, Any], names: Collection[str]) -> str | None:
     """The tensor that is both ends; None if there is none.
 
