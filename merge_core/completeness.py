@@ -62,7 +62,8 @@ def _untrained(adapter: Adapter, bases: Mapping[str, Source]) -> Iterator[str]:
             for name in bases
             if config.is_target(name.rpartition(".")[0]) and name not in trained.whole
         )
-    elif trained.layers:  # of what all layers share alone, the config says whose it is
+    elif trained.layers or config.peft_type == "LORA":
+        # Tuners whose layers share all their tensors leave it to the config whose they are.
         yield from _without_factors(adapter, bases)
 
 
