@@ -34,6 +34,10 @@ UNTIED: dict[str, dict[str, Any]] = {
     "DoRA on the head": {"target_modules": ["lm_head"], "use_dora": True},
     "whole embeddings": {"modules_to_save": ["embed_tokens"]},
     "a whole head": {"modules_to_save": ["lm_head"]},
+    "LoRA on the head, whole embeddings": {
+        "target_modules": ["q_proj", "lm_head"],
+        "modules_to_save": ["model.embed_tokens"],
+    },
     "both whole, apart": {"modules_to_save": ["embed_tokens", "lm_head"]},
 }
 TIED: dict[str, dict[str, Any]] = {
@@ -138,6 +142,7 @@ RESIZED: dict[str, tuple[dict[str, Any], bool]] = {
         {"modules_to_save": ["lm_head", "embed_tokens"], "ensure_weight_tying": True},
         True,
     ),
+    "whole embeddings": ({"modules_to_save": ["embed_tokens"]}, True),
     "a whole head": ({"modules_to_save": ["lm_head"]}, True),
     "trained tokens": ({"trainable_token_indices": [160, 165]}, True),
     # PEFT saves no head where the embeddings have factors, or rows of their own tuner.

@@ -79,7 +79,7 @@ def settle(
         What is wrong with there being no head, if something is.
     """
     both, head = wanted[embeddings], wanted[HEAD]
-    _share_whole(both, head)
+    _share_whole(both, head, embeddings.removesuffix(".weight"))
     _share_rows(both, head)
     for recipe in recipes:
         if recipe.config.get("ensure_weight_tying"):
@@ -98,11 +98,11 @@ def settle(
     return wrong
 
 
-def _share_whole(both: Wanted, head: Wanted) -> None:
+def _share_whole(both: Wanted, head: Wanted, embeddings: str) -> None:
     """What PEFT saves by itself, after a change of the vocabulary, is of the one tensor that both
     ends were while it trained, and so is that of modules that were to stay tied.
     """
-    for mine, other, module in ((both, head, "embed_tokens"), (head, both, "lm_head")):
+    for mine, other, module in ((both, head, embeddings), (head, both, "lm_head")):
         if mine.replaced is None or other.replaced is not None:
             continue
         config = mine.replaced.config
@@ -110,7 +110,8 @@ def _share_whole(both: Wanted, head: Wanted) -> None:
             other.base, other.replaced = mine.base, mine.replaced
     if both.replaced is not None and both.replaced is head.replaced:
         config = both.replaced.config
-        if config.get("ensure_weight_tying") or not saved_whole(config, "lm_head"):
+        named = saved_whole(config, embeddings) or saved_whole(config, "lm_head")
+        if config.get("ensure_weight_tying") or not named:
             head.base = both.base
 
 
