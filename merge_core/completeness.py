@@ -17,7 +17,7 @@ from merge_core.errors import Problem, some_of
 from merge_core.expert_factors import EXPERT_PARAMETERS, holds_experts
 from merge_core.plan import Source
 
-_EXPERT = re.compile(r"(.+\.experts)\.\d+\.([^.]+)")
+_EXPERT = re.compile(r"(.+\.experts)\.(?:0|[1-9]\d*)\.([^.]+)")
 
 _REPAIR = "Save the adapter again; part of it is missing"
 

@@ -164,7 +164,7 @@ def _update(
         if pair.magnitude is not None:
             what = f"DoRA on one expert of the fused tensor {name!r} is not merged"
             raise refuse(what, at, "Give a base with a tensor for each expert")
-        matched.add_to_rows(name, place.first, delta)
+        matched.add_to_rows(name, place.first, delta, at)
     elif pair.magnitude is None:
         matched.add(name, delta)
     else:
@@ -216,7 +216,7 @@ def _update_experts(
         if place.first is None:
             matched.add(place.name, delta)
         else:
-            matched.add_to_rows(place.name, place.first, delta)
+            matched.add_to_rows(place.name, place.first, delta, at)
 
 
 def _shift(matched: Matched, number: int, adapter: Adapter, module: str, pair: LowRankPair) -> None:
