@@ -224,8 +224,19 @@ def _assemble(
         added=tuple(name for name in matched.sources if name not in there),
         shards=shards,
         stage=shards_of(shards, output.layers),
-        notes=(*checkpoint.notes, *matched.notes, *_notes_of(adapters)),
+        notes=(
+            *checkpoint.notes,
+            *matched.notes,
+            *[_TOKENIZER] * ("vocab_size" in matched.config_changes),
+            *_notes_of(adapters),
+        ),
     )
+
+
+_TOKENIZER = (
+    "the vocabulary was resized, and the tokenizer's files are the base's own: if the training"
+    " added tokens, copy its tokenizer into the result"
+)
 
 
 def _input(adapter: Adapter, tuning: Tuning | None) -> AdapterInput:
