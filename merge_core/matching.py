@@ -38,9 +38,9 @@ def match(
     """
     decodings = checkpoint.decodings
     matched = Matched.of(bases, None if decodings is None else decodings.dtype)
-    for number, adapter in enumerate(adapters):
+    for number in range(len(adapters)):
         with gathered(problems):
-            _replace(matched, bases, number, adapter)
+            _replace(matched, bases, number, adapters)
     model = checkpoint.config.get("model_type")
     for number, adapter in enumerate(adapters):
         missing = []
@@ -85,8 +85,11 @@ def check_together(matched: Matched) -> None:
         raise InputError(problems)
 
 
-def _replace(matched: Matched, bases: Mapping[str, Source], number: int, adapter: Adapter) -> None:
+def _replace(
+    matched: Matched, bases: Mapping[str, Source], number: int, adapters: Sequence[Adapter]
+) -> None:
     """Have the tensors that an adapter brings as a whole take the place of the base's."""
+    adapter = adapters[number]
     missing: list[str] = []
     problems: list[Problem] = []
     for name, saved in adapter.trained.whole.items():
@@ -102,6 +105,11 @@ def _replace(matched: Matched, bases: Mapping[str, Source], number: int, adapter
                 raise _no_weight(adapter, saved.name)
             earlier = matched.sources[name]
             if earlier.adapter is not None:
+                if earlier.tensor.shape != saved.shape:
+                    other = f"{list(earlier.tensor.shape)} in {adapters[earlier.adapter].path}"
+                    what = f"is {list(saved.shape)}, and {other}"
+                    at = f"{adapter.path}, tensor {saved.name!r}"
+                    raise refuse(what, at, "Merge adapters of one vocabulary")
                 matched.twins.append(
                     Twins(one=(earlier.adapter, earlier.tensor), other=(number, saved))
                 )

@@ -186,3 +186,31 @@ def test_a_module_that_was_saved_twice_with_different_values_is_refused(
 
     with pytest.raises(InputError, match=r"modules_to_save\.weight' should hold the values of"):
         merge(make_plan(base, [adapter]), out)
+
+
+def test_adapters_with_vocabularies_of_different_sizes_are_refused_and_both_named(
+    base: Path, tmp_path: Path
+) -> None:
+    one, two = (
+        make_adapter(tmp_path / str(n), base, vocabulary=n, target_modules=["q_proj"])
+        for n in (170, 180)
+    )
+
+    said = rf"{two}, tensor .*embed_tokens.weight'.* is \[180, 64\], and \[170, 64\] in {one}"
+    with pytest.raises(InputError, match=said):
+        make_plan(base, [one, two])
+
+
+def test_adapters_with_vocabularies_of_other_values_are_both_named(
+    base: Path, tmp_path: Path, out: Path
+) -> None:
+    one, two = (
+        make_adapter(tmp_path / str(n), base, vocabulary=170, seed=n, target_modules=["q_proj"])
+        for n in (1, 2)
+    )
+    file = two / "adapter_model.safetensors"
+    save_file({k: t + 1 if "embed" in k else t for k, t in load_file(file).items()}, file)
+
+    said = rf"{two}: .*embed_tokens.weight' should hold the values of .* in {one}, and does not"
+    with pytest.raises(InputError, match=said):
+        merge(make_plan(base, [one, two]), out)
