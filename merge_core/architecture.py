@@ -93,7 +93,7 @@ def _check_counts(config: Mapping[str, Any], found: int, where: str, *, fused: b
     layers, each = config["num_hidden_layers"], config.get("num_experts", 0)
     if layers > found:
         what = f"layers: config.json asks for {layers}"
-    elif not fused and each * sum(_has_experts(config, n) for n in range(layers)) > found:
+    elif not fused and each * sum(has_experts(config, n) for n in range(layers)) > found:
         what = f"experts: config.json asks for {each} in a layer"
     else:
         return
@@ -122,7 +122,7 @@ def expected_tensors(
             if biased:
                 yield f"{layer}.self_attn.{name}_proj.bias", (width,)
         yield f"{layer}.self_attn.o_proj.weight", (hidden, queries)
-        if _has_experts(config, n):
+        if has_experts(config, n):
             yield from _experts(config, f"{layer}.mlp", fused=fused)
         else:
             yield from _mlp(f"{layer}.mlp", hidden, config["intermediate_size"])
@@ -133,7 +133,8 @@ def expected_tensors(
         yield HEAD, (config["vocab_size"], hidden)
 
 
-def _has_experts(config: Mapping[str, Any], layer: int) -> bool:
+def has_experts(config: Mapping[str, Any], layer: int) -> bool:
+    """Whether a layer has experts in the place of its MLP (``Qwen2MoeDecoderLayer``)."""
     if config.get("model_type") != "qwen2_moe" or layer in (config.get("mlp_only_layers") or ()):
         return False
     return (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0

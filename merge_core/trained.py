@@ -68,6 +68,12 @@ class Trained:
         """The modules that have anything of a tuner."""
         return self.pairs.keys() | self.tuned.layers.keys()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to merge: all tensors only steered the training."""
+        held = (self.pairs, self.experts, self.tokens, self.whole)
+        return not any((*held, self.tuned.layers, self.tuned.shared))
+
 
 def read_trained(
     tensors: Sequence[TensorSpec], config: AdapterConfig | None, peft_type: str, where: str
@@ -85,6 +91,9 @@ def read_trained(
     problems += odd_dtypes(tuned, where)
     modules = _by_module(others, where, problems)
     trained = None if config is None else _sorted_out(modules, tuned, config, where, problems)
+    if not problems and trained is not None and trained.is_empty:
+        what = "the file holds nothing that a merge uses"
+        problems.append(Problem(what, where, _REPAIR))
     if problems:
         raise InputError(problems)
     return trained

@@ -121,6 +121,17 @@ def test_factors_that_are_lost_altogether_are_named(
     assert "o_proj, for which the file holds nothing" in said
 
 
+def test_a_file_of_tensors_that_only_steered_the_training_is_refused(
+    base: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base)
+    module = f"{PREFIX}model.layers.0.self_attn.q_proj"
+    file = adapter / "adapter_model.safetensors"
+    save_file({f"{module}.lora_velora_embed_A": torch.ones(4)}, file)
+
+    assert "the file holds nothing that a merge uses" in str(refusal(base, adapter))
+
+
 @pytest.mark.parametrize(("old", "new"), [("$", ".x"), ("layers.0", "layers.7"), ("model", "mode")])
 def test_a_renamed_tensor_is_named(
     base: Path, adapter: Path, old: str, new: str, tmp_path: Path
