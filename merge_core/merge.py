@@ -228,8 +228,8 @@ def _merge_shard(
     worker: ShardWorker, assembly: Assembly, plan: MergePlan, index: int, watch: Watch
 ) -> None:
     shard = plan.shards[index]
-    before = sum(s.size for s in plan.shards[:index])
-    total = sum(s.size for s in plan.shards)
+    before = sum(plan.shards[n].size for n in plan.stage if n < index)
+    total = sum(plan.shards[n].size for n in plan.stage)
 
     def tick(done: int) -> None:
         doing = WorkerProgress(
@@ -257,12 +257,12 @@ def _watched(
     plan: MergePlan, phase: str, watch: Watch
 ) -> Callable[[Callable[[FileCheck], FileResult], Sequence[FileCheck]], Iterable[FileResult]]:
     """Run the checks of a verification one after another, reporting in between."""
-    total = sum(shard.size for shard in plan.shards)
+    sizes = {shard.name: shard.size for shard in plan.shards}
 
     def run(
         check: Callable[[FileCheck], FileResult], checks: Sequence[FileCheck]
     ) -> Iterable[FileResult]:
-        done = 0
+        done, total = 0, sum(sizes.get(Path(one.path).name, 0) for one in checks)
         for one in checks:
             watch(Progress(phase=phase, done=done, total=total, workers=()))
             result = check(one)

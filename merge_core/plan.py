@@ -196,8 +196,9 @@ class MergePlan:
 
     @property
     def pinned(self) -> set[str]:
-        """The devices that some shards ask for."""
-        return {shard.device for shard in self.shards if shard.device is not None}
+        """The devices that some shards of this stage ask for."""
+        devices = {self.shards[index].device for index in self.stage}
+        return {device for device in devices if device is not None}
 
     @property
     def simulates_nf4(self) -> bool:
