@@ -25,7 +25,11 @@ _REPAIR = "Save the adapter again; part of it is missing"
 def missing_parts(
     adapter: Adapter, bases: Mapping[str, Source], checkpoint: Checkpoint
 ) -> Iterator[Problem]:
-    """A problem for each field of the config that names more than the file holds."""
+    """A problem for each field of the config that names more than the file holds.
+
+    Args:
+        bases: by name, both ends of tied ones.
+    """
     tied = is_tied(checkpoint.config)
     # Of other models not every module is known.
     known = checkpoint.config.get("model_type") in ("qwen2", "qwen2_moe")

@@ -156,10 +156,10 @@ def _match(
         order = layer_order(adapters, checkpoint)
     if order is not None:
         bases = replicated(bases, order)
-    for adapter in adapters:
-        problems += missing_parts(adapter, bases, checkpoint)
     embeddings = tied_embeddings(checkpoint)
     ends = bases if embeddings is None else {**bases, HEAD: bases[embeddings]}
+    for adapter in adapters:
+        problems += missing_parts(adapter, ends, checkpoint)
     matched = match(ends, checkpoint, adapters, problems)
     for number, adapter in enumerate(adapters):
         with gathered(problems):
