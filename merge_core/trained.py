@@ -10,7 +10,7 @@ from merge_core.adapter_keys import Part, parse_key
 from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.expert_factors import ExpertFactors, check_parameter, parameter_of, read_experts
 from merge_core.layout import TensorSpec
-from merge_core.peft_fields import TRAINING_KEYS
+from merge_core.peft_fields import TRAINING_KEYS, WHOLE_EXPERTS
 from merge_core.tuned import Tuned, odd_dtypes, take_tuned
 from merge_core.updates import Factor
 
@@ -173,7 +173,10 @@ def _by_module(
 
 def _unknown(names: Sequence[str], where: str) -> Iterator[Problem]:
     for name in names:
-        if not TRAINING_KEYS.search(name):
+        if WHOLE_EXPERTS.search(name):
+            what = f"{name!r} is a parameter of experts as a whole, which is not merged"
+            yield Problem(what, where, "Train them with target_parameters, or merge with PEFT")
+        elif not TRAINING_KEYS.search(name):
             what = f"key {name!r} is not known, and nothing is dropped silently"
             yield Problem(what, where, _REPAIR)
 

@@ -198,6 +198,24 @@ def test_factors_of_all_experts_and_of_one_of_them_are_refused(
     assert "are factors of the same rows of 'model.layers.0.mlp.experts." in said
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("infix", ["", "modules_to_save.default."])
+def test_experts_that_were_trained_as_a_whole_are_refused_for_what_they_are(
+    fused: bool, infix: str, moe: Bases, tmp_path: Path
+) -> None:
+    adapter = write_expert_adapter(tmp_path / "a", moe(), ["q_proj"], lora_alpha=6)
+    key = f"{PREFIX}model.layers.0.mlp.experts.{infix}down_proj"
+
+    def whole(saved: Saved) -> None:
+        saved[key] = torch.ones(4, 64, 48)
+
+    other = changed(adapter, tmp_path / "b", whole, modules_to_save=["experts"])
+
+    said = refusal(moe(fused=fused), other)
+    assert f"{key!r} is a parameter of experts as a whole, which is not merged" in said
+    assert "damaged" not in said
+
+
 def test_an_expert_whose_number_begins_with_a_zero_is_not_known(moe: Bases, tmp_path: Path) -> None:
     adapter = write_expert_adapter(tmp_path / "a", moe(), ["up_proj"], lora_alpha=6)
 
