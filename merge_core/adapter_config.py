@@ -145,7 +145,7 @@ def read_config(fields: Mapping[str, Any], where: str) -> AdapterConfig:
 
     Raises:
         InputError: with every field that is malformed, unknown, or belongs to a feature that
-            raymeld does not merge yet.
+            raymeld does not merge.
     """
     kind = tuner_of(fields)
     if kind not in _READ.keys() | TUNERS.keys() or fields["peft_type"] == "KASA":

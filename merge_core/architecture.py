@@ -31,6 +31,10 @@ _MOE_SIZES = ("num_experts", "moe_intermediate_size", "shared_expert_intermediat
 
 _FUSED = (".experts.gate_up_proj", ".experts.down_proj")
 
+LINEAR_MODELS = ("qwen2", "qwen2_moe")
+"""Models that are tested: every tensor is known, and every layer is nn.Linear, which stores
+[out, in]."""
+
 CONV1D_MODELS = frozenset({"decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
 """Models whose layers are transformers' Conv1D, which stores [in, out]."""
 
@@ -70,7 +74,7 @@ def check_architecture(
     if not isinstance(kind, str):
         what = "config.json has no model_type"
         raise InputError([Problem(what, where, "Fetch config.json again")])
-    if kind not in ("qwen2", "qwen2_moe"):
+    if kind not in LINEAR_MODELS:
         return [*notes, f"model_type {kind!r} is not tested; tensors are matched by their names"]
     sizes = (*_SIZES, *(_MOE_SIZES if kind == "qwen2_moe" else ()))
     wrong = [name for name in sizes if not _is_size(config.get(name))]

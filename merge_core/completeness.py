@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 from merge_core.adapter import Adapter
 from merge_core.adapter_config import saves
-from merge_core.architecture import is_tied
+from merge_core.architecture import LINEAR_MODELS, is_tied
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import Problem, some_of
 from merge_core.expert_factors import EXPERT_PARAMETERS, holds_experts
@@ -32,7 +32,7 @@ def missing_parts(
     """
     tied = is_tied(checkpoint.config)
     # Of other models not every module is known.
-    known = checkpoint.config.get("model_type") in ("qwen2", "qwen2_moe")
+    known = checkpoint.config.get("model_type") in LINEAR_MODELS
     fields = {
         "modules_to_save": list(_unsaved(adapter, bases)),
         "target_modules": list(_untrained(adapter, bases)) if known else [],

@@ -80,7 +80,11 @@ def check_together(matched: Matched) -> None:
         kinds = {isinstance(update, RowsUpdate) for update in updates}
         if len(kinds) > 1:
             what = "some of its rows are replaced, and others add to the whole of it"
-            problems.append(Problem(what, f"tensor {name}", "Merge one of these adapters"))
+            one = len({update.adapter for update in updates}) == 1
+            remedy = "Merge one of these adapters"
+            if one:  # on tied ends: PEFT trains no module both ways
+                remedy = "Train either tokens or factors of embeddings and head that are tied"
+            problems.append(Problem(what, f"tensor {name}", remedy))
     if problems:
         raise InputError(problems)
 

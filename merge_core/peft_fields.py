@@ -1,4 +1,4 @@
-"""What raymeld knows of PEFT: every config field, and every kind of key that it does not merge.
+"""What raymeld knows of PEFT: the fields of its configs, and the keys that no merge uses.
 
 Planning must not import PEFT (it takes seconds and pulls torch), so the tables stand here, and
 those of the tuners other than LoRA in ``peft_tuners``; a test compares them with the installed

@@ -183,7 +183,8 @@ class MergePlan:
     combination: Combination
     """How the factors of several adapters become one."""
     added: tuple[str, ...]
-    """Tensors that the base does not have: a head that is untied."""
+    """Tensors that the base does not have, or not by itself: a head that is untied, the layers that
+    ``layer_replication`` adds."""
     shards: tuple[Shard, ...]
     stage: frozenset[int]
     """Those that are to be made now; it changes no byte of any."""

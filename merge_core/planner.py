@@ -15,10 +15,9 @@ from merge_core.combining import check_combination, combined
 from merge_core.completeness import missing_parts
 from merge_core.device_map import DeviceMap, read_device_map
 from merge_core.errors import InputError, Problem, gathered, refuse, some_of
-from merge_core.layout import DTYPE_NAMES, lay_out
+from merge_core.layout import DTYPE_NAMES, MERGEABLE, lay_out
 from merge_core.matched import Matched
 from merge_core.matching import check_together, match
-from merge_core.orientation import MERGEABLE
 from merge_core.plan import AdapterInput, MergePlan, Shard, Source, TensorTask
 from merge_core.quantised import quantisation_of, read_packed
 from merge_core.replication import (

@@ -13,20 +13,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merge_core.adapter import Adapter
-from merge_core.architecture import has_experts
+from merge_core.architecture import LINEAR_MODELS, has_experts
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import InputError, Problem, refuse, some_of
 from merge_core.plan import Source
 
 _LAYER = re.compile(r"(model\.layers\.)(\d+)(\..+)")
-_KNOWN = frozenset({"qwen2", "qwen2_moe"})
-"""Models of which it is known what else in their configs goes by layer."""
-
 _WINDOW_FROM = 28
 """``max_window_layers`` of Qwen2's config where it is silent."""
 
 _BY_LAYER = frozenset({"layer_types", "mlp_only_layers"})
-"""Lists of their configs that do."""
+"""Lists in the configs of ``LINEAR_MODELS`` that go by layer."""
 
 
 def layer_order(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> tuple[int, ...] | None:
@@ -43,9 +40,9 @@ def layer_order(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> tuple[in
         what = "the adapters were trained on different copies of layers (layer_replication)"
         raise refuse(what, ", ".join(str(a.path) for a in adapters), "Merge one of them")
     config, where = checkpoint.config, "layer_replication"
-    if config.get("model_type") not in _KNOWN:
+    if config.get("model_type") not in LINEAR_MODELS:
         what = f"the layers of model_type {config.get('model_type')!r} cannot be copied"
-        raise refuse(what, where, f"Use one of {', '.join(sorted(_KNOWN))}")
+        raise refuse(what, where, f"Use one of {', '.join(LINEAR_MODELS)}")
     there = config["num_hidden_layers"]
     problems = [
         Problem(f"[{start}, {end}] are none of the base's {there} layers", where, _OTHER_BASE)

@@ -9,12 +9,10 @@ from merge_core.adapter_config import AdapterConfig
 from merge_core.adapter_keys import Part, parse_key
 from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.expert_factors import ExpertFactors, check_parameter, parameter_of, read_experts
-from merge_core.layout import TensorSpec
+from merge_core.layout import MERGEABLE, TensorSpec
 from merge_core.peft_fields import TRAINING_KEYS, WHOLE_EXPERTS
 from merge_core.tuned import Tuned, odd_dtypes, take_tuned
 from merge_core.updates import Factor
-
-DTYPES = frozenset({"F32", "F16", "BF16"})
 
 _REPAIR = "Save the adapter again with PEFT; the file is damaged or incomplete"
 _OTHER_CONFIG = "Use the adapter_config.json that was saved with these weights"
@@ -163,7 +161,7 @@ def _by_module(
         if key.part in parts:
             what = f"{tensor.name!r} and {parts[key.part].name!r} are the same tensor"
             problems.append(Problem(what, where, _REPAIR))
-        elif tensor.dtype not in DTYPES:
+        elif tensor.dtype not in MERGEABLE:
             what = f"{tensor.name} is {tensor.dtype}, not F32, F16 or BF16"
             problems.append(Problem(what, where, "Cast the adapter to one of them"))
         parts[key.part] = tensor

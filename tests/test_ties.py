@@ -134,6 +134,31 @@ def test_keep_tied_applies_to_both_ends_what_was_trained_of_one(
     assert config_of(out)["tie_word_embeddings"] is True
 
 
+def test_keep_tied_adds_up_what_dora_on_each_end_changes(
+    base: Path, tmp_path: Path, out: Path
+) -> None:
+    both = ["embed_tokens", "lm_head"]
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=both, use_dora=True)
+    merge(make_plan(base, [adapter]), tmp_path / "apart")
+
+    merge(make_plan(base, [adapter], keep_tied=True), out)
+
+    before, apart = read_tensors(base)[EMBED], read_tensors(tmp_path / "apart")
+    wanted = apart[EMBED] + apart[HEAD] - before
+    assert torch.allclose(read_tensors(out)[EMBED], wanted, rtol=1e-5, atol=1e-6)
+    assert verify(out, "numeric").findings == ()
+
+
+def test_tokens_and_factors_of_tied_ends_are_refused_with_a_way_out(
+    base: Path, tmp_path: Path
+) -> None:
+    fields = {"trainable_token_indices": [1, 5], "target_modules": ["lm_head"]}
+    adapter = make_adapter(tmp_path / "adapter", base, **fields)
+
+    with pytest.raises(InputError, match="Train either tokens or factors of embeddings and head"):
+        make_plan(base, [adapter])
+
+
 RESIZED: dict[str, tuple[dict[str, Any], bool]] = {
     "LoRA elsewhere": ({"target_modules": ["q_proj"]}, True),
     "LoRA on both": ({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, True),
