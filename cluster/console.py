@@ -12,7 +12,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.explain import adapter_documents, adapter_lines, counts_of, summary
+from cluster.explain import (
+    adapter_documents,
+    adapter_lines,
+    config_document,
+    config_lines,
+    counts_of,
+    summary,
+)
 from cluster.log_lines import log, logs_json
 from cluster.pools import EligiblePool
 from cluster.stderr import Stderr
@@ -64,15 +71,15 @@ def _print(text: str) -> None:
 
 def plan_lines(plan: MergePlan, pools: Sequence[EligiblePool]) -> list[str]:
     """The plan as a person reads it."""
-    tensors = sum(1 for _ in plan.tasks)
     named = plan.config.get("architectures")
     kind = named[0] if isinstance(named, list) and named else "unknown architecture"
-    size = sum(shard.size for shard in plan.shards)
-    files = counted(len(plan.shards), "file")
+    read, size = (sum(f.size for f in files) for files in (plan.base_files, plan.shards))
+    parts, files = (counted(len(files), "file") for files in (plan.base_files, plan.shards))
     return [
-        f"base     {plan.base}: {kind}, {tensors - len(plan.added)} tensors",
+        f"base     {plan.base}: {kind}, {parts}, {gb(read)}",
         *adapter_lines(plan),
         f"result   {files}, {gb(size)}: {summary(plan)}",
+        *config_lines(plan),
         *_pinned_lines(plan),
         *_stage_lines(plan),
         *(f"pool     {p.name}: {'' if p.eligible else 'not eligible: '}{p.reason}" for p in pools),
@@ -121,6 +128,7 @@ def plan_document(plan: MergePlan, pools: Sequence[EligiblePool]) -> dict[str, A
             for shard in plan.shards
         ],
         "pools": [{"name": p.name, "eligible": p.eligible, "reason": p.reason} for p in pools],
+        "config_changes": config_document(plan),
         "notes": list(plan.notes),
     }
 
@@ -138,6 +146,8 @@ def result_lines(result: MergeResult, plan: MergePlan) -> list[str]:
         *[f"resumed  {counted(result.resumed, 'shard')} of an earlier run, proven"]
         * (result.resumed > 0),
         *_change_lines(result),
+        *config_lines(plan),
+        *(f"note     {note}" for note in plan.notes),
         *_verified_lines(result),
         *_deferred_lines(result, plan),
         *[f"result   {result.out}"] * (not result.deferred),
@@ -190,9 +200,11 @@ def result_document(result: MergeResult, plan: MergePlan) -> dict[str, Any]:
         "already_there": not result.receipts,
         "resumed": result.resumed,
         "deferred": [plan.shards[index].name for index in result.deferred],
-        "bytes": sum(shard.size for shard in plan.shards),
+        "bytes": sum(there.size for there in result.receipts or plan.shards),
         "seconds": result.seconds,
         "device_map": dict(device_map(result, plan)),
+        "config_changes": config_document(plan),
+        "notes": list(plan.notes),
         "verified": report_document(verified) if verified is not None else None,
     }
 

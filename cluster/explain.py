@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -90,6 +91,35 @@ def counts_of(plan: MergePlan) -> dict[str, int]:
     counts = Counter(task.action for task in plan.tasks)
     ways = ("merged", "replaced", "decoded", "converted", "copied")
     return {**{way: counts[way] for way in ways}, "added": len(plan.added)}
+
+
+def config_lines(plan: MergePlan) -> Iterator[str]:
+    """The fields of config.json that the merge changes."""
+    changes = [
+        f"{name} {_value(plan.config[name])} -> {_value(value)}"
+        if name in plan.config and value is not None
+        else f"{name} {'removed' if value is None else _value(value)}"
+        for name, value in plan.config_changes.items()
+    ]
+    if changes:
+        yield f"config   {', '.join(changes)}"
+
+
+def config_document(plan: MergePlan) -> dict[str, Any]:
+    """The same for programs: each field as it was and as it becomes, None where it is not there."""
+    return {
+        name: {"from": plan.config.get(name), "to": value}
+        for name, value in plan.config_changes.items()
+    }
+
+
+def _value(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+_SHOWN = 40
+"""Characters of a value; lists by layer are longer, and the JSON document has them whole."""
 
 
 def summary(plan: MergePlan) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from merge_core.lease import live_holder
 from merge_core.output import receipts_directory, state_directory
 from merge_core.progress import read_progress
 from merge_core.side_files import CONFIG
+from merge_core.stages import layers_among
 
 SHOWN_LINES = 10
 """Of the decisions on the way; ``--json`` has them all."""
@@ -35,6 +37,8 @@ class Status:
     shards: int
     done: int
     """Shards that were accepted; all of them once it is finished."""
+    missing: str
+    """The layers in the others, as ``--layers`` takes them."""
     holder: Holder | None
     """Who is at work."""
     progress: dict[str, Any]
@@ -61,18 +65,21 @@ def read_status(out: Path) -> Status:
     try:
         plan = json.loads((state_directory(out) / "plan.json").read_bytes())
         shards, fingerprint = plan["shards"], plan["fingerprint"]
+        tensors = [[task["target"]["name"] for task in shard["tasks"]] for shard in shards]
     except (OSError, ValueError, KeyError, TypeError):
         raise refuse(
             "there is no merge", str(out), "Name the --out of a merge that was started"
         ) from None
     holder, finished = live_holder(out), (out / CONFIG).exists()
-    accepted = len(list(receipts_directory(out).glob("shard-*.json")))
+    accepted = {path.name for path in receipts_directory(out).glob("shard-*.json")}
+    left = [names for n, names in enumerate(tensors) if f"shard-{n:05}.json" not in accepted]
     return Status(
         out=out,
         state="running" if holder else "finished" if finished else "stopped",
         fingerprint=fingerprint,
         shards=len(shards),
-        done=len(shards) if finished else accepted,
+        done=len(shards) if finished else len(accepted),
+        missing="" if finished else layers_among(chain.from_iterable(left)),
         holder=holder,
         progress=read_progress(out) or {},
     )
@@ -86,6 +93,8 @@ def status_lines(status: Status) -> list[str]:
     ]
     if status.state == "stopped":
         lines.append("next     the same merge command again goes on from here")
+        if status.missing:
+            lines.append(f"missing  --layers {status.missing}; a stage must name some of these")
     if status.holder is not None:
         lines.insert(1, f"by       {status.holder}")
         lines += _running_lines(status)
@@ -104,6 +113,7 @@ def status_document(status: Status) -> dict[str, Any]:
         "fingerprint": status.fingerprint,
         "shards": status.shards,
         "done": status.done,
+        "missing_layers": status.missing,
         "seconds_left": status.seconds_left,
         "by": {"host": holder.host, "pid": holder.pid} if holder else None,
         "progress": status.progress,

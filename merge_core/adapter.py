@@ -79,6 +79,11 @@ def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
         raise InputError(problems)
     paths = [*map(config.key_of, trained.pairs), *trained.experts]
     notes = [f"{path}: {slip} matches no module" for slip in config.idle_patterns(paths)]
+    if config.targets.unread is not None:
+        notes.append(
+            f"{path}: {config.targets.unread} is nothing that can be followed, so nothing tells"
+            " whether all of the modules that were trained are there"
+        )
     if name == SAFETENSORS and (path / PICKLE).exists():
         notes.append(f"{path}: {PICKLE} is left out, as PEFT does beside {SAFETENSORS}")
     return Adapter(

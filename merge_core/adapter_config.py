@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from merge_core.block_diagonal import BlockDiagonal, read_block_diagonal
-from merge_core.config_values import are_names, at_end, is_regex, malformed, malformed_tuner, whole
+from merge_core.config_values import are_names, at_end, malformed, malformed_tuner
 from merge_core.errors import InputError, Problem, shortened
 from merge_core.peft_fields import (
     INERT_FIELDS,
@@ -20,11 +20,10 @@ from merge_core.peft_fields import (
 )
 from merge_core.peft_tuners import TUNERS, tuner_of
 from merge_core.refused_tuners import REFUSED, REFUSED_FIELDS, REFUSED_VARIANTS
+from merge_core.targets import Targets, read_targets
 from merge_core.tuner import COMMON_FIELDS
 
 T = TypeVar("T")
-
-_NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 _READ = {"LORA": READ_FIELDS, "TRAINABLE_TOKENS": TOKEN_FIELDS, "LN_TUNING": NORM_FIELDS}
 
@@ -66,8 +65,8 @@ class AdapterConfig:
     """Whether what was trained of tied embeddings was trained of the head as well."""
     replication: tuple[tuple[int, int], ...] = ()
     """``layer_replication``: ranges of the base's layers that the trained model consists of."""
-    targets: str | tuple[str, ...] = ()
-    """``target_modules``; empty where other fields narrow it down, so that it says nothing."""
+    targets: Targets = field(default_factory=Targets)
+    """``target_modules``, and what narrows it down."""
     parameters: tuple[str, ...] = ()
     """``target_parameters``: ends of the paths of parameters that were trained by themselves."""
     peft_release: tuple[int, int] | None = None
@@ -78,10 +77,8 @@ class AdapterConfig:
     """All of them, where PEFT is to read them."""
 
     def is_target(self, module: str) -> bool:
-        """Whether the config says that ``module`` was trained (PEFT: a regex, or suffixes)."""
-        if isinstance(self.targets, str):
-            return self.targets != "" and whole(self.targets).match(module) is not None
-        return any(module == name or module.endswith(f".{name}") for name in self.targets)
+        """Whether the config says that ``module`` was trained."""
+        return self.targets.covers(module)
 
     def is_parameter(self, path: str) -> bool:
         """Whether the parameter at ``path`` was trained by itself."""
@@ -148,7 +145,7 @@ def read_config(fields: Mapping[str, Any], where: str) -> AdapterConfig:
 
     Raises:
         InputError: with every field that is malformed, unknown, or belongs to a feature that
-            raymeld does not merge yet.
+            raymeld does not merge.
     """
     kind = tuner_of(fields)
     if kind not in _READ.keys() | TUNERS.keys() or fields["peft_type"] == "KASA":
@@ -170,7 +167,7 @@ def _of_tuner(fields: Mapping[str, Any]) -> AdapterConfig:
         fan_in_fan_out=fields.get("fan_in_fan_out") or False,
         bias=fields.get("bias") or "none",
         saved=tuple(fields.get("modules_to_save") or ()),
-        targets=_targets(fields),
+        targets=read_targets(fields),
         fields=fields,
     )
 
@@ -190,7 +187,7 @@ def _of_lora(fields: Mapping[str, Any]) -> AdapterConfig:
         saved=tuple(fields.get("modules_to_save") or ()),
         tokens=_tokens(fields),
         ensures_tying=fields.get("ensure_weight_tying") or False,
-        targets=() if fields["peft_type"] == "TRAINABLE_TOKENS" else _targets(fields),
+        targets=Targets() if fields["peft_type"] == "TRAINABLE_TOKENS" else read_targets(fields),
         replication=tuple((start, end) for start, end in fields.get("layer_replication") or ()),
         parameters=tuple(fields.get("target_parameters") or ()),
         peft_release=_release(fields.get("peft_version")),
@@ -215,16 +212,6 @@ def _tokens(fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     given = fields.get("trainable_token_indices") or {}
     named = given if isinstance(given, dict) else {"": given}
     return {name: tuple(tokens) for name, tokens in named.items()}
-
-
-def _targets(fields: Mapping[str, Any]) -> str | tuple[str, ...]:
-    narrowed = any(fields.get(name) for name in _NARROWING)
-    targets = fields.get("target_modules")
-    if narrowed or not targets:
-        return ()
-    if isinstance(targets, str):
-        return targets if is_regex(targets) and targets != "all-linear" else ()
-    return tuple(str(name) for name in targets) if isinstance(targets, list) else ()
 
 
 def _first_match(pattern: Mapping[str, T], module: str, default: T) -> T:

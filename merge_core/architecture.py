@@ -10,7 +10,7 @@ all experts of a layer in one, as transformers 5 has them in memory and can save
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from merge_core.errors import InputError, Problem, some_of
@@ -31,8 +31,16 @@ _MOE_SIZES = ("num_experts", "moe_intermediate_size", "shared_expert_intermediat
 
 _FUSED = (".experts.gate_up_proj", ".experts.down_proj")
 
+LINEAR_MODELS = ("qwen2", "qwen2_moe")
+"""Models that are tested: every tensor is known, and every layer is nn.Linear, which stores
+[out, in]."""
+
 CONV1D_MODELS = frozenset({"decision_transformer", "gpt2", "imagegpt", "openai-gpt"})
 """Models whose layers are transformers' Conv1D, which stores [in, out]."""
+
+HEAD = "lm_head.weight"
+
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 
 _LAYER = re.compile(r"model\.layers\.\d+\.")
 
@@ -44,6 +52,11 @@ def is_tied(config: Mapping[str, Any]) -> bool:
     """
     untied_by_default = str(config.get("model_type")).startswith("qwen2")
     return bool(config.get("tie_word_embeddings", not untied_by_default))
+
+
+def embeddings_among(names: Iterable[str]) -> str | None:
+    """Name of the tensor that turns tokens into vectors; None where there is no such tensor."""
+    return next((name for name in names if name.endswith(_EMBEDDINGS)), None)
 
 
 def check_architecture(
@@ -61,7 +74,7 @@ def check_architecture(
     if not isinstance(kind, str):
         what = "config.json has no model_type"
         raise InputError([Problem(what, where, "Fetch config.json again")])
-    if kind not in ("qwen2", "qwen2_moe"):
+    if kind not in LINEAR_MODELS:
         return [*notes, f"model_type {kind!r} is not tested; tensors are matched by their names"]
     sizes = (*_SIZES, *(_MOE_SIZES if kind == "qwen2_moe" else ()))
     wrong = [name for name in sizes if not _is_size(config.get(name))]
@@ -84,7 +97,7 @@ def _check_counts(config: Mapping[str, Any], found: int, where: str, *, fused: b
     layers, each = config["num_hidden_layers"], config.get("num_experts", 0)
     if layers > found:
         what = f"layers: config.json asks for {layers}"
-    elif not fused and each * sum(_has_experts(config, n) for n in range(layers)) > found:
+    elif not fused and each * sum(has_experts(config, n) for n in range(layers)) > found:
         what = f"experts: config.json asks for {each} in a layer"
     else:
         return
@@ -113,7 +126,7 @@ def expected_tensors(
             if biased:
                 yield f"{layer}.self_attn.{name}_proj.bias", (width,)
         yield f"{layer}.self_attn.o_proj.weight", (hidden, queries)
-        if _has_experts(config, n):
+        if has_experts(config, n):
             yield from _experts(config, f"{layer}.mlp", fused=fused)
         else:
             yield from _mlp(f"{layer}.mlp", hidden, config["intermediate_size"])
@@ -121,10 +134,11 @@ def expected_tensors(
         yield f"{layer}.post_attention_layernorm.weight", (hidden,)
     yield "model.norm.weight", (hidden,)
     if not is_tied(config):
-        yield "lm_head.weight", (config["vocab_size"], hidden)
+        yield HEAD, (config["vocab_size"], hidden)
 
 
-def _has_experts(config: Mapping[str, Any], layer: int) -> bool:
+def has_experts(config: Mapping[str, Any], layer: int) -> bool:
+    """Whether a layer has experts in the place of its MLP (``Qwen2MoeDecoderLayer``)."""
     if config.get("model_type") != "qwen2_moe" or layer in (config.get("mlp_only_layers") or ()):
         return False
     return (layer + 1) % (config.get("decoder_sparse_step") or 1) == 0

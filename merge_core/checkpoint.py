@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_core.architecture import check_architecture
+from merge_core.architecture import HEAD, check_architecture
 from merge_core.decoding.stored import Stored
 from merge_core.digest import bytes_digest
 from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.json_text import parse_object
 from merge_core.layout import TensorSpec, header_length, parse_header
-from merge_core.plan import Source
+from merge_core.plan import Source, StoredHead
 from merge_core.quantised import (
     Decodings,
     Read,
@@ -24,6 +24,7 @@ from merge_core.quantised import (
 )
 from merge_core.side_files import CONFIG, INDEX, descriptions, find_side_files
 from merge_core.storage import FileIdentity, reported
+from merge_core.stored_head import NOTE, find_stored_head
 
 SINGLE = "model.safetensors"
 
@@ -50,11 +51,18 @@ class Checkpoint:
     """What the user should know, though nothing is wrong."""
     decodings: Decodings | None = None
     """Of which weights others come out; None: of none."""
+    stored_head: StoredHead | None = None
+    """A head that repeats the embeddings, to which it is tied; None: there is none."""
 
     @property
     def sources(self) -> Mapping[str, Source]:
-        """Its tensors as a merge starts from them, by name: packed ones as they come out."""
-        return dict(_sources(self.files, self.decodings))
+        """Its tensors as a merge starts from them, by name: packed ones as they come out, tied
+        ones once.
+        """
+        sources = dict(_sources(self.files, self.decodings))
+        if self.stored_head is not None:
+            del sources[HEAD]
+        return sources
 
 
 Decode = Callable[[Mapping[str, Any], Sequence[Stored], Read, str], Decodings]
@@ -83,13 +91,17 @@ def open_checkpoint(path: Path, decode: Decode | None = None) -> Checkpoint:
         files = _open_weight_files(path, notes)
     quantised = config is not None and quantisation_of(config) is not None
     decodings: Decodings | None = None
+    stored_head: StoredHead | None = None
     if config is not None and files and (decode is not None or not quantised):
         with gathered(problems):
             if decode is not None:
                 decodings = _decodings(path, config, files, decode)
                 notes += decodings.notes
-            shapes = {name: source.tensor.shape for name, source in _sources(files, decodings)}
+            sources = dict(_sources(files, decodings))
+            shapes = {name: source.tensor.shape for name, source in sources.items()}
             notes += check_architecture(config, shapes, str(path))
+            stored_head = find_stored_head(config, sources, str(path))
+            notes += [NOTE] * (stored_head is not None)
     side_files: tuple[FileIdentity, ...] = ()
     with gathered(problems):
         side_files = find_side_files(path, quantised=quantised)
@@ -104,6 +116,7 @@ def open_checkpoint(path: Path, decode: Decode | None = None) -> Checkpoint:
         side_files=side_files,
         notes=tuple(notes),
         decodings=decodings,
+        stored_head=stored_head,
     )
 
 

@@ -69,18 +69,32 @@ def combined(
         raise InputError(problems)
     rank = max(max(a.config.rank, *a.config.rank_pattern.values(), 0) for a in adapters)
     matched.notes.append(_words(how, len(adapters)))
-    return {name: [_as_one(matched, name, adapters, how, rank)] for name in matched.updates}
+    unweighted = [_scalings(adapter) for adapter in adapters]
+    parts = {
+        name: tuple(
+            replace(update, scaling=unweighted[update.adapter][update.a.tensor.name])
+            for update in updates
+            if isinstance(update, LowRankUpdate)
+        )
+        for name, updates in matched.updates.items()
+    }
+    return {name: [_as_one(name, parts[name], adapters, how, rank)] for name in parts}
+
+
+def _scalings(adapter: Adapter) -> dict[str, float]:
+    """Without the adapter's weight, by the name of A: with tied weights a delta may be of another
+    module than the tensor that it is added to.
+    """
+    return {pair.a.tensor.name: pair.scaling for pair in adapter.trained.pairs.values()}
 
 
 def _as_one(
-    matched: Matched, name: str, adapters: Sequence[Adapter], how: Combination, rank: int
+    name: str,
+    parts: tuple[LowRankUpdate, ...],
+    adapters: Sequence[Adapter],
+    how: Combination,
+    rank: int,
 ) -> CombinedUpdate:
-    module = name.removesuffix(".weight")
-    parts = tuple(
-        replace(update, scaling=adapters[update.adapter].trained.pairs[module].scaling)
-        for update in matched.updates[name]
-        if isinstance(update, LowRankUpdate)
-    )
     if how.method == "cat":
         rank = sum(part.rank for part in parts)
     else:
@@ -105,9 +119,10 @@ def _uncombinable(
                 others.setdefault((update.adapter, update.kind), []).append(name)
             elif not all(factor.is_stored for factor in update.factors):
                 others.setdefault((update.adapter, "stacked"), []).append(name)
+    beside = [_beside_factors(adapter) for adapter in adapters]
     for name, source in matched.sources.items():
-        beside, number = name.removesuffix(".weight"), source.adapter
-        if number is not None and beside not in adapters[number].trained.pairs:
+        number = source.adapter
+        if number is not None and source.tensor.name not in beside[number]:
             others.setdefault((number, "whole"), []).append(name)
     for (number, kind), names in others.items():
         what = f"{how.method} combines low-rank factors alone, and it has {_KINDS[kind]}"
@@ -115,6 +130,13 @@ def _uncombinable(
     for name, updates in matched.updates.items():
         pairs = [update for update in updates if isinstance(update, LowRankUpdate)]
         yield from _unfit(name, pairs, how)
+
+
+def _beside_factors(adapter: Adapter) -> frozenset[str]:
+    """Names of the weights that PEFT saved beside their factors; tied ends have one of them."""
+    trained = adapter.trained
+    weights = (trained.whole.get(f"{module}.weight") for module in trained.pairs)
+    return frozenset(weight.name for weight in weights if weight is not None)
 
 
 _AS_SUM = "Merge with --combine sum"
@@ -132,6 +154,9 @@ def _unfit(name: str, pairs: Sequence[LowRankUpdate], how: Combination) -> Itera
     ranks = [pair.rank for pair in pairs]
     if len({pair.adapter for pair in pairs}) < len(pairs):
         what = f"{how.method} cannot combine what one adapter trained of both tied ends"
+        yield Problem(what, f"tensor {name}", f"{_AS_SUM}, or leave --keep-tied out")
+    elif len({pair.transposed for pair in pairs}) > 1:
+        what = f"{how.method} cannot combine factors of the embeddings with those of the head"
         yield Problem(what, f"tensor {name}", f"{_AS_SUM}, or leave --keep-tied out")
     elif how.method in _SAME_RANKS and len(set(ranks)) > 1:
         what = f"{how.method} needs factors of one rank, these have {ranks}"

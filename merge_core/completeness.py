@@ -11,13 +11,13 @@ from collections.abc import Iterator, Mapping
 
 from merge_core.adapter import Adapter
 from merge_core.adapter_config import saves
-from merge_core.architecture import is_tied
+from merge_core.architecture import LINEAR_MODELS, is_tied
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import Problem, some_of
 from merge_core.expert_factors import EXPERT_PARAMETERS, holds_experts
 from merge_core.plan import Source
 
-_EXPERT = re.compile(r"(.+\.experts)\.\d+\.([^.]+)")
+_EXPERT = re.compile(r"(.+\.experts)\.(?:0|[1-9]\d*)\.([^.]+)")
 
 _REPAIR = "Save the adapter again; part of it is missing"
 
@@ -25,10 +25,14 @@ _REPAIR = "Save the adapter again; part of it is missing"
 def missing_parts(
     adapter: Adapter, bases: Mapping[str, Source], checkpoint: Checkpoint
 ) -> Iterator[Problem]:
-    """A problem for each field of the config that names more than the file holds."""
+    """A problem for each field of the config that names more than the file holds.
+
+    Args:
+        bases: by name, both ends of tied ones.
+    """
     tied = is_tied(checkpoint.config)
     # Of other models not every module is known.
-    known = checkpoint.config.get("model_type") in ("qwen2", "qwen2_moe")
+    known = checkpoint.config.get("model_type") in LINEAR_MODELS
     fields = {
         "modules_to_save": list(_unsaved(adapter, bases)),
         "target_modules": list(_untrained(adapter, bases)) if known else [],
@@ -62,7 +66,8 @@ def _untrained(adapter: Adapter, bases: Mapping[str, Source]) -> Iterator[str]:
             for name in bases
             if config.is_target(name.rpartition(".")[0]) and name not in trained.whole
         )
-    elif trained.layers:  # of what all layers share alone, the config says whose it is
+    elif trained.layers or config.peft_type == "LORA":
+        # Tuners whose layers share all their tensors leave it to the config whose they are.
         yield from _without_factors(adapter, bases)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from merge_core.block_diagonal import is_block_diagonal
@@ -44,7 +44,10 @@ def malformed(fields: Mapping[str, Any], where: str) -> list[Problem]:
         ("trainable_token_indices", (), _are_tokens, "different rows, by module or without"),
         ("token_indices", (), _are_rows, "different rows"),
     )
-    return _failed(checks, fields, where)
+    return [
+        *_failed(checks, fields, where),
+        *_slow(("rank_pattern", "alpha_pattern"), fields, where),
+    ]
 
 
 _Checks = Sequence[tuple[str, Any, Callable[[Any], bool], str]]
@@ -60,13 +63,26 @@ def malformed_tuner(fields: Mapping[str, Any], where: str) -> list[Problem]:
         ("bias", "none", _is_bias, "none, all or the layers' own, such as oft_only"),
         ("modules_to_save", (), are_names, "a list of names"),
         ("feedforward_modules", (), _are_targets, "a list of names or a regex"),
-        *(
-            (name, {}, lambda v: _is_pattern(v, lambda _: True), "a map of regexes")
-            for name in ("rank_pattern", "alpha_pattern", "lambda_pattern", "n_frequency_pattern")
-        ),
-        ("block_size_pattern", {}, lambda v: _is_pattern(v, lambda _: True), "a map of regexes"),
+        *((n, {}, lambda v: _is_pattern(v, lambda _: True), "a map of regexes") for n in _PATTERNS),
     )
-    return _failed(checks, fields, where)
+    return [*_failed(checks, fields, where), *_slow(_PATTERNS, fields, where)]
+
+
+_PATTERNS = (
+    "rank_pattern",
+    "alpha_pattern",
+    "lambda_pattern",
+    "n_frequency_pattern",
+    "block_size_pattern",
+)
+
+
+def _slow(names: Sequence[str], fields: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    for name in names:
+        patterns = fields.get(name)
+        for key in filter(_is_slow, patterns if isinstance(patterns, dict) else ()):
+            what = f"{name} has {shortened(key)}, which may take for ever to match"
+            yield Problem(what, where, "Write it without nested or many repetitions")
 
 
 def _failed(checks: _Checks, fields: Mapping[str, Any], where: str) -> list[Problem]:
@@ -136,20 +152,27 @@ def _are_tokens(value: Any) -> bool:
 def _is_pattern(value: Any, is_valid: Any) -> bool:
     if value is None:
         return True
-    return isinstance(value, dict) and all(is_regex(k) and is_valid(v) for k, v in value.items())
+    return isinstance(value, dict) and all(
+        (_is_slow(key) or is_regex(key)) and is_valid(one) for key, one in value.items()
+    )
 
 
 def is_regex(text: str) -> bool:
     """Whether ``text`` is a regex that ends in sensible time."""
-    if len(text) > MAX_PATTERN or _REPEATED_GROUP.search(text):
-        return False
-    if len(_UNBOUNDED.findall(text)) > MAX_UNBOUNDED or len(_OPTIONAL.findall(text)) > MAX_OPTIONAL:
+    if _is_slow(text):
         return False
     try:
         at_end(text)
     except (re.error, RecursionError, OverflowError):
         return False
     return True
+
+
+def _is_slow(text: str) -> bool:
+    if len(text) > MAX_PATTERN or _REPEATED_GROUP.search(text):
+        return True
+    repeated, optional = _UNBOUNDED.findall(text), _OPTIONAL.findall(text)
+    return len(repeated) > MAX_UNBOUNDED or len(optional) > MAX_OPTIONAL
 
 
 @functools.cache

@@ -26,7 +26,7 @@ _SWAPPED_BEFORE = (0, 19)
 """PEFT until then took every parameter for [experts, in, out], so that A and B of Qwen's have the
 sizes of each other (``lora.ParamWrapper``, PEFT's pull request 3165)."""
 
-_EXPERT = re.compile(r"(?P<module>.+\.experts)\.(?P<number>\d+)\.(?P<layer>[^.]+)\.weight")
+_EXPERT = re.compile(r"(?P<module>.+\.experts)\.(?P<number>0|[1-9]\d*)\.(?P<layer>[^.]+)\.weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

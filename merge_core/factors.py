@@ -157,8 +157,9 @@ def _unequal(plan: MergePlan, sources: Sequence[FactorSource]) -> Iterator[Probl
     for twins in plan.twins:
         (one, mine), (two, its) = twins.one, twins.other
         if not _same_values(sources[one], mine, sources[two], its, transposed=twins.transposed):
+            whose = "" if one == two else f" in {plan.adapters[one].path}"
             yield Problem(
-                f"{its.name!r} should hold the values of {mine.name!r}, and does not",
+                f"{its.name!r} should hold the values of {mine.name!r}{whose}, and does not",
                 str(plan.adapters[two].path),
                 "Merge adapters that agree on it, or without tied weights",
             )

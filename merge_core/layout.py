@@ -39,6 +39,9 @@ DTYPE_NAMES: Mapping[str, str] = MappingProxyType(
 )
 """Of the dtypes that weights can have, as config.json and --dtype spell them."""
 
+MERGEABLE = frozenset(DTYPE_NAMES.values())
+"""Dtypes that can take a delta, or be one, or be converted."""
+
 _MAX_DIMENSIONS = 64
 """Torch works with no more."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from merge_core.errors import refuse
 from merge_core.plan import Source, Twins
 from merge_core.updates import LowRankUpdate, SingleUpdate, StackedUpdate
 from merge_core.updates.tuning import Tuning
@@ -46,12 +48,25 @@ class Matched:
         if name not in self.sources:
             raise AssertionError(f"nothing is written as {name!r}, so its update would be lost")
 
-    def add_to_rows(self, name: str, first: int, update: LowRankUpdate) -> None:
-        """Have the rows of a tensor updated that begin with ``first``."""
+    def add_to_rows(self, name: str, first: int, update: LowRankUpdate, at: str) -> None:
+        """Have the rows of a tensor updated that begin with ``first``.
+
+        Args:
+            at: what the update comes from.
+
+        Raises:
+            InputError: the same adapter has something else for some of these rows.
+        """
         self._check(name)
         parts, there = [(first, update)], self.updates.setdefault(name, [])
         last = there[-1] if there else None
         if isinstance(last, StackedUpdate) and last.adapter == update.adapter:
             parts += last.parts
             there.pop()
-        there.append(StackedUpdate(parts=tuple(sorted(parts, key=lambda part: part[0]))))
+        parts.sort(key=lambda part: part[0])
+        there.append(StackedUpdate(parts=tuple(parts)))
+        for (top, one), (second, other) in itertools.pairwise(parts):
+            if second < top + one.rows:
+                names = f"{one.a.tensor.name!r} and {other.a.tensor.name!r}"
+                what = f"{names} are factors of the same rows of {name!r}"
+                raise refuse(what, at, "Keep those of the expert, or those of all experts")

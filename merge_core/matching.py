@@ -38,9 +38,9 @@ def match(
     """
     decodings = checkpoint.decodings
     matched = Matched.of(bases, None if decodings is None else decodings.dtype)
-    for number, adapter in enumerate(adapters):
+    for number in range(len(adapters)):
         with gathered(problems):
-            _replace(matched, bases, number, adapter)
+            _replace(matched, bases, number, adapters)
     model = checkpoint.config.get("model_type")
     for number, adapter in enumerate(adapters):
         missing = []
@@ -80,13 +80,20 @@ def check_together(matched: Matched) -> None:
         kinds = {isinstance(update, RowsUpdate) for update in updates}
         if len(kinds) > 1:
             what = "some of its rows are replaced, and others add to the whole of it"
-            problems.append(Problem(what, f"tensor {name}", "Merge one of these adapters"))
+            one = len({update.adapter for update in updates}) == 1
+            remedy = "Merge one of these adapters"
+            if one:  # on tied ends: PEFT trains no module both ways
+                remedy = "Train either tokens or factors of embeddings and head that are tied"
+            problems.append(Problem(what, f"tensor {name}", remedy))
     if problems:
         raise InputError(problems)
 
 
-def _replace(matched: Matched, bases: Mapping[str, Source], number: int, adapter: Adapter) -> None:
+def _replace(
+    matched: Matched, bases: Mapping[str, Source], number: int, adapters: Sequence[Adapter]
+) -> None:
     """Have the tensors that an adapter brings as a whole take the place of the base's."""
+    adapter = adapters[number]
     missing: list[str] = []
     problems: list[Problem] = []
     for name, saved in adapter.trained.whole.items():
@@ -102,6 +109,11 @@ def _replace(matched: Matched, bases: Mapping[str, Source], number: int, adapter
                 raise _no_weight(adapter, saved.name)
             earlier = matched.sources[name]
             if earlier.adapter is not None:
+                if earlier.tensor.shape != saved.shape:
+                    other = f"{list(earlier.tensor.shape)} in {adapters[earlier.adapter].path}"
+                    what = f"is {list(saved.shape)}, and {other}"
+                    at = f"{adapter.path}, tensor {saved.name!r}"
+                    raise refuse(what, at, "Merge adapters of one vocabulary")
                 matched.twins.append(
                     Twins(one=(earlier.adapter, earlier.tensor), other=(number, saved))
                 )
@@ -164,7 +176,7 @@ def _update(
         if pair.magnitude is not None:
             what = f"DoRA on one expert of the fused tensor {name!r} is not merged"
             raise refuse(what, at, "Give a base with a tensor for each expert")
-        matched.add_to_rows(name, place.first, delta)
+        matched.add_to_rows(name, place.first, delta, at)
     elif pair.magnitude is None:
         matched.add(name, delta)
     else:
@@ -216,7 +228,7 @@ def _update_experts(
         if place.first is None:
             matched.add(place.name, delta)
         else:
-            matched.add_to_rows(place.name, place.first, delta)
+            matched.add_to_rows(place.name, place.first, delta, at)
 
 
 def _shift(matched: Matched, number: int, adapter: Adapter, module: str, pair: LowRankPair) -> None:

@@ -26,6 +26,7 @@ from merge_core.output import (
 )
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, ProgressFile, Watch, WorkerProgress
+from merge_core.stored_head import check_stored_head
 from merge_core.verdict import conclude, unproven, verify_deeper
 from merge_core.verify import (
     FileCheck,
@@ -136,7 +137,8 @@ def begin(plan: MergePlan, out: Path, level: str) -> MergePlan:
         The plan, sealed.
 
     Raises:
-        InputError: ``out`` or the adapters cannot be used, or not be verified at ``level``.
+        InputError: ``out``, the base's head or the adapters cannot be used, or not be verified at
+            ``level``.
     """
     problems = check_location(out, plan.base, tuple(a.path for a in plan.adapters))
     with gathered(problems):
@@ -144,6 +146,8 @@ def begin(plan: MergePlan, out: Path, level: str) -> MergePlan:
             adapters = tuple((a.path, a.weight) for a in plan.adapters)
             method = plan.combination.method
             refuse_unchecked(Sources(base=plan.base, adapters=adapters, method=method))
+    with gathered(problems):
+        check_stored_head(plan)
     if problems:
         raise InputError(problems)
     return seal(plan)
@@ -224,8 +228,8 @@ def _merge_shard(
     worker: ShardWorker, assembly: Assembly, plan: MergePlan, index: int, watch: Watch
 ) -> None:
     shard = plan.shards[index]
-    before = sum(s.size for s in plan.shards[:index])
-    total = sum(s.size for s in plan.shards)
+    before = sum(plan.shards[n].size for n in plan.stage if n < index)
+    total = sum(plan.shards[n].size for n in plan.stage)
 
     def tick(done: int) -> None:
         doing = WorkerProgress(
@@ -253,12 +257,12 @@ def _watched(
     plan: MergePlan, phase: str, watch: Watch
 ) -> Callable[[Callable[[FileCheck], FileResult], Sequence[FileCheck]], Iterable[FileResult]]:
     """Run the checks of a verification one after another, reporting in between."""
-    total = sum(shard.size for shard in plan.shards)
+    sizes = {shard.name: shard.size for shard in plan.shards}
 
     def run(
         check: Callable[[FileCheck], FileResult], checks: Sequence[FileCheck]
     ) -> Iterable[FileResult]:
-        done = 0
+        done, total = 0, sum(sizes.get(Path(one.path).name, 0) for one in checks)
         for one in checks:
             watch(Progress(phase=phase, done=done, total=total, workers=()))
             result = check(one)

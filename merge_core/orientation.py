@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from merge_core.adapter import Adapter
-from merge_core.architecture import CONV1D_MODELS
+from merge_core.architecture import CONV1D_MODELS, LINEAR_MODELS
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import refuse
-from merge_core.layout import TensorSpec
-
-MERGEABLE = frozenset({"F32", "F16", "BF16"})
-"""Dtypes that can take a delta or be converted."""
-
-LINEAR_MODELS = frozenset({"qwen2", "qwen2_moe"})
-"""Models that are tested: every layer is nn.Linear, which stores [out, in]."""
+from merge_core.layout import MERGEABLE, TensorSpec
 
 
 def check_mergeable(base: TensorSpec, at: str) -> None:

@@ -1,4 +1,4 @@
-"""What raymeld knows of PEFT: every config field, and every kind of key that it does not merge.
+"""What raymeld knows of PEFT: the fields of its configs, and the keys that no merge uses.
 
 Planning must not import PEFT (it takes seconds and pulls torch), so the tables stand here, and
 those of the tuners other than LoRA in ``peft_tuners``; a test compares them with the installed
@@ -74,6 +74,9 @@ INERT_FIELDS = frozenset(
 TRAINING_KEYS = re.compile(r"\.(lora_velora_embed|lora_monteclora_sampler\.)[^/]*\Z")
 """Tensors that only steered the training (VeLoRA, MonteCLoRA); PEFT merges such adapters as plain
 LoRA and ignores them, ``tuners/lora/variants.py``."""
+
+WHOLE_EXPERTS = re.compile(r"\.experts\.(modules_to_save\.(default\.)?)?(gate_up|down)_proj\Z")
+"""Parameters of fused experts (transformers 5) whose module ``modules_to_save`` names."""
 
 PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "mica", "orthogonal"})
 """``init_lora_weights`` that leave the base as it is, lower-cased."""

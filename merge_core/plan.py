@@ -136,6 +136,16 @@ class Twins:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoredHead:
+    """A head that a base with tied embeddings stores as well: it is left out, as loaders do, and
+    must hold the bytes of the embeddings.
+    """
+
+    head: Source
+    embeddings: Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInput:
     """An adapter as the workers need it."""
 
@@ -163,6 +173,8 @@ class MergePlan:
     config_changes: Mapping[str, Any]
     """Fields of config.json that the merge changes, None: removes; empty means: copied byte for
     byte."""
+    stored_head: StoredHead | None
+    """``stored_head.check_stored_head`` proves it."""
     side_files: tuple[FileIdentity, ...]
     adapters: tuple[AdapterInput, ...]
     twins: tuple[Twins, ...]
@@ -171,7 +183,8 @@ class MergePlan:
     combination: Combination
     """How the factors of several adapters become one."""
     added: tuple[str, ...]
-    """Tensors that the base does not have: a head that is untied."""
+    """Tensors that the base does not have, or not by itself: a head that is untied, the layers that
+    ``layer_replication`` adds."""
     shards: tuple[Shard, ...]
     stage: frozenset[int]
     """Those that are to be made now; it changes no byte of any."""
@@ -184,8 +197,9 @@ class MergePlan:
 
     @property
     def pinned(self) -> set[str]:
-        """The devices that some shards ask for."""
-        return {shard.device for shard in self.shards if shard.device is not None}
+        """The devices that some shards of this stage ask for."""
+        devices = {self.shards[index].device for index in self.stage}
+        return {device for device in devices if device is not None}
 
     @property
     def simulates_nf4(self) -> bool:

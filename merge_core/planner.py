@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from merge_core.adapter import Adapter, open_adapter, parse_adapter
+from merge_core.architecture import HEAD
 from merge_core.checkpoint import Checkpoint, Decode, open_checkpoint
 from merge_core.combining import check_combination, combined
 from merge_core.completeness import missing_parts
 from merge_core.device_map import DeviceMap, read_device_map
 from merge_core.errors import InputError, Problem, gathered, refuse, some_of
-from merge_core.layout import DTYPE_NAMES, lay_out
+from merge_core.layout import DTYPE_NAMES, MERGEABLE, lay_out
 from merge_core.matched import Matched
 from merge_core.matching import check_together, match
-from merge_core.orientation import MERGEABLE
 from merge_core.plan import AdapterInput, MergePlan, Shard, Source, TensorTask
 from merge_core.quantised import quantisation_of, read_packed
 from merge_core.replication import (
@@ -29,7 +29,7 @@ from merge_core.replication import (
 from merge_core.shards import OutputTensor, cut_shards, shard_name
 from merge_core.simulated import round_to_nf4
 from merge_core.stages import shards_of
-from merge_core.ties import HEAD, settle_ties, tied_embeddings
+from merge_core.ties import settle_ties, tied_embeddings
 from merge_core.tuning import tune
 from merge_core.updates import Update
 from merge_core.updates.combined import Combination
@@ -155,10 +155,10 @@ def _match(
         order = layer_order(adapters, checkpoint)
     if order is not None:
         bases = replicated(bases, order)
-    for adapter in adapters:
-        problems += missing_parts(adapter, bases, checkpoint)
     embeddings = tied_embeddings(checkpoint)
     ends = bases if embeddings is None else {**bases, HEAD: bases[embeddings]}
+    for adapter in adapters:
+        problems += missing_parts(adapter, ends, checkpoint)
     matched = match(ends, checkpoint, adapters, problems)
     for number, adapter in enumerate(adapters):
         with gathered(problems):
@@ -212,6 +212,7 @@ def _assemble(
         header_digests=tuple(file.header_digest for file in checkpoint.files),
         config=checkpoint.config,
         config_changes=_config_changes(checkpoint, matched, dtype),
+        stored_head=checkpoint.stored_head,
         side_files=checkpoint.side_files,
         adapters=tuple(
             _input(adapter, matched.tunings.get(number)) for number, adapter in enumerate(adapters)
@@ -222,8 +223,19 @@ def _assemble(
         added=tuple(name for name in matched.sources if name not in there),
         shards=shards,
         stage=shards_of(shards, output.layers),
-        notes=(*checkpoint.notes, *matched.notes, *_notes_of(adapters)),
+        notes=(
+            *checkpoint.notes,
+            *matched.notes,
+            *[_TOKENIZER] * ("vocab_size" in matched.config_changes),
+            *_notes_of(adapters),
+        ),
     )
+
+
+_TOKENIZER = (
+    "the vocabulary was resized, and the tokenizer's files are the base's own: if the training"
+    " added tokens, copy its tokenizer into the result"
+)
 
 
 def _input(adapter: Adapter, tuning: Tuning | None) -> AdapterInput:

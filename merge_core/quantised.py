@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from merge_core.architecture import CONV1D_MODELS
+from merge_core.architecture import CONV1D_MODELS, LINEAR_MODELS
 from merge_core.decoding import Decoding
 from merge_core.decoding.awq import AwqFormat
 from merge_core.decoding.bitsandbytes import BitsAndBytesFormat
@@ -20,9 +20,7 @@ from merge_core.decoding.gptq import GptqFormat
 from merge_core.decoding.module import FETCH, PackedModule
 from merge_core.decoding.stored import Stored
 from merge_core.errors import InputError, Problem, counted, gathered, refuse, shortened, some_of
-from merge_core.layout import DTYPE_NAMES, TensorSpec, tensor_bytes
-
-_FLOATS = frozenset({"F16", "BF16", "F32"})
+from merge_core.layout import DTYPE_NAMES, MERGEABLE, TensorSpec, tensor_bytes
 
 _NEVER_BIASED = ("o_proj", "gate_proj", "up_proj", "down_proj")
 """Layers that have no bias in any Qwen2; GPTQ's packers wrote one of zeros for every layer."""
@@ -175,7 +173,7 @@ def _modules(form: Format, tensors: Sequence[Stored]) -> dict[str, dict[str, Sto
 
 
 def _is_plain(parts: Mapping[str, Stored]) -> bool:
-    return parts.keys() == {"weight"} and parts["weight"].tensor.dtype in _FLOATS
+    return parts.keys() == {"weight"} and parts["weight"].tensor.dtype in MERGEABLE
 
 
 def _left_over(
@@ -184,7 +182,7 @@ def _left_over(
     """Tensors that are no values, and belong to no packed weight; weights that are there twice."""
     for stored in rest:
         name, dtype = stored.tensor.name, stored.tensor.dtype
-        if dtype not in _FLOATS:
+        if dtype not in MERGEABLE:
             what = f"tensor {name!r} is {dtype}, and no part of a packed weight"
             yield Problem(what, where, FETCH)
         elif name.removesuffix(".weight") in modules:
@@ -199,7 +197,7 @@ def _empty_biases(
     where: str,
 ) -> list[str]:
     """Biases that the model has no place for, all of them zeros."""
-    if config.get("model_type") not in ("qwen2", "qwen2_moe"):
+    if config.get("model_type") not in LINEAR_MODELS:
         return []
     zeros, problems = [], []
     for stored in rest:

@@ -13,16 +13,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merge_core.adapter import Adapter
+from merge_core.architecture import LINEAR_MODELS, has_experts
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import InputError, Problem, refuse, some_of
 from merge_core.plan import Source
 
 _LAYER = re.compile(r"(model\.layers\.)(\d+)(\..+)")
-_KNOWN = frozenset({"qwen2", "qwen2_moe"})
-"""Models of which it is known what else in their configs goes by layer."""
+_WINDOW_FROM = 28
+"""``max_window_layers`` of Qwen2's config where it is silent."""
 
 _BY_LAYER = frozenset({"layer_types", "mlp_only_layers"})
-"""Lists of their configs that do."""
+"""Lists in the configs of ``LINEAR_MODELS`` that go by layer."""
 
 
 def layer_order(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> tuple[int, ...] | None:
@@ -39,16 +40,22 @@ def layer_order(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> tuple[in
         what = "the adapters were trained on different copies of layers (layer_replication)"
         raise refuse(what, ", ".join(str(a.path) for a in adapters), "Merge one of them")
     config, where = checkpoint.config, "layer_replication"
-    problems = []
-    if config.get("model_type") not in _KNOWN:
+    if config.get("model_type") not in LINEAR_MODELS:
         what = f"the layers of model_type {config.get('model_type')!r} cannot be copied"
-        problems.append(Problem(what, where, f"Use one of {', '.join(sorted(_KNOWN))}"))
-    there = config.get("num_hidden_layers", 0)
-    problems += [
+        raise refuse(what, where, f"Use one of {', '.join(LINEAR_MODELS)}")
+    there = config["num_hidden_layers"]
+    problems = [
         Problem(f"[{start}, {end}] are none of the base's {there} layers", where, _OTHER_BASE)
         for start, end in ranges
         if not start < end <= there
     ]
+    types, first = config.get("layer_types"), config.get("max_window_layers", _WINDOW_FROM)
+    if types is not None and not (isinstance(types, list) and len(types) == there):
+        what = f"layer_types in config.json is no list of the base's {there} layers"
+        problems.append(Problem(what, str(checkpoint.path), "Fetch config.json again"))
+    if config.get("use_sliding_window") and type(first) is not int:
+        what = "max_window_layers in config.json is no number of layers"
+        problems.append(Problem(what, str(checkpoint.path), "Fetch config.json again"))
     strange = [
         name
         for name, value in config.items()
@@ -90,7 +97,8 @@ def replicated_config(config: Mapping[str, Any], order: Sequence[int]) -> dict[s
     if types:
         changes["layer_types"] = [types[old] for old in order]
     if config.get("model_type") == "qwen2_moe":
-        changes["mlp_only_layers"] = [n for n, old in enumerate(order) if _is_dense(config, old)]
+        dense = [n for n, old in enumerate(order) if not has_experts(config, old)]
+        changes["mlp_only_layers"] = dense
         changes["decoder_sparse_step"] = 1
     return changes
 
@@ -102,16 +110,8 @@ def unused_layers(config: Mapping[str, Any], order: Sequence[int]) -> list[int]:
 
 def _window_types(config: Mapping[str, Any]) -> list[str]:
     """What Qwen2's config makes of ``max_window_layers``; empty where no layer has a window."""
-    first = config.get("max_window_layers", 28)
+    first = config.get("max_window_layers", _WINDOW_FROM)
     if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
         return []
     layers = range(config["num_hidden_layers"])
     return ["sliding_attention" if n >= first else "full_attention" for n in layers]
-
-
-def _is_dense(config: Mapping[str, Any], layer: int) -> bool:
-    """Whether a layer of Qwen2-MoE has a plain MLP (``Qwen2MoeDecoderLayer``)."""
-    step = config.get("decoder_sparse_step", 1)
-    experts = config.get("num_experts", 60)
-    listed = layer in (config.get("mlp_only_layers") or ())
-    return listed or experts == 0 or (layer + 1) % step != 0

@@ -8,7 +8,7 @@ bytes as if all had been merged at once.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from merge_core.errors import refuse
 from merge_core.plan import MergePlan, Shard
@@ -46,9 +46,17 @@ def layers_of(plan: MergePlan, shards: Collection[int]) -> str:
     return _spelled(frozenset().union(*(_layers_in(plan.shards[index]) for index in shards)))
 
 
+def layers_among(names: Iterable[str]) -> str:
+    """The layers that some tensors belong to, as ``--layers`` takes them."""
+    return _spelled(_layers_among(names))
+
+
 def _layers_in(shard: Shard) -> frozenset[int]:
     """Numbers of the layers in a shard; -1 is the rest."""
-    names = (task.target.name for task in shard.tasks)
+    return _layers_among(task.target.name for task in shard.tasks)
+
+
+def _layers_among(names: Iterable[str]) -> frozenset[int]:
     return frozenset(-1 if layer is None else layer for layer in map(layer_of, names))
 
 

@@ -12,23 +12,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from merge_core.adapter import Adapter
-from merge_core.architecture import is_tied
+from merge_core.architecture import HEAD, embeddings_among, is_tied
 from merge_core.checkpoint import Checkpoint
 from merge_core.matched import Matched
 from merge_core.plan import Source, Twins
 from merge_core.updates import LowRankUpdate, RowsUpdate, SingleUpdate
 
-HEAD = "lm_head.weight"
-
-_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
-
 
 def tied_embeddings(checkpoint: Checkpoint) -> str | None:
     """Name of the tensor that is both embeddings and head; None where there is no such tensor."""
-    names = list(checkpoint.sources)
+    names = checkpoint.sources.keys()
     if HEAD in names or not is_tied(checkpoint.config):
         return None
-    return next((name for name in names if name.endswith(_EMBEDDINGS)), None)
+    return embeddings_among(names)
 
 
 def settle_ties(

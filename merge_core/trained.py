@@ -9,12 +9,10 @@ from merge_core.adapter_config import AdapterConfig
 from merge_core.adapter_keys import Part, parse_key
 from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.expert_factors import ExpertFactors, check_parameter, parameter_of, read_experts
-from merge_core.layout import TensorSpec
-from merge_core.peft_fields import TRAINING_KEYS
+from merge_core.layout import MERGEABLE, TensorSpec
+from merge_core.peft_fields import TRAINING_KEYS, WHOLE_EXPERTS
 from merge_core.tuned import Tuned, odd_dtypes, take_tuned
 from merge_core.updates import Factor
-
-DTYPES = frozenset({"F32", "F16", "BF16"})
 
 _REPAIR = "Save the adapter again with PEFT; the file is damaged or incomplete"
 _OTHER_CONFIG = "Use the adapter_config.json that was saved with these weights"
@@ -68,6 +66,12 @@ class Trained:
         """The modules that have anything of a tuner."""
         return self.pairs.keys() | self.tuned.layers.keys()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to merge: all tensors only steered the training."""
+        held = (self.pairs, self.experts, self.tokens, self.whole)
+        return not any((*held, self.tuned.layers, self.tuned.shared))
+
 
 def read_trained(
     tensors: Sequence[TensorSpec], config: AdapterConfig | None, peft_type: str, where: str
@@ -85,6 +89,9 @@ def read_trained(
     problems += odd_dtypes(tuned, where)
     modules = _by_module(others, where, problems)
     trained = None if config is None else _sorted_out(modules, tuned, config, where, problems)
+    if not problems and trained is not None and trained.is_empty:
+        what = "the file holds nothing that a merge uses"
+        problems.append(Problem(what, where, _REPAIR))
     if problems:
         raise InputError(problems)
     return trained
@@ -154,7 +161,7 @@ def _by_module(
         if key.part in parts:
             what = f"{tensor.name!r} and {parts[key.part].name!r} are the same tensor"
             problems.append(Problem(what, where, _REPAIR))
-        elif tensor.dtype not in DTYPES:
+        elif tensor.dtype not in MERGEABLE:
             what = f"{tensor.name} is {tensor.dtype}, not F32, F16 or BF16"
             problems.append(Problem(what, where, "Cast the adapter to one of them"))
         parts[key.part] = tensor
@@ -164,7 +171,10 @@ def _by_module(
 
 def _unknown(names: Sequence[str], where: str) -> Iterator[Problem]:
     for name in names:
-        if not TRAINING_KEYS.search(name):
+        if WHOLE_EXPERTS.search(name):
+            what = f"{name!r} is a parameter of experts as a whole, which is not merged"
+            yield Problem(what, where, "Train them with target_parameters, or merge with PEFT")
+        elif not TRAINING_KEYS.search(name):
             what = f"key {name!r} is not known, and nothing is dropped silently"
             yield Problem(what, where, _REPAIR)
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from merge_core.adapter import Adapter
-from merge_core.architecture import CONV1D_MODELS, expected_tensors
+from merge_core.architecture import CONV1D_MODELS, LINEAR_MODELS, expected_tensors
 from merge_core.checkpoint import Checkpoint
 from merge_core.config_values import at_end
 from merge_core.errors import InputError, Problem, gathered, refuse, some_of
 from merge_core.matched import Matched
-from merge_core.orientation import LINEAR_MODELS, check_mergeable
+from merge_core.orientation import check_mergeable
 from merge_core.peft_tuners import TUNERS
 from merge_core.tuned import MismatchError, Sizes, check_parts, check_shared, unlike_others
 from merge_core.tuner import Tuner

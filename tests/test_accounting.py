@@ -98,6 +98,40 @@ def test_a_missing_tensor_is_named(base: Path, adapter: Path, tmp_path: Path) ->
     assert [key for key in passed if not OPTIONAL.search(key)] == []
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [1, 5]},
+        {"bias": "all"},
+    ],
+    ids=str,
+)
+def test_factors_that_are_lost_altogether_are_named(
+    base: Path, beside: dict[str, Any], tmp_path: Path
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=["o_proj"], **beside)
+    file = adapter / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if ".lora_" not in k}, file)
+
+    said = refusal(base, adapter)
+
+    assert said is not None
+    assert "target_modules covers" in said
+    assert "o_proj, for which the file holds nothing" in said
+
+
+def test_a_file_of_tensors_that_only_steered_the_training_is_refused(
+    base: Path, tmp_path: Path
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base)
+    module = f"{PREFIX}model.layers.0.self_attn.q_proj"
+    file = adapter / "adapter_model.safetensors"
+    save_file({f"{module}.lora_velora_embed_A": torch.ones(4)}, file)
+
+    assert "the file holds nothing that a merge uses" in str(refusal(base, adapter))
+
+
 @pytest.mark.parametrize(("old", "new"), [("$", ".x"), ("layers.0", "layers.7"), ("model", "mode")])
 def test_a_renamed_tensor_is_named(
     base: Path, adapter: Path, old: str, new: str, tmp_path: Path

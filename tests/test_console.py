@@ -103,10 +103,11 @@ def test_the_plan_says_what_becomes_what(
         EligiblePool(name="cuda:0 T4", lanes=0, reason="too small"),
     ]
     size = sum(shard.size for shard in plan.shards) / 1e6
+    stored = (inputs[0] / "model.safetensors").stat().st_size
     lines = console.plan_lines(dataclasses.replace(plan, notes=("mind [this]",)), pools)
 
     assert lines == [
-        f"base     {inputs[0]}: Qwen2ForCausalLM, 51 tensors",
+        f"base     {inputs[0]}: Qwen2ForCausalLM, 1 file, {stored / 1e6:.2f} MB",
         f"adapter  {inputs[1]}, weight 1: LORA",
         f"         low-rank factors on 28 tensors: {', '.join(MODULES)}",
         f"result   {files}, {size:.2f} MB: 28 tensors merged, 23 copied",

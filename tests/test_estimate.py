@@ -66,6 +66,7 @@ def plan_of(rows: Sequence[int], rank: int = 0) -> MergePlan:
         header_digests=(),
         config={},
         config_changes={},
+        stored_head=None,
         side_files=(),
         adapters=(adapter,),
         twins=(),

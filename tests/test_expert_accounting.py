@@ -177,6 +177,57 @@ def test_dora_on_experts_that_share_a_tensor_is_refused(moe: Bases, tmp_path: Pa
     assert "DoRA on one expert of the fused tensor" in refusal(moe(fused=True), dora)
 
 
+@pytest.mark.parametrize("layer", ["gate_proj", "down_proj"])
+def test_factors_of_all_experts_and_of_one_of_them_are_refused(
+    layer: str, moe: Bases, tmp_path: Path
+) -> None:
+    """One would overwrite the other in a tensor that the experts share."""
+    fused = write_fused_adapter(tmp_path / "a", moe(), swapped=False, peft_version="0.21.0")
+    each = write_expert_adapter(tmp_path / "each", moe(), [layer], rank=3, lora_alpha=6)
+    key = f"{PREFIX}model.layers.0.mlp.experts.1.{layer}.lora_A.weight"
+    stem, saved_of_each = (
+        key.removesuffix("A.weight"),
+        load_file(each / "adapter_model.safetensors"),
+    )
+    one = {name: tensor for name, tensor in saved_of_each.items() if name.startswith(stem)}
+
+    other = changed(fused, tmp_path / "b", lambda saved: saved.update(one))
+
+    said = refusal(moe(fused=True), other)
+    assert key in said
+    assert "are factors of the same rows of 'model.layers.0.mlp.experts." in said
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("infix", ["", "modules_to_save.default."])
+def test_experts_that_were_trained_as_a_whole_are_refused_for_what_they_are(
+    fused: bool, infix: str, moe: Bases, tmp_path: Path
+) -> None:
+    adapter = write_expert_adapter(tmp_path / "a", moe(), ["q_proj"], lora_alpha=6)
+    key = f"{PREFIX}model.layers.0.mlp.experts.{infix}down_proj"
+
+    def whole(saved: Saved) -> None:
+        saved[key] = torch.ones(4, 64, 48)
+
+    other = changed(adapter, tmp_path / "b", whole, modules_to_save=["experts"])
+
+    said = refusal(moe(fused=fused), other)
+    assert f"{key!r} is a parameter of experts as a whole, which is not merged" in said
+    assert "damaged" not in said
+
+
+def test_an_expert_whose_number_begins_with_a_zero_is_not_known(moe: Bases, tmp_path: Path) -> None:
+    adapter = write_expert_adapter(tmp_path / "a", moe(), ["up_proj"], lora_alpha=6)
+
+    def rename(saved: Saved) -> None:
+        for key in [key for key in saved if "layers.0.mlp.experts.1." in key]:
+            saved[key.replace("experts.1.", "experts.01.")] = saved[key].clone()
+
+    said = refusal(moe(fused=True), changed(adapter, tmp_path / "b", rename))
+
+    assert "the base has no model.layers.0.mlp.experts.01.up_proj.weight" in said
+
+
 def test_the_plan_says_what_is_done_to_experts(moe: Bases, tmp_path: Path) -> None:
     fused = write_fused_adapter(tmp_path / "fused", moe(), swapped=False, peft_version="0.21.0")
     each = write_expert_adapter(tmp_path / "each", moe(), ["up_proj", "gate"], lora_alpha=6)

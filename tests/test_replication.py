@@ -179,3 +179,37 @@ def test_what_follows_from_a_layers_number_is_written_down_for_each_copy() -> No
         "mlp_only_layers": [0, 3],
         "decoder_sparse_step": 1,
     }
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"layer_types": ["full_attention"]},
+            "layer_types in config.json is no list of the base's 2",
+        ),
+        (
+            {"layer_types": "full_attention"},
+            "layer_types in config.json is no list of the base's 2",
+        ),
+        (
+            {"use_sliding_window": True, "max_window_layers": "1"},
+            "max_window_layers in config.json",
+        ),
+    ],
+    ids=str,
+)
+def test_what_the_config_says_of_layers_must_be_of_all_of_them(
+    base_copy: Path, tmp_path: Path, fields: dict[str, Any], said: str
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter", base_copy, layer_replication=RANGES)
+    edit_json(base_copy / "config.json", **fields)
+
+    with pytest.raises(InputError, match=said):
+        make_plan(base_copy, [adapter])
+
+
+def test_every_layer_has_experts_where_the_config_is_silent() -> None:
+    moe = {"model_type": "qwen2_moe", "num_hidden_layers": 2}
+    for step in ({}, {"decoder_sparse_step": None}, {"decoder_sparse_step": 0}):
+        assert replicated_config(moe | step, ORDER)["mlp_only_layers"] == []

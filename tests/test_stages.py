@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -13,7 +14,9 @@ from merge_core.errors import InputError
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
+from merge_core.progress import Progress
 from merge_core.stages import layers_of, shards_of
+from merge_core.verify import LEVELS, verify
 
 FILES = 70_000
 
@@ -121,3 +124,40 @@ def test_the_command_says_what_is_deferred_and_how_to_go_on(
     assert "result   " not in first.stdout
     document = json.loads(second.stdout)
     assert (document["deferred"], document["resumed"]) == ([], 1)
+
+
+def test_a_stage_counts_its_own_files_alone(base: Path, adapter: Path, out: Path) -> None:
+    plan = make_plan(base, [adapter], shard_bytes=FILES, layers="rest")
+    seen: list[Progress] = []
+
+    merge(plan, out, watch=seen.append)
+
+    merging = [now for now in seen if now.phase == "merging"]
+    assert {now.total for now in merging} == {sum(plan.shards[n].size for n in plan.stage)}
+    assert 0 <= merging[0].done <= merging[-1].done <= merging[-1].total
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_verification_between_two_stages_says_only_that_the_merge_is_unfinished(
+    base: Path, adapter: Path, out: Path, level: str
+) -> None:
+    merge(make_plan(base, [adapter], shard_bytes=FILES, layers="rest"), out)
+
+    report = verify(out, level)
+
+    said = "this is an unfinished merge: the same merge command again goes on from here"
+    assert [finding.what for finding in report.findings] == [said]
+
+
+def test_a_stage_asks_for_no_device_that_only_others_are_pinned_to(
+    base: Path, adapter: Path, tmp_path: Path, out: Path
+) -> None:
+    devices = {"": "cpu", "model.layers.1": "cuda"}
+    (tmp_path / "map.json").write_text(json.dumps(devices))
+    options: Any = {"shard_bytes": FILES, "device_map": tmp_path / "map.json"}
+
+    stage = make_plan(base, [adapter], layers="0", **options)
+
+    assert make_plan(base, [adapter], **options).pinned == {"cpu", "cuda"}
+    assert stage.pinned == {"cpu"}
+    assert merge(stage, out, device="cpu").deferred != ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from merge_core.errors import InputError, RaymeldError
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, ProgressFile, WorkerProgress
+from merge_core.stages import layers_of
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +68,16 @@ def test_a_stopped_merge_tells_what_is_done_why_it_ended_and_how_to_go_on(
     assert (status.state, status.done, status.holder) == ("stopped", 1, None)
     assert "stopped: worker-0: the disk is gone" in said(status)
     assert "the same merge command again goes on from here" in said(status)
+
+
+def test_a_stage_that_is_done_tells_which_layers_are_missing(plan: MergePlan, out: Path) -> None:
+    first, *others = (shard.index for shard in plan.shards)
+    merge(dataclasses.replace(plan, stage=frozenset({first})), out, choice=TWO_LANES)
+    status = read_status(out)
+
+    assert (status.state, status.done) == ("stopped", 1)
+    assert status.missing == layers_of(plan, others)
+    assert f"missing  --layers {status.missing}; a stage must name some of these" in said(status)
 
 
 def test_a_finished_merge_is_told_as_finished(plan: MergePlan, out: Path) -> None:

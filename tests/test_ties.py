@@ -34,6 +34,10 @@ UNTIED: dict[str, dict[str, Any]] = {
     "DoRA on the head": {"target_modules": ["lm_head"], "use_dora": True},
     "whole embeddings": {"modules_to_save": ["embed_tokens"]},
     "a whole head": {"modules_to_save": ["lm_head"]},
+    "LoRA on the head, whole embeddings": {
+        "target_modules": ["q_proj", "lm_head"],
+        "modules_to_save": ["model.embed_tokens"],
+    },
     "both whole, apart": {"modules_to_save": ["embed_tokens", "lm_head"]},
 }
 TIED: dict[str, dict[str, Any]] = {
@@ -130,6 +134,31 @@ def test_keep_tied_applies_to_both_ends_what_was_trained_of_one(
     assert config_of(out)["tie_word_embeddings"] is True
 
 
+def test_keep_tied_adds_up_what_dora_on_each_end_changes(
+    base: Path, tmp_path: Path, out: Path
+) -> None:
+    both = ["embed_tokens", "lm_head"]
+    adapter = make_adapter(tmp_path / "adapter", base, target_modules=both, use_dora=True)
+    merge(make_plan(base, [adapter]), tmp_path / "apart")
+
+    merge(make_plan(base, [adapter], keep_tied=True), out)
+
+    before, apart = read_tensors(base)[EMBED], read_tensors(tmp_path / "apart")
+    wanted = apart[EMBED] + apart[HEAD] - before
+    assert torch.allclose(read_tensors(out)[EMBED], wanted, rtol=1e-5, atol=1e-6)
+    assert verify(out, "numeric").findings == ()
+
+
+def test_tokens_and_factors_of_tied_ends_are_refused_with_a_way_out(
+    base: Path, tmp_path: Path
+) -> None:
+    fields = {"trainable_token_indices": [1, 5], "target_modules": ["lm_head"]}
+    adapter = make_adapter(tmp_path / "adapter", base, **fields)
+
+    with pytest.raises(InputError, match="Train either tokens or factors of embeddings and head"):
+        make_plan(base, [adapter])
+
+
 RESIZED: dict[str, tuple[dict[str, Any], bool]] = {
     "LoRA elsewhere": ({"target_modules": ["q_proj"]}, True),
     "LoRA on both": ({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, True),
@@ -138,6 +167,7 @@ RESIZED: dict[str, tuple[dict[str, Any], bool]] = {
         {"modules_to_save": ["lm_head", "embed_tokens"], "ensure_weight_tying": True},
         True,
     ),
+    "whole embeddings": ({"modules_to_save": ["embed_tokens"]}, True),
     "a whole head": ({"modules_to_save": ["lm_head"]}, True),
     "trained tokens": ({"trainable_token_indices": [160, 165]}, True),
     # PEFT saves no head where the embeddings have factors, or rows of their own tuner.
@@ -181,3 +211,31 @@ def test_a_module_that_was_saved_twice_with_different_values_is_refused(
 
     with pytest.raises(InputError, match=r"modules_to_save\.weight' should hold the values of"):
         merge(make_plan(base, [adapter]), out)
+
+
+def test_adapters_with_vocabularies_of_different_sizes_are_refused_and_both_named(
+    base: Path, tmp_path: Path
+) -> None:
+    one, two = (
+        make_adapter(tmp_path / str(n), base, vocabulary=n, target_modules=["q_proj"])
+        for n in (170, 180)
+    )
+
+    said = rf"{two}, tensor .*embed_tokens.weight'.* is \[180, 64\], and \[170, 64\] in {one}"
+    with pytest.raises(InputError, match=said):
+        make_plan(base, [one, two])
+
+
+def test_adapters_with_vocabularies_of_other_values_are_both_named(
+    base: Path, tmp_path: Path, out: Path
+) -> None:
+    one, two = (
+        make_adapter(tmp_path / str(n), base, vocabulary=170, seed=n, target_modules=["q_proj"])
+        for n in (1, 2)
+    )
+    file = two / "adapter_model.safetensors"
+    save_file({k: t + 1 if "embed" in k else t for k, t in load_file(file).items()}, file)
+
+    said = rf"{two}: .*embed_tokens.weight' should hold the values of .* in {one}, and does not"
+    with pytest.raises(InputError, match=said):
+        merge(make_plan(base, [one, two]), out)

@@ -8,14 +8,11 @@ the last bit. Everything is in float32, on the device of what comes in.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-
-Prune = Callable[["torch.Tensor", int], "torch.Tensor"]
-"""What is kept of the tensor of one adapter, given with its place in the order."""
 
 
 def weighted_sum(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:

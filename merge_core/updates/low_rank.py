@@ -40,6 +40,11 @@ class LowRankUpdate:
         return self.b.shape[0], self.a.shape[1]
 
     @property
+    def rows(self) -> int:
+        """Of the base that it covers."""
+        return self.shape[1] if self.transposed else self.shape[0]
+
+    @property
     def rank(self) -> int:
         """Inner size of its product."""
         return self.a.shape[0]

@@ -20,7 +20,7 @@ from merge_core.verify.same_values import same_values
 from merge_core.verify.sources import Sources, WeightedAdapter, check_method
 from merge_core.verify.strict_json import MalformedError, parse_object
 from merge_core.verify.structure import Structure
-from merge_core.verify.tied import HEAD, Wanted, settle, tied_embeddings
+from merge_core.verify.tied import HEAD, Wanted, repeated_head, settle, tied_embeddings
 from merge_core.verify.updates import Update
 from merge_core.verify.weights import BaseTensor, open_base
 
@@ -66,7 +66,7 @@ def refuse_unchecked(sources: Sources) -> None:
     with gathered(problems):
         check_method(sources.method)
     with gathered(problems):
-        tensors, config = _opened(sources.base)
+        tensors, config, _ = _opened(sources.base)
         _recipes(with_copies(tensors, _ranges(sources.adapters)), config, sources.adapters)
     if problems:
         raise InputError(problems)
@@ -79,7 +79,7 @@ def pair_with_base(structure: Structure, sources: Sources) -> Pairing:
         InputError: base or adapters cannot be read, or hold features that cannot be checked.
     """
     check_method(sources.method)
-    tensors, config = _opened(sources.base)
+    tensors, config, both = _opened(sources.base)
     if sources.simulate_nf4:
         tensors = rounded(tensors)
     ranges = _ranges(sources.adapters)
@@ -88,7 +88,7 @@ def pair_with_base(structure: Structure, sources: Sources) -> Pairing:
     names = {entry.name for entries in structure.headers.values() for entry in entries}
     wanted, changes, unfit = _wanted(tensors, config, recipes, names, keep_tied=sources.keep_tied)
     changes |= config_of_copies(config, ranges)
-    findings, unchecked = [*found, *unfit], list[str]()
+    findings, unchecked = [*_unlike(both), *found, *unfit], list[str]()
     comparisons: dict[str, tuple[Comparison, ...]] = {}
     for file, entries in structure.headers.items():
         pairs = []
@@ -126,10 +126,22 @@ def _ranges(adapters: Sequence[WeightedAdapter]) -> list[list[int]]:
     return ranges_of(fields, ", ".join(str(path) for path, _ in adapters))
 
 
-def _opened(base: Path) -> tuple[dict[str, BaseTensor], dict[str, Any]]:
-    """The base's tensors as a merge sees them, and its config."""
+def _unlike(both: tuple[BaseTensor, BaseTensor] | None) -> Iterator[Finding]:
+    if both is not None and not same_values(*both):
+        what = "the base ties it to the embeddings, and stores other values of it"
+        yield Finding(check="base", where=HEAD, what=what)
+
+
+def _opened(
+    base: Path,
+) -> tuple[dict[str, BaseTensor], dict[str, Any], tuple[BaseTensor, BaseTensor] | None]:
+    """The base's tensors as a merge sees them, its config, and two of which one is left out."""
     stored, config = open_base(base), _base_config(base)
-    return unpacked(stored, config), config
+    tensors = unpacked(stored, config)
+    both = repeated_head(config, tensors)
+    if both is not None:
+        del tensors[HEAD]
+    return tensors, config, both
 
 
 def _base_config(base: Path) -> dict[str, Any]:

@@ -72,6 +72,11 @@ def inspect(out: Path, *, committed: bool, needs_ledger: bool) -> Structure:
     return Structure(findings=tuple(findings), files=files, headers=headers, ledger=ledger)
 
 
+def is_unfinished(out: Path) -> bool:
+    """Whether a merge was not published: the publishing removes the receipts of its files."""
+    return (out / RECORD / "receipts").is_dir() and not (out / "config.json").exists()
+
+
 def config_path(out: Path, *, committed: bool) -> Path:
     """The config that a loader reads, or before the commit the one that it will read."""
     return out / "config.json" if committed else out / RECORD / "config.json"

@@ -36,6 +36,19 @@ class Wanted:
     """Whether something else is done to it, which is not worked out here."""
 
 
+def repeated_head(
+    config: Mapping[str, Any], tensors: Mapping[str, BaseTensor]
+) -> tuple[BaseTensor, BaseTensor] | None:
+    """Embeddings and head, if they are tied and the base stores both: it must repeat them then, and
+    counts for nothing.
+    """
+    others = {name: tensor for name, tensor in tensors.items() if name != HEAD}
+    embeddings = tied_embeddings(config, others)
+    if HEAD not in tensors or embeddings is None:
+        return None
+    return tensors[embeddings], tensors[HEAD]
+
+
 def tied_embeddings(config: Mapping[str, Any], names: Collection[str]) -> str | None:
     """The tensor that is both ends; None if there is none.
 
@@ -66,7 +79,7 @@ def settle(
         What is wrong with there being no head, if something is.
     """
     both, head = wanted[embeddings], wanted[HEAD]
-    _share_whole(both, head)
+    _share_whole(both, head, embeddings.removesuffix(".weight"))
     _share_rows(both, head)
     for recipe in recipes:
         if recipe.config.get("ensure_weight_tying"):
@@ -85,11 +98,11 @@ def settle(
     return wrong
 
 
-def _share_whole(both: Wanted, head: Wanted) -> None:
+def _share_whole(both: Wanted, head: Wanted, embeddings: str) -> None:
     """What PEFT saves by itself, after a change of the vocabulary, is of the one tensor that both
     ends were while it trained, and so is that of modules that were to stay tied.
     """
-    for mine, other, module in ((both, head, "embed_tokens"), (head, both, "lm_head")):
+    for mine, other, module in ((both, head, embeddings), (head, both, "lm_head")):
         if mine.replaced is None or other.replaced is not None:
             continue
         config = mine.replaced.config
@@ -97,7 +110,8 @@ def _share_whole(both: Wanted, head: Wanted) -> None:
             other.base, other.replaced = mine.base, mine.replaced
     if both.replaced is not None and both.replaced is head.replaced:
         config = both.replaced.config
-        if config.get("ensure_weight_tying") or not saved_whole(config, "lm_head"):
+        named = saved_whole(config, embeddings) or saved_whole(config, "lm_head")
+        if config.get("ensure_weight_tying") or not named:
             head.base = both.base
 
 

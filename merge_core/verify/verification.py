@@ -14,7 +14,7 @@ from merge_core.verify.load import check_load
 from merge_core.verify.report import LEVELS, Finding, VerifyReport
 from merge_core.verify.side_files import check_recorded, compare_with_base
 from merge_core.verify.sources import resolve_sources
-from merge_core.verify.structure import Structure, config_path, inspect
+from merge_core.verify.structure import Structure, config_path, inspect, is_unfinished
 
 Run = Callable[[Callable[[FileCheck], FileResult], Sequence[FileCheck]], Iterable[FileResult]]
 """Like ``map``: applies the function to each check, anywhere; results may come in any order."""
@@ -58,6 +58,8 @@ def verify(
         raise refuse(f"there is no level {level!r}", "--level", f"Take one of {', '.join(LEVELS)}")
     if not out.is_dir():
         raise refuse("it is no directory", str(out), "Name the directory of a merged checkpoint")
+    if committed and is_unfinished(out):
+        return _unfinished(out, level, started)
     structure = inspect(out, committed=committed, needs_ledger=level != "structure")
     findings = list(structure.findings)
     comparisons: Mapping[str, tuple[Comparison, ...]] = {}
@@ -89,6 +91,21 @@ def verify(
         bytes_read=sum(result.bytes_read for result in results),
         seconds=time.perf_counter() - started,
         checks=tuple(_words(level, structure, unchecked)),
+    )
+
+
+def _unfinished(out: Path, level: str, started: float) -> VerifyReport:
+    """Of a merge whose files are partly there: each of them was checked when it was accepted."""
+    what = "this is an unfinished merge: the same merge command again goes on from here"
+    return VerifyReport(
+        out=out,
+        level=level,
+        findings=(Finding(check="config", where="config.json", what=what),),
+        files=0,
+        tensors=0,
+        bytes_read=0,
+        seconds=time.perf_counter() - started,
+        checks=(),
     )
 
 

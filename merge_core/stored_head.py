@@ -1,0 +1,79 @@
+"""Tied embeddings and head of which a base stores both, as Qwen1.5-0.5B-Chat was published.
+
+Where the head repeats the embeddings, loaders have one tensor for both. Where it does not, they
+disagree: transformers 5 takes the head as it is stored, older releases drop it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from typing import Any
+
+from merge_core.architecture import HEAD, embeddings_among, is_tied
+from merge_core.errors import InputError, refuse
+from merge_core.plan import MergePlan, Source, StoredHead
+from merge_core.storage import RangeReader
+
+NOTE = (
+    f"{HEAD} repeats the embeddings, to which it is tied, and is left out, as loaders do; merge"
+    " compares the two before anything is written"
+)
+
+_COMPARED = 16 << 20
+"""Bytes at a time; a whole head may have gigabytes."""
+
+
+def find_stored_head(
+    config: Mapping[str, Any], sources: Mapping[str, Source], where: str
+) -> StoredHead | None:
+    """The head that a tied base stores beside its embeddings; None if it stores one of them.
+
+    Raises:
+        InputError: the headers say already that it does not repeat them.
+    """
+    embeddings = embeddings_among(sources)
+    if HEAD not in sources or embeddings is None or not is_tied(config):
+        return None
+    ends = head, other = sources[HEAD], sources[embeddings]
+    (mine, its), stored = (end.tensor for end in ends), all(end.file is not None for end in ends)
+    if not stored or (mine.dtype, mine.shape) != (its.dtype, its.shape):
+        raise _differ(embeddings, where)
+    return StoredHead(head=head, embeddings=other)
+
+
+def check_stored_head(plan: MergePlan) -> None:
+    """Compare the head that is left out with the embeddings, byte by byte.
+
+    Raises:
+        InputError: they differ.
+        StorageError: a file of the base changed since it was planned with.
+    """
+    if plan.stored_head is None:
+        return
+    ends = (plan.stored_head.head, plan.stored_head.embeddings)
+    with ExitStack() as opened:
+        readers = []
+        for source in ends:
+            if source.file is None:
+                raise AssertionError("find_stored_head takes what lies in a file of the base")
+            file = plan.base_files[source.file]
+            file.check(plan.base)
+            readers.append(opened.enter_context(closing(RangeReader(plan.base / file.name))))
+        nbytes = ends[0].tensor.nbytes
+        for first in range(0, nbytes, _COMPARED):
+            size = min(_COMPARED, nbytes - first)
+            mine, its = (
+                reader.read_cached(source.tensor.offset + first, size)
+                for reader, source in zip(readers, ends, strict=True)
+            )
+            if mine != its:
+                raise _differ(ends[1].tensor.name, str(plan.base))
+
+
+def _differ(embeddings: str, where: str) -> InputError:
+    return refuse(
+        f"tie_word_embeddings is set, and {HEAD!r} is stored with other values than {embeddings!r}",
+        where,
+        "Set tie_word_embeddings to false in config.json if the head is meant, or remove the head",
+    )
