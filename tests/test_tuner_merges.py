@@ -252,6 +252,12 @@ def test_a_plan_travels_to_the_workers(base: Path, tmp_path: Path) -> None:
             {"r": 4},
             "'base_model.model.model.layers.0.self_attn.o_proj.hada_w1_a' has shape",
         ),
+        ("OFT", {"peft_version": "0.17.1"}, "counted the last term of the series twice"),
+        ("OFT", {"peft_version": None}, "counted the last term of the series twice"),
+        ("OFT", {"peft_version": 17}, "counted the last term of the series twice"),
+        ("OFT", {"peft_version": None, "use_cayley_neumann": None}, "peft_version is None"),
+        ("OFT", {"peft_version": None, "use_cayley_neumann": False}, None),
+        ("OFT", {"peft_version": "0.18.0"}, None),
         ("VERA", {"save_projection": None}, None),
     ],
 )

@@ -1,7 +1,7 @@
 """Adapters whose values are not worked out here: tuners that PEFT's own layers merge, and KaSA.
 
-What they touch their keys say, so everything else is compared, and so is what they bring as a whole;
-what they touch is left to the digests, and the report says so.
+What they touch their keys say, so everything else is compared, and so are tensors that they bring
+as a whole; what they touch is left to the digests, and the report says so.
 """
 
 from __future__ import annotations
