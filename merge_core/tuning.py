@@ -138,6 +138,9 @@ def _layer(
     if kind not in tuner.kinds:
         what = f"{adapter.config.peft_type} on a layer that is {kind} is not merged"
         raise refuse(what, at, _WITH_PEFT)
+    if adapter.config.peft_type == "KASA" and f"{path}.weight" in adapter.trained.whole:
+        what = "the base's weight is in the file, cut down already, and KaSA would cut it once more"
+        raise refuse(what, at, "Save the adapter with save_embedding_layers=False")
     if "weight" not in tuner.changes and bias is None:
         what = "the base has no bias there that could take what was trained"
         raise refuse(what, at, _OTHER_BASE)

@@ -147,6 +147,20 @@ def test_a_pickled_adapter_is_the_same_adapter(
     assert_same_tensors(read_tensors(tmp_path / "out"), read_tensors(tmp_path / "other"))
 
 
+def test_a_head_that_kasa_has_cut_down_is_not_cut_down_again(base: Path, tmp_path: Path) -> None:
+    fields = {"target_modules": ["lm_head", "q_proj"], "rank_pattern": {}}
+    saved = make_tuned(tmp_path / "saved", base, "KASA", **fields)
+    lean = make_tuned(tmp_path / "lean", base, "KASA", save_embedding_layers=False, **fields)
+
+    with pytest.raises(InputError, match="KaSA would cut it once more") as caught:
+        make_plan(base, [saved])
+    assert caught.value.problems[0].where == f"{saved}, module lm_head"
+
+    merge(make_plan(base, [lean]), tmp_path / "out")
+    wanted = {name: tensor.bfloat16() for name, tensor in merged_by_peft(base, lean).items()}
+    assert_same_tensors(read_tensors(tmp_path / "out"), wanted)
+
+
 def test_norms_that_have_a_bias_are_replaced_with_it(tmp_path: Path) -> None:
     base = make_gpt2(tmp_path / "base", torch.bfloat16)
     adapter = make_tuned(tmp_path / "adapter", base, "LN_TUNING", target_modules=["ln_1"])

@@ -108,7 +108,13 @@ def tuner_config(name: str, **changes: Any) -> PeftConfig:
 
 
 def make_tuned(
-    path: Path, base: Path, name: str, *, vocabulary: int | None = None, **changes: Any
+    path: Path,
+    base: Path,
+    name: str,
+    *,
+    vocabulary: int | None = None,
+    save_embedding_layers: bool | str = "auto",
+    **changes: Any,
 ) -> Path:
     """One of ``ALL``, trained on ``base``, or on what it was resized to."""
     with _peft_at_ease():
@@ -121,7 +127,7 @@ def make_tuned(
         for parameter in tuned.parameters():
             if parameter.requires_grad:  # near where it starts: some count as 1, some as a norm
                 parameter.data += torch.randn(parameter.shape).mul_(0.1).to(parameter.dtype)
-        tuned.save_pretrained(path)
+        tuned.save_pretrained(path, save_embedding_layers=save_embedding_layers)
     return path
 
 
