@@ -78,8 +78,9 @@ class TensorTask:
 
     @property
     def as_bytes(self) -> bool:
-        """Whether it is carried over byte for byte."""
-        return not self.updates and self.source.tensor.dtype == self.target.dtype
+        """Whether it is carried over byte for byte. What is decoded is not: it may not be finite."""
+        decoded = self.source.decoding is not None
+        return not (self.updates or decoded) and self.source.tensor.dtype == self.target.dtype
 
     @property
     def parts(self) -> Iterator[SingleUpdate]:

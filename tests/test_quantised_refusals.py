@@ -14,7 +14,7 @@ from models import edit_json
 from oracles import Tensors
 from packers import Awq, Format, Fp8, Gptq, write_quantised
 
-from merge_core.errors import InputError
+from merge_core.errors import InputError, NonFiniteError
 from merge_core.merge import merge
 from merge_core.planner import make_plan
 
@@ -137,6 +137,7 @@ def test_a_weight_that_is_there_beside_its_packed_parts_is_named(
         (Fp8(), {"activation_scheme": "static"}, "activation_scheme = 'static'"),
         (Fp8(), {"weight_block_size": [32]}, "weight_block_size = [32]"),
         (Fp8(), {"weight_block_size": None}, f"module {UP}"),
+        (Fp8(), {"weight_block_size": [1 << 21, 1 << 21]}, "weight_block_size = [2097152, 20"),
         (Fp8(), {"scale_fmt": "ue8m0"}, "scale_fmt = 'ue8m0'"),
         (Fp8(), {"quant_method": "bitsandbytes", "load_in_4bit": True}, "is not known"),
     ],
@@ -181,4 +182,23 @@ def test_numbers_that_mean_nothing_end_the_merge(
     with pytest.raises(InputError, match=named) as caught:
         merge(plan, tmp_path / "out", choice=TWO_LANES)
     assert f"tensor '{UP}.{part}'" in str(caught.value)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "part", "dtype"), [(Gptq(), "scales", "float16"), (Fp8(), "weight", "float32")]
+)
+def test_a_decoded_weight_that_is_not_finite_ends_the_merge_untouched_as_it_is(
+    how: Format, part: str, dtype: str, tmp_path: Path
+) -> None:
+    def spoil(tensors: Tensors) -> None:
+        bits = tensors[f"{UP}.{part}"].view(torch.int16 if part == "scales" else torch.int8)
+        bits[0, 0] = 0x7C00 if part == "scales" else 0x7F  # infinity; NaN, which E4M3 alone has
+
+    base = write_quantised(tmp_path / "base", how, GEOMETRY, change=spoil).path
+    adapter = write_adapter(tmp_path / "adapter", {DOWN: FACTORS[DOWN]}, r=4, lora_alpha=8)
+    plan = make_plan(base, [adapter], dequantize=True, dtype=dtype)
+
+    with pytest.raises(NonFiniteError, match=f"{UP}.weight"):
+        merge(plan, tmp_path / "out", choice=TWO_LANES)
     assert not (tmp_path / "out" / "config.json").exists()
