@@ -78,7 +78,7 @@ class TensorTask:
 
     @property
     def as_bytes(self) -> bool:
-        """Whether it is carried over byte for byte. What is decoded is not: it may not be finite."""
+        """Whether it is carried over byte for byte. What is decoded may be NaN, so it is not."""
         decoded = self.source.decoding is not None
         return not (self.updates or decoded) and self.source.tensor.dtype == self.target.dtype
 

@@ -149,6 +149,9 @@ def _config(tuning: Tuning, layer: Layer, at: str) -> PeftConfig:
         raise refuse(what, at, "Install a newer PEFT, on every machine")
     known = {field.name for field in dataclasses.fields(kind)}
     fields: dict[str, Any] = {k: v for k, v in tuning.config.items() if k in known}
+    if left := [name for name, value in tuning.config.items() if name not in known and value]:
+        what = f"PEFT {tuning.peft} does not know the field {some_of(left)}"
+        raise refuse(what, at, "Install the PEFT that the adapter was trained with, if it is newer")
     fields |= {name: value for name, value in _OURS.items() if name in known}
     if not fields.get("feedforward_modules"):  # these are among the names of the others
         fields["target_modules"] = [one.path for one in tuning.around(layer)]
