@@ -46,7 +46,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
         "C3A": Tuner(
             groups=groups("c3a_kernel: out/block_size in/block_size block_size"),
             fields=words("block_size block_size_pattern"),
-            copies=4,
+            copies=6,
             squares=4,
         ),
         "DEFT": Tuner(
@@ -64,7 +64,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
         "FOURIERFT": Tuner(
             groups=groups("fourierft_spectrum: n_frequency"),
             fields=words("n_frequency scaling random_loc_seed n_frequency_pattern"),
-            copies=8,
+            copies=9,
             kinds=_CONV1D,
         ),
         "GLORA": Tuner(
@@ -112,7 +112,6 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
                 "r lora_alpha use_rslora rank_pattern alpha_pattern init_lora_weights kasa_config"
             ),
             copies=8,
-            squares=4,
         ),
         "LOHA": Tuner(
             groups=groups("hada_w1_a: out r; hada_w1_b: r in; hada_w2_a: out r; hada_w2_b: r in"),
@@ -157,8 +156,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
                 " osf_svd_params.V_low: low in"
             ),
             fields=words("effective_rank rank_pattern target_svd_config"),
-            copies=8,
-            squares=4,
+            copies=11,
         ),
         "PEANUT": Tuner(
             groups=groups("peanut_A.weight: r out; peanut_B.weight: out r"),
@@ -177,7 +175,6 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
                 " num_cayley_neumann_terms cayley_neumann_eps"
             ),
             copies=8,
-            squares=4,
             note="PEFT works its basis out of the base again, which may come out differently on"
             " another kind of device than it was trained on",
         ),
@@ -208,8 +205,8 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
         "ROAD": Tuner(
             groups=groups("road_alpha: n; road_theta: n"),
             fields=words("variant group_size"),
-            copies=3,
-            squares=4,
+            copies=2,
+            squares=3,
             changes=_BOTH,
         ),
         "SHIRA": Tuner(
@@ -223,7 +220,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
                 "supertuning_lora_A.weight: r in; supertuning_lora_B.weight: out r |",
             ),
             fields=words("sparsity select_top r lora_alpha save_precomputed_indices"),
-            copies=4,
+            copies=6,
         ),
         "TINYLORA": Tuner(
             groups=groups(
@@ -235,7 +232,6 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             ),
             shared=form("tinylora_v.*: u"),
             copies=8,
-            squares=4,
             kinds=_EMBEDDING,
             others=Others.NUMBER,
         ),
@@ -281,7 +277,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             fields=words(
                 "n_frequency scaling wavelet_family use_idwt random_loc_seed n_frequency_pattern"
             ),
-            copies=6,
+            copies=7,
             kinds=_CONV1D,
         ),
     }
