@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +114,19 @@ def test_a_field_that_the_installed_peft_does_not_know_ends_the_merge(
 
     with pytest.raises(InputError, match="does not know the field next_thing"):
         merge(replace(plan, adapters=(replace(adapter, tuning=tuning),)), tmp_path / "out")
+
+
+def test_a_machine_without_peft_says_so(
+    base: Path, tuned: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = tuned("VERA")
+    plan = make_plan(base, [adapter])
+    monkeypatch.setitem(sys.modules, "merge_core.updates.peft_layer", None)
+
+    with pytest.raises(InputError, match="cannot be imported on this machine") as caught:
+        merge(plan, tmp_path / "out")
+
+    assert caught.value.problems[0].where == str(adapter)
 
 
 def test_a_tuner_that_numbers_its_layers_needs_a_model_that_is_known(tmp_path: Path) -> None:
