@@ -160,6 +160,22 @@ def test_a_head_that_kasa_has_cut_down_is_not_cut_down_again(base: Path, tmp_pat
     assert_same_tensors(read_tensors(tmp_path / "out"), wanted)
 
 
+def test_a_head_that_peft_saved_beside_what_all_layers_share_is_merged(
+    base: Path, tmp_path: Path
+) -> None:
+    adapter = make_tuned(
+        tmp_path / "adapter", base, "UNILORA", target_modules=["q_proj", "lm_head"]
+    )
+    saved = load_file(adapter / "adapter_model.safetensors")
+    assert saved.keys() > {"base_model.model.lm_head.base_layer.weight"}
+
+    merge(make_plan(base, [adapter]), tmp_path / "out")
+
+    wanted = {name: tensor.bfloat16() for name, tensor in merged_by_peft(base, adapter).items()}
+    assert_same_tensors(read_tensors(tmp_path / "out"), wanted)
+    assert not torch.equal(wanted["lm_head.weight"], read_tensors(base)["lm_head.weight"])
+
+
 def test_norms_that_have_a_bias_are_replaced_with_it(tmp_path: Path) -> None:
     base = make_gpt2(tmp_path / "base", torch.bfloat16)
     adapter = make_tuned(tmp_path / "adapter", base, "LN_TUNING", target_modules=["ln_1"])
