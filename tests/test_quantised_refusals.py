@@ -156,6 +156,31 @@ def test_layers_that_lie_the_other_way_are_refused(tmp_path: Path, adapter: Path
         make_plan(base, [adapter], dequantize=True)
 
 
+def test_a_base_that_names_no_dtype_needs_one(tmp_path: Path, adapter: Path) -> None:
+    base = write_quantised(tmp_path / "base", Fp8(), GEOMETRY).path
+    edit_json(base / "config.json", torch_dtype=None)
+
+    with pytest.raises(InputError, match=r"names no dtype .*Give --dtype"):
+        make_plan(base, [adapter], dequantize=True)
+
+    plan = make_plan(base, [adapter], dequantize=True, dtype="bfloat16")
+    assert {task.target.dtype for task in plan.tasks} == {"BF16"}
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_the_file_that_alone_describes_packed_weights_is_named(
+    dequantize: bool, tmp_path: Path, adapter: Path
+) -> None:
+    base = write_quantised(tmp_path / "base", Gptq(), GEOMETRY).path
+    edit_json(base / "config.json", quantization_config=None)
+    (base / "quantize_config.json").write_text('{"bits": 4, "group_size": 16, "desc_act": false}')
+
+    with pytest.raises(InputError, match=r"which quantize_config\.json describes") as caught:
+        make_plan(base, [adapter], dequantize=dequantize)
+
+    assert len(caught.value.problems) == 1
+
+
 def test_a_group_index_is_asked_for_where_its_order_counts(refusal: Callable[..., str]) -> None:
     said = refusal(Gptq(without_index=True), desc_act=True)
 
