@@ -212,7 +212,7 @@ class MergePlan:
             "config": [self.config, self.config_changes],
             "side_files": [[f.name, f.size] for f in self.side_files],
             "adapters": [[a.weight, dict(a.digests)] for a in self.adapters],
-            "tunings": [asdict(a.tuning) if a.tuning else None for a in self.adapters],
+            "tunings": [a.tuning.arithmetic if a.tuning else None for a in self.adapters],
             "shards": [asdict(shard) for shard in self.shards],
         }
         text = json.dumps(covered, sort_keys=True, separators=(",", ":"))

@@ -93,6 +93,23 @@ def test_the_workers_must_have_the_peft_that_was_planned_with(
     assert seal(other).fingerprint != before
 
 
+def test_what_a_layer_takes_in_memory_is_no_part_of_the_fingerprint(
+    base: Path, tuned: Callable[..., Path]
+) -> None:
+    plan = seal(make_plan(base, [tuned("VERA")]))
+    (adapter,) = plan.adapters
+    assert adapter.tuning is not None
+
+    needs, config = {"copies": 9, "squares": 9, "always": 9}, {**adapter.tuning.config, "r": 9}
+    same, other = replace(adapter.tuning, **needs), replace(adapter.tuning, config=config)
+
+    fingerprints = [
+        replace(plan, adapters=(replace(adapter, tuning=tuning),)).fingerprint
+        for tuning in (same, other)
+    ]
+    assert fingerprints[0] == plan.fingerprint != fingerprints[1]
+
+
 @pytest.mark.parametrize("version", ["0.20.0", "0.22.0", "1.21.0"])
 def test_a_peft_that_the_tests_do_not_compare_with_is_refused(
     version: str, base: Path, tuned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
