@@ -21,23 +21,27 @@ from merge_core.planner import make_plan
 from merge_core.tuning import TESTED_PEFT
 
 
-@pytest.mark.parametrize("kind", ["SHIRA", "SUPERTUNING"])
+@pytest.mark.parametrize("place", [-1, 10**6])
+@pytest.mark.parametrize(
+    "kind", ["SHIRA", "SUPERTUNING", "VBLORA, top weights", "UNILORA, indices"]
+)
 def test_a_place_outside_of_the_layer_is_refused_by_name(
-    kind: str, base: Path, tuned: Callable[..., Path], tmp_path: Path
+    kind: str, place: int, base: Path, tuned: Callable[..., Path], tmp_path: Path
 ) -> None:
     adapter = shutil.copytree(tuned(kind), tmp_path / "adapter")
     file = adapter / "adapter_model.safetensors"
     saved = load_file(file)
-    key = min(key for key in saved if key.endswith("indices"))
-    saved[key].view(-1)[0] = 10**6
+    key = min(key for key in saved if "indices" in key)
+    saved[key].view(-1)[0] = min(place, torch.iinfo(saved[key].dtype).max)
     save_file(saved, file)
 
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match="names places outside of") as caught:
         merge(make_plan(base, [adapter]), tmp_path / "out", device="cpu")
 
-    assert f"{adapter}, module {key.removeprefix('base_model.model.').rpartition('.')[0]}" in str(
-        caught.value
-    )
+    (problem,) = caught.value.problems
+    assert key in problem.what
+    module = key.removeprefix("base_model.model.").rpartition(".")[0]
+    assert problem.where == f"{adapter}, module {module}"
 
 
 @pytest.mark.parametrize(
