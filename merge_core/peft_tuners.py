@@ -17,6 +17,8 @@ _CONV1D = frozenset({Kind.LINEAR, Kind.CONV1D})
 _EMBEDDING = frozenset({Kind.LINEAR, Kind.EMBEDDING})
 _ANY = frozenset(Kind)
 
+_SLOW = "PEFT decomposes each layer (SVD), which takes far longer than to read and write it"
+
 _BOTH: tuple[Part, ...] = ("weight", "bias")
 _VERA = "r save_projection projection_prng_key d_initial vera_dropout"
 
@@ -112,6 +114,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
                 "r lora_alpha use_rslora rank_pattern alpha_pattern init_lora_weights kasa_config"
             ),
             copies=8,
+            note=_SLOW,
         ),
         "LOHA": Tuner(
             groups=groups("hada_w1_a: out r; hada_w1_b: r in; hada_w2_a: out r; hada_w2_b: r in"),
@@ -157,6 +160,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             ),
             fields=words("effective_rank rank_pattern target_svd_config"),
             copies=11,
+            note=_SLOW,
         ),
         "PEANUT": Tuner(
             groups=groups("peanut_A.weight: r out; peanut_B.weight: out r"),
@@ -175,8 +179,8 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
                 " num_cayley_neumann_terms cayley_neumann_eps"
             ),
             copies=8,
-            note="PEFT works its basis out of the base again, which may come out differently on"
-            " another kind of device than it was trained on",
+            note=f"{_SLOW}; it works its basis out of the base again, which may come out"
+            " differently on another kind of device than it was trained on",
         ),
         "PVERA": Tuner(
             groups=groups("pvera_lambda_b: out; pvera_lambda_d: 2r"),
@@ -234,6 +238,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             copies=8,
             kinds=_EMBEDDING,
             others=Others.NUMBER,
+            note=_SLOW,
         ),
         "UNILORA": Tuner(
             groups=groups(

@@ -240,6 +240,7 @@ def test_the_plan_says_what_peft_merges_and_in_how_much_memory(base: Path, tmp_p
     (document,) = adapter_documents(plan)
     assert document["peft_bytes"] == lane_need(plan, "cpu", 1 << 20).alone > 0
     assert any("another kind of device" in note for note in plan.notes)
+    assert any("decomposes each layer (SVD)" in note for note in plan.notes)
 
 
 def test_a_plan_travels_to_the_workers(base: Path, tmp_path: Path) -> None:
