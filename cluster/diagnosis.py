@@ -14,9 +14,9 @@ from merge_core.plan import MergePlan
 from merge_core.reachable import InputSight
 from merge_core.side_files import CONFIG
 
-NOT_FOR_MERGING = frozenset({"transformers", "peft", "safetensors", "huggingface_hub"})
-"""Libraries without which merge and verify do their work, up to ``--level load``. raymeld reads
-and writes adapters and checkpoints itself, so that an old PEFT costs the demo, not a merge."""
+NOT_FOR_LORA = frozenset({"transformers", "peft", "safetensors", "huggingface_hub"})
+"""Libraries without which LoRA is merged and verified, up to ``--level load``: raymeld reads and
+writes adapters and checkpoints itself. PEFT, which merges other tuners, needs them all."""
 
 _OF_RAY = "ray::"
 """Ray calls the processes of its workers so, and so does nvidia-smi."""
@@ -131,8 +131,9 @@ def _judge_software(name: str, found: Examination, checkup: Checkup, book: _Note
             continue
         there = f"is {library.found}" if library.found else "is missing"
         what = f"{library.name} {there}, and should be {library.wanted or 'there'}"
-        if library.name in NOT_FOR_MERGING:
-            book.note(name, what, "A merge does without it; --level load and the demo may not")
+        if library.name in NOT_FOR_LORA:
+            others = "other tuners (docs/adapters.md), --level load and the demo may not"
+            book.note(name, what, f"LoRA is merged without it; {others}")
         else:
             book.problem(name, what, "Install raymeld there with all that it depends on")
     if not found.view.loads:

@@ -195,11 +195,18 @@ def _of_lora(fields: Mapping[str, Any]) -> AdapterConfig:
     )
 
 
-def _release(version: str | None) -> tuple[int, int] | None:
+def _is_older_oft(fields: Mapping[str, Any]) -> bool:
+    """Whether it is of an OFT whose series had other terms than the installed PEFT's, or may be."""
+    exact = fields.get("use_cayley_neumann") is False
+    release = _release(fields.get("peft_version"))
+    return fields.get("peft_type") == "OFT" and not exact and (release or (0, 0)) < (0, 18)
+
+
+def _release(version: Any) -> tuple[int, int] | None:
     """PEFT has written its version since 0.18."""
     if version is None:
         return (0, 17)
-    match = re.fullmatch(r"(\d+)\.(\d+)(?:\.\d+)?", version)
+    match = re.fullmatch(r"(\d+)\.(\d+)(?:\.\d+)?", str(version))
     return (int(match[1]), int(match[2])) if match else None
 
 
@@ -240,6 +247,12 @@ def _unsupported(fields: Mapping[str, Any], where: str) -> list[Problem]:
     if fields.get("use_dora") and fields.get("use_bdlora"):
         what = "use_dora and use_bdlora are set, of which PEFT trains one at a time"
         problems.append(Problem(what, where, _REPAIR))
+    if _is_older_oft(fields):
+        what = (
+            "use_cayley_neumann is not false: PEFT before 0.18 counted the last term of the series"
+            f" twice, and peft_version is {shortened(fields.get('peft_version'))}"
+        )
+        problems.append(Problem(what, where, "Merge it with PEFT 0.17"))
     init = fields.get("init_lora_weights", True)
     if str(init).lower() not in PLAIN_INITS:
         said = f"init_lora_weights={shortened(init)}"

@@ -94,6 +94,8 @@ def open_checkpoint(path: Path, decode: Decode | None = None) -> Checkpoint:
     stored_head: StoredHead | None = None
     if config is not None and files and (decode is not None or not quantised):
         with gathered(problems):
+            if not quantised:
+                _refuse_undescribed(path, files)
             if decode is not None:
                 decodings = _decodings(path, config, files, decode)
                 notes += decodings.notes
@@ -118,6 +120,15 @@ def open_checkpoint(path: Path, decode: Decode | None = None) -> Checkpoint:
         decodings=decodings,
         stored_head=stored_head,
     )
+
+
+def _refuse_undescribed(path: Path, files: Sequence[WeightFile]) -> None:
+    """Refuse packed weights of which config.json says nothing, as old packers wrote them."""
+    packed = any(tensor.name.endswith(".qweight") for file in files for tensor in file.tensors)
+    if packed and (names := descriptions(path)):
+        what = f"the base is quantised, which {names[0]} describes and config.json does not"
+        remedy = "Put its fields into config.json, as quantization_config with a quant_method"
+        raise refuse(what, str(path / names[0]), f"{remedy} such as gptq, and give --dequantize")
 
 
 def _decodings(

@@ -144,6 +144,7 @@ _KINDS: Mapping[str, str] = {
     "dora": "DoRA",
     "shift": "lora_bias",
     "rows": "trained tokens",
+    "through_peft": "layers that PEFT merges",
     "stacked": "factors in parts, of experts or of blocks",
     "whole": "whole tensors",
 }

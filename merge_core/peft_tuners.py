@@ -17,6 +17,8 @@ _CONV1D = frozenset({Kind.LINEAR, Kind.CONV1D})
 _EMBEDDING = frozenset({Kind.LINEAR, Kind.EMBEDDING})
 _ANY = frozenset(Kind)
 
+_SLOW = "PEFT decomposes each layer (SVD), which takes far longer than to read and write it"
+
 _BOTH: tuple[Part, ...] = ("weight", "bias")
 _VERA = "r save_projection projection_prng_key d_initial vera_dropout"
 
@@ -46,7 +48,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
         "C3A": Tuner(
             groups=groups("c3a_kernel: out/block_size in/block_size block_size"),
             fields=words("block_size block_size_pattern"),
-            copies=4,
+            copies=6,
             squares=4,
         ),
         "DEFT": Tuner(
@@ -64,7 +66,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
         "FOURIERFT": Tuner(
             groups=groups("fourierft_spectrum: n_frequency"),
             fields=words("n_frequency scaling random_loc_seed n_frequency_pattern"),
-            copies=8,
+            copies=9,
             kinds=_CONV1D,
         ),
         "GLORA": Tuner(
@@ -112,7 +114,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
                 "r lora_alpha use_rslora rank_pattern alpha_pattern init_lora_weights kasa_config"
             ),
             copies=8,
-            squares=4,
+            note=_SLOW,
         ),
         "LOHA": Tuner(
             groups=groups("hada_w1_a: out r; hada_w1_b: r in; hada_w2_a: out r; hada_w2_b: r in"),
@@ -157,8 +159,8 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
                 " osf_svd_params.V_low: low in"
             ),
             fields=words("effective_rank rank_pattern target_svd_config"),
-            copies=8,
-            squares=4,
+            copies=11,
+            note=_SLOW,
         ),
         "PEANUT": Tuner(
             groups=groups("peanut_A.weight: r out; peanut_B.weight: out r"),
@@ -177,9 +179,8 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
                 " num_cayley_neumann_terms cayley_neumann_eps"
             ),
             copies=8,
-            squares=4,
-            note="PEFT works its basis out of the base again, which may come out differently on"
-            " another kind of device than it was trained on",
+            note=f"{_SLOW}; it works its basis out of the base again, which may come out"
+            " differently on another kind of device than it was trained on",
         ),
         "PVERA": Tuner(
             groups=groups("pvera_lambda_b: out; pvera_lambda_d: 2r"),
@@ -208,8 +209,8 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
         "ROAD": Tuner(
             groups=groups("road_alpha: n; road_theta: n"),
             fields=words("variant group_size"),
-            copies=3,
-            squares=4,
+            copies=2,
+            squares=3,
             changes=_BOTH,
         ),
         "SHIRA": Tuner(
@@ -223,7 +224,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
                 "supertuning_lora_A.weight: r in; supertuning_lora_B.weight: out r |",
             ),
             fields=words("sparsity select_top r lora_alpha save_precomputed_indices"),
-            copies=4,
+            copies=6,
         ),
         "TINYLORA": Tuner(
             groups=groups(
@@ -235,9 +236,9 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             ),
             shared=form("tinylora_v.*: u"),
             copies=8,
-            squares=4,
             kinds=_EMBEDDING,
             others=Others.NUMBER,
+            note=_SLOW,
         ),
         "UNILORA": Tuner(
             groups=groups(
@@ -281,7 +282,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             fields=words(
                 "n_frequency scaling wavelet_family use_idwt random_loc_seed n_frequency_pattern"
             ),
-            copies=6,
+            copies=7,
             kinds=_CONV1D,
         ),
     }

@@ -78,8 +78,9 @@ class TensorTask:
 
     @property
     def as_bytes(self) -> bool:
-        """Whether it is carried over byte for byte."""
-        return not self.updates and self.source.tensor.dtype == self.target.dtype
+        """Whether it is carried over byte for byte. What is decoded may be NaN, so it is not."""
+        decoded = self.source.decoding is not None
+        return not (self.updates or decoded) and self.source.tensor.dtype == self.target.dtype
 
     @property
     def parts(self) -> Iterator[SingleUpdate]:
@@ -225,7 +226,7 @@ class MergePlan:
             "config": [self.config, self.config_changes],
             "side_files": [[f.name, f.size] for f in self.side_files],
             "adapters": [[a.weight, dict(a.digests)] for a in self.adapters],
-            "tunings": [asdict(a.tuning) if a.tuning else None for a in self.adapters],
+            "tunings": [a.tuning.arithmetic if a.tuning else None for a in self.adapters],
             "shards": [asdict(shard) for shard in self.shards],
         }
         text = json.dumps(covered, sort_keys=True, separators=(",", ":"))

@@ -27,6 +27,7 @@ from merge_core.replication import (
     unused_layers,
 )
 from merge_core.shards import OutputTensor, cut_shards, shard_name
+from merge_core.side_files import CONFIG
 from merge_core.simulated import round_to_nf4
 from merge_core.stages import shards_of
 from merge_core.ties import settle_ties, tied_embeddings
@@ -90,6 +91,8 @@ def make_plan(  # noqa: PLR0913 - one parameter an option
             opened.append(open_adapter(path.absolute(), weight))
     if checkpoint is None:
         raise InputError(problems)
+    with gathered(problems):
+        _check_dtype(checkpoint, dtype)
     matched = _match(checkpoint, opened, problems, keep_tied=keep_tied)
     updates: Mapping[str, Sequence[Update]] = {}
     if not problems:
@@ -144,6 +147,16 @@ def _check_options(adapters: Sequence[str | Path], dtype: str | None, shard_byte
         problems.append(Problem(what, "--shard-size", "Give a size such as 2GB"))
     if problems:
         raise InputError(problems)
+
+
+def _check_dtype(checkpoint: Checkpoint, asked: str | None) -> None:
+    """What comes out of packed weights is of several dtypes, and beside others in the result."""
+    decodings = checkpoint.decodings
+    if asked is not None or decodings is None or decodings.dtype is not None:
+        return
+    if quantisation_of(checkpoint.config) is not None:
+        what = "names no dtype (torch_dtype) of the weights that come out of the packed ones"
+        raise refuse(what, str(checkpoint.path / CONFIG), f"Give --dtype: {', '.join(DTYPE_NAMES)}")
 
 
 def _match(

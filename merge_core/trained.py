@@ -125,7 +125,7 @@ def _sorted_out(
         for part, *others in _WHOLE:
             with gathered(problems):
                 kinds = (part, *others)
-                beside = bool(parts.keys() & _FACTORS) or module in tuned.layers
+                beside = bool(parts.keys() & _FACTORS) or _is_tuned(module, tuned, config)
                 brought = _brought(module, parts, kinds, config, where, has_factors=beside)
                 if brought is not None:
                     whole[f"{module}.{part}"] = brought
@@ -138,6 +138,12 @@ def _sorted_out(
         twins=tuple(twins),
         tuned=tuned,
     )
+
+
+def _is_tuned(module: str, tuned: Tuned, config: AdapterConfig) -> bool:
+    """UNILORA's file may hold nothing of any layer: then the config tells."""
+    unnamed = bool(tuned.shared) and not tuned.layers
+    return module in tuned.layers or (unnamed and config.is_target(module))
 
 
 _WHOLE = (

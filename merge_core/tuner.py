@@ -29,7 +29,8 @@ class Tuner:
     """Fields of its config that may change the result."""
     copies: int
     """Tensors of the size of a layer's weight that are in memory at once while PEFT merges it, in
-    float32; measured, and rounded up."""
+    float32, besides the result; as ``benchmarks/tuner_memory.py`` measures it on a CPU, and more
+    where a whole merge was seen to take more."""
     squares: int = 0
     """The same for tensors of [n, n], where n is the layer's larger side."""
     shared: Form = field(default_factory=dict)

@@ -86,13 +86,22 @@ def _dealt_out(layers: list[Layer], adapter: Adapter) -> int:
     return 12 * rank_of(adapter.config.fields) * sum(sum(layer.shape) for layer in layers)
 
 
+TESTED_PEFT = "0.21"
+"""The release whose layers the tests compare with. What is merged is what they make of it, and that
+has changed between releases."""
+
+
 def _installed_peft(where: str) -> str:
     """Its version, without importing it."""
+    remedy = f"Install peft {TESTED_PEFT}, on every machine"
     try:
-        return importlib.metadata.version("peft")
+        version = importlib.metadata.version("peft")
     except importlib.metadata.PackageNotFoundError:
-        what = "PEFT merges this adapter, and is not installed here"
-        raise refuse(what, where, "Install peft, on every machine") from None
+        raise refuse("PEFT merges it, and is not installed here", where, remedy) from None
+    if version.split(".")[:2] != TESTED_PEFT.split("."):
+        what = f"PEFT merges it, and {version} is installed, which no test compares with"
+        raise refuse(what, where, remedy)
+    return version
 
 
 _PROVENANCE = frozenset({"base_model_name_or_path", "revision", "auto_mapping", "peft_version"})
@@ -138,6 +147,9 @@ def _layer(
     if kind not in tuner.kinds:
         what = f"{adapter.config.peft_type} on a layer that is {kind} is not merged"
         raise refuse(what, at, _WITH_PEFT)
+    if adapter.config.peft_type == "KASA" and f"{path}.weight" in adapter.trained.whole:
+        what = "the base's weight is in the file, cut down already, and KaSA would cut it once more"
+        raise refuse(what, at, "Save the adapter with save_embedding_layers=False")
     if "weight" not in tuner.changes and bias is None:
         what = "the base has no bias there that could take what was trained"
         raise refuse(what, at, _OTHER_BASE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -15,10 +15,13 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import merge_utils
 from transformers import AutoModelForCausalLM
+from tuners import make_tuned
 
+from merge_core import combining
 from merge_core.errors import InputError
 from merge_core.merge import merge
 from merge_core.planner import make_plan
+from merge_core.updates import LowRankUpdate, SingleUpdate
 from merge_core.updates.arithmetic import random_mask
 from merge_core.updates.combined import Combination
 from merge_core.verify import verify
@@ -310,3 +313,24 @@ def test_numeric_names_the_combination_that_it_cannot_check(
     merge(plan, out)
     with pytest.raises(InputError, match="cannot check adapters combined by linear"):
         verify(out, "numeric")
+
+
+def test_a_kind_of_update_that_cannot_be_combined_has_a_name() -> None:
+    kinds = {
+        kind
+        for update in get_args(SingleUpdate)
+        if update is not LowRankUpdate
+        for kind in get_args(get_type_hints(update)["kind"])
+    }
+
+    assert kinds | {"whole"} == combining._KINDS.keys()
+
+
+def test_a_tuner_that_peft_merges_is_not_combined_and_named(base: Path, tmp_path: Path) -> None:
+    one = make_adapter(tmp_path / "one", base, target_modules=FEW)
+    two = make_tuned(tmp_path / "two", base, "LOHA")
+
+    with pytest.raises(InputError, match="and it has layers that PEFT merges") as caught:
+        make_plan(base, [one, two], combination=Combination(method="linear"))
+
+    assert str(two) in caught.value.problems[0].where

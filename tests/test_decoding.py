@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from merge_core.decoding.awq import AwqFormat
-from merge_core.decoding.fp8 import Fp8Format
+from merge_core.decoding.fp8 import Fp8Format, LoadedFp8
 from merge_core.decoding.gptq import GptqFormat
 from merge_core.verify.packed import unpacked
 from merge_core.verify.unpacking import Unpacked
@@ -101,6 +101,15 @@ def test_fp8(
     how = Fp8(block=block, scales=scales)
 
     check(Fp8Format.of(how.config, "here"), how.pack(*size, seed), data)
+
+
+def test_a_scale_of_fp8_is_spread_over_the_rows_alone_that_are_asked_for() -> None:
+    weight = torch.ones(4, 8).to(torch.float8_e4m3fn)
+    scale = torch.tensor([[3.0]])
+
+    rows = LoadedFp8(weight=weight, scale=scale, block=(1 << 40, 1 << 40)).rows(1, 3)
+
+    assert torch.equal(rows, torch.full((2, 8), 3.0))
 
 
 @pytest.mark.parametrize("scales", [torch.bfloat16, torch.float32])

@@ -159,7 +159,7 @@ def test_what_is_wrong_with_a_node_is_a_problem(changes: dict[str, Any], said: s
         ({"leaves_in": math.inf, "examination": None, "paths": None}, "n1: is about to leave"),
         (
             {"libraries": (Library(name="peft", wanted=">=0.20", found="0.7.1"),)},
-            "n1: peft is 0.7.1, and should be >=0.20. A merge does without it",
+            "n1: peft is 0.7.1, and should be >=0.20. LoRA is merged without it; other tuners",
         ),
         (
             {"libraries": ()},

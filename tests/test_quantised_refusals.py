@@ -14,7 +14,7 @@ from models import edit_json
 from oracles import Tensors
 from packers import Awq, Format, Fp8, Gptq, write_quantised
 
-from merge_core.errors import InputError
+from merge_core.errors import InputError, NonFiniteError
 from merge_core.merge import merge
 from merge_core.planner import make_plan
 
@@ -137,6 +137,7 @@ def test_a_weight_that_is_there_beside_its_packed_parts_is_named(
         (Fp8(), {"activation_scheme": "static"}, "activation_scheme = 'static'"),
         (Fp8(), {"weight_block_size": [32]}, "weight_block_size = [32]"),
         (Fp8(), {"weight_block_size": None}, f"module {UP}"),
+        (Fp8(), {"weight_block_size": [1 << 21, 1 << 21]}, "weight_block_size = [2097152, 20"),
         (Fp8(), {"scale_fmt": "ue8m0"}, "scale_fmt = 'ue8m0'"),
         (Fp8(), {"quant_method": "bitsandbytes", "load_in_4bit": True}, "is not known"),
     ],
@@ -153,6 +154,31 @@ def test_layers_that_lie_the_other_way_are_refused(tmp_path: Path, adapter: Path
 
     with pytest.raises(InputError, match=r"its layers store \[in, out\]"):
         make_plan(base, [adapter], dequantize=True)
+
+
+def test_a_base_that_names_no_dtype_needs_one(tmp_path: Path, adapter: Path) -> None:
+    base = write_quantised(tmp_path / "base", Fp8(), GEOMETRY).path
+    edit_json(base / "config.json", torch_dtype=None)
+
+    with pytest.raises(InputError, match=r"names no dtype .*Give --dtype"):
+        make_plan(base, [adapter], dequantize=True)
+
+    plan = make_plan(base, [adapter], dequantize=True, dtype="bfloat16")
+    assert {task.target.dtype for task in plan.tasks} == {"BF16"}
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_the_file_that_alone_describes_packed_weights_is_named(
+    dequantize: bool, tmp_path: Path, adapter: Path
+) -> None:
+    base = write_quantised(tmp_path / "base", Gptq(), GEOMETRY).path
+    edit_json(base / "config.json", quantization_config=None)
+    (base / "quantize_config.json").write_text('{"bits": 4, "group_size": 16, "desc_act": false}')
+
+    with pytest.raises(InputError, match=r"which quantize_config\.json describes") as caught:
+        make_plan(base, [adapter], dequantize=dequantize)
+
+    assert len(caught.value.problems) == 1
 
 
 def test_a_group_index_is_asked_for_where_its_order_counts(refusal: Callable[..., str]) -> None:
@@ -181,4 +207,23 @@ def test_numbers_that_mean_nothing_end_the_merge(
     with pytest.raises(InputError, match=named) as caught:
         merge(plan, tmp_path / "out", choice=TWO_LANES)
     assert f"tensor '{UP}.{part}'" in str(caught.value)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "part", "dtype"), [(Gptq(), "scales", "float16"), (Fp8(), "weight", "float32")]
+)
+def test_a_decoded_weight_that_is_not_finite_ends_the_merge_untouched_as_it_is(
+    how: Format, part: str, dtype: str, tmp_path: Path
+) -> None:
+    def spoil(tensors: Tensors) -> None:
+        bits = tensors[f"{UP}.{part}"].view(torch.int16 if part == "scales" else torch.int8)
+        bits[0, 0] = 0x7C00 if part == "scales" else 0x7F  # infinity; NaN, which E4M3 alone has
+
+    base = write_quantised(tmp_path / "base", how, GEOMETRY, change=spoil).path
+    adapter = write_adapter(tmp_path / "adapter", {DOWN: FACTORS[DOWN]}, r=4, lora_alpha=8)
+    plan = make_plan(base, [adapter], dequantize=True, dtype=dtype)
+
+    with pytest.raises(NonFiniteError, match=f"{UP}.weight"):
+        merge(plan, tmp_path / "out", choice=TWO_LANES)
     assert not (tmp_path / "out" / "config.json").exists()

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from pathlib import Path
 
+import peft
 import pytest
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from tuners import CONFIGS
@@ -14,6 +15,7 @@ from merge_core.peft_fields import INERT_FIELDS, NORM_FIELDS, READ_FIELDS
 from merge_core.peft_tuners import TUNERS
 from merge_core.refused_tuners import REFUSED, REFUSED_FIELDS, REFUSED_VARIANTS
 from merge_core.tuner import COMMON_FIELDS
+from merge_core.tuning import TESTED_PEFT
 
 DOCS = Path(__file__).parents[1] / "docs" / "adapters.md"
 OTHERWISE = {"LORA", "TRAINABLE_TOKENS", "LN_TUNING"}
@@ -23,6 +25,10 @@ OTHERWISE = {"LORA", "TRAINABLE_TOKENS", "LN_TUNING"}
 def installed() -> set[str]:
     kinds = {*PEFT_TYPE_TO_CONFIG_MAPPING, *PEFT_TYPE_TO_TUNER_MAPPING}
     return {str(getattr(kind, "value", kind)) for kind in kinds}
+
+
+def test_the_installed_peft_is_the_one_that_merges_are_planned_for() -> None:
+    assert peft.__version__.rpartition(".")[0] == TESTED_PEFT
 
 
 def test_every_tuner_of_the_installed_peft_is_in_one_table() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,31 @@ def test_the_report_names_what_is_left_to_the_digests(
     assert report.checks[-1].startswith("every other value compared")
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_head_that_a_tuner_unties_is_no_wrong_merge(
+    keep: bool, bases: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = bases("BF16", tie_word_embeddings=True)
+    adapter = make_tuned(tmp_path / "adapter", base, "LOHA", target_modules=["lm_head"])
+
+    merge(make_plan(base, [adapter], keep_tied=keep), tmp_path / "out", level="numeric")
+
+    report = verify(tmp_path / "out", "numeric")
+    assert report.ok
+    left = "model.embed_tokens.weight" if keep else "lm_head.weight"
+    words = f"left to the digest: 1 tensor of layers that PEFT merged, {left}"
+    assert words in report.checks
+
+
+def test_whole_tensors_beside_a_tuner_are_compared(base: Path, tmp_path: Path) -> None:
+    fields = {"vocabulary": 163, "modules_to_save": ["embed_tokens", "lm_head"]}
+    adapter, out = make_tuned(tmp_path / "adapter", base, "OFT", **fields), tmp_path / "out"
+    merge(make_plan(base, [adapter]), out, level="numeric")
+    plant(out, "lm_head.weight", 162)
+
+    assert [check for check, _ in found(out, "numeric")] == ["digest", "copied"]
+
+
 def test_what_else_differs_is_found(base: Path, tmp_path: Path) -> None:
     adapter, out = make_tuned(tmp_path / "adapter", base, "LOHA"), tmp_path / "out"
     merge(make_plan(base, [adapter]), out)
@@ -56,8 +82,11 @@ def test_trained_norms_are_compared(base: Path, tmp_path: Path) -> None:
     assert [check for check, _ in found(out, "numeric")] == ["digest", "copied"]
 
 
-def test_an_adapter_that_names_no_tensors_cannot_be_checked(base: Path, tmp_path: Path) -> None:
-    adapter = make_tuned(tmp_path / "adapter", base, "UNILORA")
+@pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["norm"]}])
+def test_an_adapter_that_names_no_tensors_cannot_be_checked(
+    fields: dict[str, list[str]], base: Path, tmp_path: Path
+) -> None:
+    adapter = make_tuned(tmp_path / "adapter", base, "UNILORA", **fields)
 
     with pytest.raises(InputError, match="cannot check what its file does not name"):
         merge(make_plan(base, [adapter]), tmp_path / "out", level="numeric")

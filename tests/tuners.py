@@ -107,17 +107,27 @@ def tuner_config(name: str, **changes: Any) -> PeftConfig:
     return PEFT_TYPE_TO_CONFIG_MAPPING[kind](task_type="CAUSAL_LM", **fields)
 
 
-def make_tuned(path: Path, base: Path, name: str, **changes: Any) -> Path:
-    """One of ``ALL``, trained on ``base``."""
+def make_tuned(
+    path: Path,
+    base: Path,
+    name: str,
+    *,
+    vocabulary: int | None = None,
+    save_embedding_layers: bool | str = "auto",
+    **changes: Any,
+) -> Path:
+    """One of ``ALL``, trained on ``base``, or on what it was resized to."""
     with _peft_at_ease():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_pretrained(base)
+        if vocabulary is not None:
+            model.resize_token_embeddings(vocabulary, mean_resizing=False)
         tuned = get_peft_model(model, tuner_config(name, **changes))
         torch.manual_seed(1)
         for parameter in tuned.parameters():
             if parameter.requires_grad:  # near where it starts: some count as 1, some as a norm
                 parameter.data += torch.randn(parameter.shape).mul_(0.1).to(parameter.dtype)
-        tuned.save_pretrained(path)
+        tuned.save_pretrained(path, save_embedding_layers=save_embedding_layers)
     return path
 
 

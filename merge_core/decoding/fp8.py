@@ -22,9 +22,15 @@ if TYPE_CHECKING:
     import torch
 
 
+_MAX_BLOCK = 1 << 20
+"""Longer than any side of a weight; 128 is what is published. Keeps hostile numbers out."""
+
+
 def _is_block(value: Any) -> bool:
     return value is None or (
-        isinstance(value, list) and len(value) == 2 and all(map(is_size, value))
+        isinstance(value, list)
+        and len(value) == 2
+        and all(is_size(side) and side <= _MAX_BLOCK for side in value)
     )
 
 
@@ -89,12 +95,15 @@ class LoadedFp8:
     block: tuple[int, int]
 
     def rows(self, top: int, bottom: int) -> torch.Tensor:
-        """Rows lie as they are."""
+        """Rows lie as they are. Scales are spread over these rows alone: a block may be as large as
+        the weight.
+        """
+        import torch
+
         high, wide = self.block
-        first, behind = top // high, -(-bottom // high)
-        scales = self.scale[first:behind].repeat_interleave(wide, dim=1)
-        scales = scales[:, : self.weight.shape[1]].repeat_interleave(high, dim=0)
-        return self.weight[top:bottom].float() * scales[top - first * high : bottom - first * high]
+        rows = torch.arange(top, bottom) // high
+        columns = torch.arange(self.weight.shape[1]) // wide
+        return self.weight[top:bottom].float() * self.scale[rows][:, columns]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

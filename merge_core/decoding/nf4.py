@@ -9,10 +9,11 @@ and ``dequantize_4bit``, from and to the dtype of the weight:
               outer being the largest |absmax - offset| of 256 blocks
     w'      = NF4[code] * absmax', in float32, rounded once
 
-Three things depend on the machine in bitsandbytes, and may not here. The mean and the table of
-8-bit values are worked out in float64, so that every machine finds the same; "nearest" is what the
-word says, where its kernel for CPUs decides otherwise close to the middle of two 8-bit values (for
-some 2 blocks in 1000).
+Three things depend on the machine in bitsandbytes, and should not here. The mean and the table of
+8-bit values are worked out in float64, where the order of the sum does not matter for absmax of 16
+bits (it is exact while they are within a factor of 2^19), and rarely survives the rounding of the
+mean for those of 32; "nearest" is what the word says, where its kernel for CPUs decides otherwise
+close to the middle of two 8-bit values (for some 2 blocks in 1000).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -59,7 +60,7 @@ def merge_layer(
         raise refuse(what, at, "Install the same PEFT on every machine")
     _check_places(layer, held, at)
     try:
-        with torch.no_grad(), _left_alone():
+        with torch.no_grad(), _left_alone(base["weight"].device):
             root = _model(tuning, layer, base)
             model = PeftModel(root, _config(tuning, layer, at))
             _load(model, layer, held, at)
@@ -76,22 +77,40 @@ def merge_layer(
 
 
 def _check_places(layer: Layer, held: State, at: str) -> None:
-    """SHIRA's rows and columns: sparse tensors write wherever they point."""
+    """Sparse tensors write wherever they point, some count from the end, and a GPU ends the whole
+    process at a place that is not there.
+    """
     for name, places in held.items():
-        if name.endswith(".shira_indices"):
-            sizes = torch.tensor(layer.shape, device=places.device).unsqueeze(1)
-            if bool(((places < 0) | (places >= sizes)).any()):
-                what = f"{name!r} names places outside of {list(layer.shape)}"
-                raise refuse(what, at, _OTHER_CONFIG)
+        sizes = _sizes(name.rpartition(".")[2], layer, held)
+        if sizes is None:
+            continue
+        behind = torch.tensor(sizes, device=places.device).unsqueeze(1)
+        listed = places.reshape(len(sizes), -1)
+        if bool(((listed < 0) | (listed >= behind)).any()):
+            raise refuse(f"{name!r} names places outside of {list(sizes)}", at, _OTHER_CONFIG)
+
+
+def _sizes(part: str, layer: Layer, held: State) -> tuple[int, ...] | None:
+    """Of what the numbers of a tensor are places in, one a row of them; None if they are none."""
+    if part == "shira_indices":
+        return layer.shape
+    if part == "supertuning_indices":
+        return (math.prod(layer.shape),)
+    if part in ("vblora_logits_A_topk_indices", "vblora_logits_B_topk_indices"):
+        return (len(held[f"{_SHARED}vblora_vector_bank"]),)
+    if part in ("unilora_indices_A", "unilora_indices_B"):
+        return (len(held[f"{_SHARED}unilora_theta_d"]),)
+    return None
 
 
 @contextlib.contextmanager
-def _left_alone() -> Iterator[None]:
+def _left_alone(device: torch.device) -> Iterator[None]:
     """Keep the process's random numbers, and use the same ones for every layer.
 
     What PEFT warns of is checked here, or of the training.
     """
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    gpus = [device] if device.type == "cuda" else []
+    with warnings.catch_warnings(), torch.random.fork_rng(gpus):
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
         yield
@@ -149,6 +168,9 @@ def _config(tuning: Tuning, layer: Layer, at: str) -> PeftConfig:
         raise refuse(what, at, "Install a newer PEFT, on every machine")
     known = {field.name for field in dataclasses.fields(kind)}
     fields: dict[str, Any] = {k: v for k, v in tuning.config.items() if k in known}
+    if left := [name for name, value in tuning.config.items() if name not in known and value]:
+        what = f"PEFT {tuning.peft} does not know the field {some_of(left)}"
+        raise refuse(what, at, "Install the PEFT that the adapter was trained with, if it is newer")
     fields |= {name: value for name, value in _OURS.items() if name in known}
     if not fields.get("feedforward_modules"):  # these are among the names of the others
         fields["target_modules"] = [one.path for one in tuning.around(layer)]

@@ -12,6 +12,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from merge_core.errors import refuse
 from merge_core.layout import TensorSpec
 from merge_core.updates.loading import Loading
 from merge_core.updates.tuning import Layer, Part
@@ -54,11 +55,15 @@ class PeftUpdate:
         """The merged tensor, on the device.
 
         Raises:
-            InputError: PEFT finds the adapter other than its config promises.
+            InputError: PEFT is not installed, or finds the adapter other than its config promises.
         """
-        from merge_core.updates.peft_layer import merge_layer
-
-        tuning = inputs.tuning(self.adapter)
+        tuning, path = inputs.tuning(self.adapter), inputs.path(self.adapter)
+        try:
+            from merge_core.updates.peft_layer import merge_layer
+        except ImportError as error:
+            what = f"PEFT, which merges it, cannot be imported on this machine ({error})"
+            remedy = f"Install peft {tuning.peft} there, with all that it depends on"
+            raise refuse(what, str(path), remedy) from error
         with _ONE_AT_A_TIME:
             held = {
                 tensor.name: inputs.factor(self.adapter, tensor)
@@ -68,7 +73,6 @@ class PeftUpdate:
             # Its own by no name: what was trained of a tied head may end up in the embeddings.
             names = {p: None if p == self.part else f"{self.layer.path}.{p}" for p in parts}
             base = {part: inputs.whole(name) for part, name in names.items()}
-            path = inputs.path(self.adapter)
             merged = merge_layer(tuning, self.layer, held, base, path)[self.part]
         return LoadedPeft(merged=merged.reshape(len(merged), -1), weight=self.weight)
 

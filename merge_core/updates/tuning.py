@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -75,6 +75,12 @@ class Tuning:
     """What a layer takes in memory, see ``tuner.Tuner``."""
     always: int = 0
     """Float32 numbers that are in memory with any layer."""
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        """All of it but what a layer takes in memory, which changes no byte of the result."""
+        fields = asdict(self)
+        return {name: fields[name] for name in fields.keys() - {"copies", "squares", "always"}}
 
     def around(self, chosen: Layer) -> Iterator[Layer]:
         """``chosen`` and the others that must be there with it, in order."""

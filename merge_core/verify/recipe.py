@@ -35,7 +35,7 @@ from merge_core.verify.adapter_keys import (
     B,
     sort_keys,
 )
-from merge_core.verify.elsewhere import is_elsewhere, touched
+from merge_core.verify.elsewhere import beside_tuner, is_elsewhere, touched
 from merge_core.verify.experts import (
     Part,
     is_parameter,
@@ -100,11 +100,13 @@ class _Module:
 
 def _elsewhere(
     path: Path, config: Mapping[str, Any], base: Mapping[str, tuple[int, ...]]
-) -> Recipe:
-    """Of an adapter that PEFT merges: which tensors nobody here can check."""
+) -> tuple[Recipe, list[Finding]]:
+    """Of an adapter that PEFT merges: what it brings as a whole, and what nobody here can check."""
     file = open_factors(str(weights_path(path)), any_dtype=True)
-    names = touched(file.shapes, base, str(path))
-    return Recipe(config=config, factors=file, updates={}, whole={}, unchecked=names)
+    modules, others = beside_tuner(file.shapes, base)
+    whole, findings = whole_tensors(modules, file, str(path))
+    names = touched(others, base, str(path))
+    return Recipe(config=config, factors=file, updates={}, whole=whole, unchecked=names), findings
 
 
 def adapter_recipe(
@@ -126,7 +128,7 @@ def adapter_recipe(
     """
     config = read_fields(path / "adapter_config.json")
     if is_elsewhere(config):
-        return _elsewhere(path, config, base), []
+        return _elsewhere(path, config, base)
     factors = open_factors(str(weights_path(path)))
     modules, unknown = sort_keys(factors.shapes)
     problems = [*unsupported_fields(config), *(f"tensor {key!r}" for key in unknown)]
