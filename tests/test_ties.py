@@ -159,6 +159,22 @@ def test_tokens_and_factors_of_tied_ends_are_refused_with_a_way_out(
         make_plan(base, [adapter])
 
 
+@pytest.mark.parametrize(
+    ("field", "names"),
+    [("target_modules", ["q_proj", "lm_head"]), ("modules_to_save", ["lm_head"])],
+)
+def test_a_tied_head_of_which_nothing_is_left_is_named(
+    base: Path, field: str, names: list[str], tmp_path: Path
+) -> None:
+    fields = {"target_modules": ["q_proj"], field: names}
+    adapter = make_adapter(tmp_path / "adapter", base, **fields)
+    file = adapter / "adapter_model.safetensors"
+    save_file({k: t for k, t in load_file(file).items() if "lm_head" not in k}, file)
+
+    with pytest.raises(InputError, match=f"{field} covers lm_head"):
+        make_plan(base, [adapter])
+
+
 RESIZED: dict[str, tuple[dict[str, Any], bool]] = {
     "LoRA elsewhere": ({"target_modules": ["q_proj"]}, True),
     "LoRA on both": ({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, True),
