@@ -243,6 +243,20 @@ def test_the_plan_says_what_peft_merges_and_in_how_much_memory(base: Path, tmp_p
     assert any("decomposes each layer (SVD)" in note for note in plan.notes)
 
 
+def test_the_random_numbers_of_the_process_are_left_alone(
+    base: Path, tuned: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seed_all(_: int) -> None:
+        pytest.fail("generators of GPUs that are not kept are seeded")
+
+    adapter, before = tuned("HRA"), torch.random.get_rng_state()
+    monkeypatch.setattr("torch.cuda.manual_seed_all", seed_all)
+
+    merge(make_plan(base, [adapter]), tmp_path / "out", device="cpu")
+
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_a_plan_travels_to_the_workers(base: Path, tmp_path: Path) -> None:
     plan = make_plan(base, [make_tuned(tmp_path / "adapter", base, "VERA")])
 

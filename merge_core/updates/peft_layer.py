@@ -112,8 +112,14 @@ def _left_alone(device: torch.device) -> Iterator[None]:
     gpus = [device] if device.type == "cuda" else []
     with warnings.catch_warnings(), torch.random.fork_rng(gpus):
         warnings.simplefilter("ignore")
-        torch.manual_seed(0)
+        # torch.manual_seed would begin those of the other GPUs anew, which are not kept.
+        for generator in (torch.default_generator, *map(_generator_of, gpus)):
+            generator.manual_seed(0)
         yield
+
+
+def _generator_of(gpu: torch.device) -> torch.Generator:
+    return torch.cuda.default_generators[gpu.index]
 
 
 def _model(tuning: Tuning, chosen: Layer, base: State) -> nn.Module:
