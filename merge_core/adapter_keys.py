@@ -93,3 +93,11 @@ def unwrapped(module: str) -> tuple[str, int]:
     while path.endswith(_INNER):
         path = path.removesuffix(_INNER)
     return path, (len(module) - len(path)) // len(_INNER)
+
+
+def has_token_rows(module: str) -> bool:
+    """Whether a module's weight has a row for each token.
+
+    PEFT saves such weights by itself where the vocabulary was resized, or where they have factors.
+    """
+    return module.rpartition(".")[2] in ("embed_tokens", "lm_head", "wte")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from merge_core.adapter import Adapter
+from merge_core.adapter_keys import has_token_rows
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import InputError, Problem, gathered, refuse, some_of
 from merge_core.expert_factors import ExpertFactors
@@ -13,7 +14,7 @@ from merge_core.layout import TensorSpec
 from merge_core.matched import Matched
 from merge_core.orientation import check_mergeable, is_transposed
 from merge_core.plan import Source, Twins
-from merge_core.trained import LowRankPair, TokenRows, has_token_rows
+from merge_core.trained import LowRankPair, TokenRows
 from merge_core.updates import (
     DoraUpdate,
     LowRankUpdate,

@@ -14,18 +14,13 @@ from merge_core.checkpoint import Checkpoint, Decode, open_checkpoint
 from merge_core.combining import check_combination, combined
 from merge_core.completeness import missing_parts
 from merge_core.device_map import DeviceMap, read_device_map
-from merge_core.errors import InputError, Problem, gathered, refuse, some_of
+from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.layout import DTYPE_NAMES, MERGEABLE, lay_out
 from merge_core.matched import Matched
 from merge_core.matching import check_together, match
 from merge_core.plan import AdapterInput, MergePlan, Shard, Source, TensorTask
 from merge_core.quantised import quantisation_of, read_packed
-from merge_core.replication import (
-    layer_order,
-    replicated,
-    replicated_config,
-    unused_layers,
-)
+from merge_core.replication import describe_copies, layer_order, replicated
 from merge_core.shards import OutputTensor, cut_shards, shard_name
 from merge_core.side_files import CONFIG
 from merge_core.simulated import round_to_nf4
@@ -179,21 +174,10 @@ def _match(
     if embeddings is not None:
         settle_ties(matched, embeddings, adapters, keep=keep_tied)
     if order is not None:
-        _replicate(matched, checkpoint, order)
+        describe_copies(matched, checkpoint.config, order)
     with gathered(problems):
         check_together(matched)
     return matched
-
-
-def _replicate(matched: Matched, checkpoint: Checkpoint, order: Sequence[int]) -> None:
-    """Say in config and notes what became of the layers."""
-    matched.config_changes |= replicated_config(checkpoint.config, order)
-    before = checkpoint.config["num_hidden_layers"]
-    note = f"layer_replication: {before} layers become {len(order)}, each a copy of its own"
-    left = unused_layers(checkpoint.config, order)
-    if left:
-        note += f"; there is no copy of {some_of([f'layer {n}' for n in left])}"
-    matched.notes.append(note)
 
 
 def _assemble(

@@ -16,6 +16,7 @@ from merge_core.adapter import Adapter
 from merge_core.architecture import LINEAR_MODELS, has_experts
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import InputError, Problem, refuse, some_of
+from merge_core.matched import Matched
 from merge_core.plan import Source
 
 _LAYER = re.compile(r"(model\.layers\.)(\d+)(\..+)")
@@ -103,9 +104,15 @@ def replicated_config(config: Mapping[str, Any], order: Sequence[int]) -> dict[s
     return changes
 
 
-def unused_layers(config: Mapping[str, Any], order: Sequence[int]) -> list[int]:
-    """Layers of the base that the deeper model has no copy of."""
-    return sorted(set(range(config["num_hidden_layers"])) - set(order))
+def describe_copies(matched: Matched, config: Mapping[str, Any], order: Sequence[int]) -> None:
+    """Say in config and notes what became of the layers."""
+    matched.config_changes |= replicated_config(config, order)
+    before = config["num_hidden_layers"]
+    note = f"layer_replication: {before} layers become {len(order)}, each a copy of its own"
+    left = sorted(set(range(before)) - set(order))
+    if left:
+        note += f"; there is no copy of {some_of([f'layer {n}' for n in left])}"
+    matched.notes.append(note)
 
 
 def _window_types(config: Mapping[str, Any]) -> list[str]:

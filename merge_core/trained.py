@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from merge_core.adapter_config import AdapterConfig
-from merge_core.adapter_keys import Part, parse_key
+from merge_core.adapter_keys import Part, has_token_rows, parse_key
 from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.expert_factors import ExpertFactors, check_parameter, parameter_of, read_experts
 from merge_core.layout import MERGEABLE, TensorSpec
@@ -283,14 +283,6 @@ def _brought(
     field = "bias" if part == Part.BIAS else "modules_to_save"
     what = f"{name!r} is there as a whole, which {field} does not say"
     raise refuse(what, where, _OTHER_CONFIG)
-
-
-def has_token_rows(module: str) -> bool:
-    """Whether a module's weight has a row for each token.
-
-    PEFT saves such weights by itself where the vocabulary was resized, or where they have factors.
-    """
-    return module.rpartition(".")[2] in ("embed_tokens", "lm_head", "wte")
 
 
 def _token_rows(module: str, rows: TensorSpec, config: AdapterConfig, at: str) -> TokenRows:
