@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
+# bitsandbytes says at import that a faster kernel is missing, behind pytest's own last line.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import pytest
 import torch
@@ -18,13 +21,13 @@ from merged_by_hand import merged_names, write_out
 from models import DTYPES, make_adapter, make_base, oracle
 from moe import make_moe
 from scenes import AdapterScene, BaseScene
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 from tuners import make_tuned
 
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 
-logging.disable_progress_bar()
+disable_progress_bar()
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")
 
