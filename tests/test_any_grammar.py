@@ -208,7 +208,7 @@ def one_thread() -> Iterator[None]:
 
 
 @given(st.data())
-@settings(max_examples=150)
+@settings(max_examples=200)
 def test_any_combination_merges_as_it_is_written_down(
     folders: Iterator[Path], data: st.DataObject
 ) -> None:
