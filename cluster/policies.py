@@ -91,23 +91,28 @@ def leave_to_faster(
     return Decision(yes=False, reason="it helps")
 
 
-def give_out_again(elapsed: float, cost: int, paces: Sequence[float], fastest: float) -> Decision:
+def usual_pace(paces: Sequence[float]) -> float | None:
+    """Seconds a byte that items usually take; None while too few are known to tell."""
+    return statistics.median(paces) if len(paces) >= TIMED_ITEMS else None
+
+
+def give_out_again(elapsed: float, cost: int, usual: float | None, fastest: float) -> Decision:
     """Whether an item under way is given to a second worker: the first may never finish.
 
     Args:
         elapsed: seconds since it was given out.
         cost: of the item, in bytes.
-        paces: seconds a byte of all items of its rank so far.
+        usual: of all items of its rank so far, see ``usual_pace``.
         fastest: seconds a byte of the workers that could take it.
     """
-    if len(paces) < TIMED_ITEMS and elapsed > HUNG_SECONDS + cost / SLOWEST:
+    if usual is None and elapsed > HUNG_SECONDS + cost / SLOWEST:
         return Decision(yes=True, reason=f"it has taken {elapsed:.0f} s, and may hang")
-    if len(paces) < TIMED_ITEMS or elapsed < STRAGGLER_SECONDS:
+    if usual is None or elapsed < STRAGGLER_SECONDS:
         return Decision(yes=False, reason="too early to tell")
-    usual = statistics.median(paces) * cost
-    if elapsed <= STRAGGLER_FACTOR * usual or elapsed <= fastest * cost:
+    seconds = usual * cost
+    if elapsed <= STRAGGLER_FACTOR * seconds or elapsed <= fastest * cost:
         return Decision(yes=False, reason="in time")
-    reason = f"it has taken {elapsed:.0f} s, where {usual:.0f} s are usual"
+    reason = f"it has taken {elapsed:.0f} s, where {seconds:.0f} s are usual"
     return Decision(yes=True, reason=reason)
 
 

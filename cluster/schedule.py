@@ -263,10 +263,10 @@ class Schedule:
             for run in crew.running.values()
         )
 
-    def _usual(self, rank: int) -> tuple[list[float], float]:
-        """What items of this rank took so far, a byte, and the pace of the fastest crew."""
+    def _usual(self, rank: int) -> tuple[float | None, float]:
+        """What items of this rank usually take, a byte, and the pace of the fastest crew."""
         paces = [pace for crew in self._roster.crews for pace in crew.paces(rank)]
         fastest = min(
             policies.pace_of(crew, rank, self._roster.crews) for crew in self._roster.crews
         )
-        return paces, fastest
+        return policies.usual_pace(paces), fastest
