@@ -9,7 +9,7 @@ of all copies to each of them. Here every copy is a layer of its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from merge_core.adapter import Adapter
@@ -50,13 +50,25 @@ def layer_order(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> tuple[in
         for start, end in ranges
         if not start < end <= there
     ]
+    problems += _unclear_fields(config, str(checkpoint.path))
+    if problems:
+        raise InputError(problems)
+    return tuple(layer for start, end in ranges for layer in range(start, end))
+
+
+_OTHER_BASE = "Give the base that this adapter was trained on"
+
+
+def _unclear_fields(config: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    """What config.json says of single layers, and cannot be said of copies of them."""
+    layers = config["num_hidden_layers"]
     types, first = config.get("layer_types"), config.get("max_window_layers", _WINDOW_FROM)
-    if types is not None and not (isinstance(types, list) and len(types) == there):
-        what = f"layer_types in config.json is no list of the base's {there} layers"
-        problems.append(Problem(what, str(checkpoint.path), "Fetch config.json again"))
+    if types is not None and not (isinstance(types, list) and len(types) == layers):
+        what = f"layer_types in config.json is no list of the base's {layers} layers"
+        yield Problem(what, where, "Fetch config.json again")
     if config.get("use_sliding_window") and type(first) is not int:
         what = "max_window_layers in config.json is no number of layers"
-        problems.append(Problem(what, str(checkpoint.path), "Fetch config.json again"))
+        yield Problem(what, where, "Fetch config.json again")
     strange = [
         name
         for name, value in config.items()
@@ -64,13 +76,7 @@ def layer_order(adapters: Sequence[Adapter], checkpoint: Checkpoint) -> tuple[in
     ]
     if strange:
         what = f"config.json has {some_of(strange)}, of which it is not known how layers are meant"
-        problems.append(Problem(what, str(checkpoint.path), _OTHER_BASE))
-    if problems:
-        raise InputError(problems)
-    return tuple(layer for start, end in ranges for layer in range(start, end))
-
-
-_OTHER_BASE = "Give the base that this adapter was trained on"
+        yield Problem(what, where, _OTHER_BASE)
 
 
 def replicated(bases: Mapping[str, Source], order: Sequence[int]) -> dict[str, Source]:

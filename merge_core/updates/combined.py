@@ -9,10 +9,18 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from merge_core.layout import TensorSpec
+from merge_core.updates.arithmetic import (
+    dropped,
+    elected_sum,
+    largest,
+    truncated,
+    truncated_product,
+    weighted_sum,
+)
 from merge_core.updates.loading import Loading
 from merge_core.updates.low_rank import LoadedLowRank, LowRankUpdate
 
@@ -87,7 +95,7 @@ class CombinedUpdate:
     """Of the combined factors."""
     tensor: str
     """Name of the base tensor; with the seed it decides what is dropped."""
-    kind: Literal["combined"] = field(default="combined")
+    kind: Literal["combined"] = "combined"
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -139,19 +147,15 @@ class CombinedUpdate:
         """B and A from the factors themselves."""
         import torch
 
-        from merge_core.updates.arithmetic import truncated_product
-
         scalings = [part.scaling for part in self.parts]
         if self.how.method in ("cat", "svd"):
             right = torch.cat(
                 [a * w * s for (a, _), w, s in zip(pairs, self.weights, scalings, strict=True)]
             )
             left = torch.cat([b for _, b in pairs], dim=1)
-            return (
-                (left, right)
-                if self.how.method == "cat"
-                else truncated_product(left, right, self.rank)
-            )
+            if self.how.method == "cat":
+                return left, right
+            return truncated_product(left, right, self.rank)
         scales = [w * s for w, s in zip(self.weights, scalings, strict=True)]
         roots = [math.sqrt(abs(scale)) for scale in scales]
         signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
@@ -162,16 +166,12 @@ class CombinedUpdate:
 
     def _truncated(self, loaded: list[LoadedLowRank]) -> tuple[torch.Tensor, torch.Tensor]:
         """B and A from whole deltas, on their device."""
-        from merge_core.updates.arithmetic import truncated
-
         deltas = [(one.b @ one.a).mul_(one.scaling) for one in loaded]
         return truncated(self._combined(deltas, self.weights, "delta"), self.rank)
 
     def _combined(
         self, tensors: list[torch.Tensor], weights: tuple[float, ...] | list[float], what: str
     ) -> torch.Tensor:
-        from merge_core.updates.arithmetic import dropped, elected_sum, largest, weighted_sum
-
         density = self.how.density or 1.0
         if self.how.drops:
             tensors = [
