@@ -239,6 +239,8 @@ def launching() -> str:
     """What the autoscaler is doing about pending workers, in words; empty where there is none."""
     from ray.autoscaler.v2.sdk import get_cluster_status
 
+    if not ray.is_initialized():  # asking would connect to whatever other Ray this machine runs
+        return ""
     try:
         status = get_cluster_status(ray.get_runtime_context().gcs_address, timeout=5)
     except Exception:  # noqa: BLE001 - only talk depends on it, and it asks what may be restarting

@@ -14,6 +14,7 @@ from autoscaler import autoscaling_cluster
 from handmade import published, small_merge
 from head import until
 
+from actors.pool import launching
 from cluster import loop, patience, policies
 from cluster.driver import merge_on_ray
 from cluster.workers import ClusterOptions
@@ -37,6 +38,15 @@ def nodes_up(address: str) -> int:
         return sum(node["Alive"] for node in ray.nodes()) - 1
     finally:
         ray.shutdown()
+
+
+def test_asking_what_is_launched_connects_to_no_ray_of_others(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+
+    assert launching() == ""
+    assert not ray.is_initialized()
 
 
 def test_a_merge_grows_the_cluster_from_no_node_and_nodes_leave_before_it_ends(
