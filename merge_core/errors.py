@@ -6,6 +6,7 @@
     |-- NonFiniteError           1  a merged value is NaN or infinite
     |-- DeviceMemoryError        1  the device or the machine ran out of memory
     |-- StorageError             1  a read or write failed (disk full, permission, vanished file)
+    |   `-- AbsentError          1  there is no such file
     |-- LeaseLostError           1  another merge has taken OUT over
     `-- InterruptedMergeError  130  Ctrl-C or SIGTERM
 
@@ -96,6 +97,10 @@ class StorageError(RaymeldError, OSError):
         RaymeldError.__init__(self, what, where, remedy)
 
     __str__ = RaymeldError.__str__
+
+
+class AbsentError(StorageError):
+    """There is no such file, or not any more."""
 
 
 class LeaseLostError(RaymeldError):

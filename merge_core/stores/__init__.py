@@ -1,0 +1,1 @@
+"""Where files lie: local disks, object stores, the hub."""

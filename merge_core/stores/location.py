@@ -1,0 +1,179 @@
+"""Where a checkpoint or an adapter lies: a path, an object store, or the Hugging Face hub.
+
+    /models/base  models/base  file:///models/base     a directory
+    s3://bucket/key  gs://bucket/key                   objects whose keys begin like that
+    hf://org/name[@revision][/subfolder]               a model on the hub
+    org/name                                           the same, where no such path exists
+    memory://name                                      this process alone, for tests and examples
+
+A location holds no credentials, so that it can be printed, sent and kept.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from merge_core.errors import refuse
+
+_URL = re.compile(r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)$", re.DOTALL)
+_BUCKET = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,221}$")
+_HUB_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+_HUB_ID = re.compile(rf"^{_HUB_PART}/{_HUB_PART}$")
+_HUB = re.compile(
+    rf"^(?P<id>{_HUB_PART}/{_HUB_PART})(@(?P<revision>[^/@]+(/[^/@]+)*?))?(/(?P<path>.+))?$"
+)
+_REMEDY = "Give a path, s3://bucket/key, gs://bucket/key or hf://org/name[@revision][/subfolder]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """How a store is reached, as far as that is no secret."""
+
+    endpoint_url: str | None = None
+    """Of an S3 other than Amazon's."""
+    region: str | None = None
+    anonymous: bool = False
+    """Sign nothing: for public buckets."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Location:
+    """A folder somewhere, or a file in one."""
+
+    scheme: str
+    """``file``, ``s3``, ``gs``, ``hf`` or ``memory``."""
+    root: str = ""
+    """Bucket, or ``org/name``; empty for ``file``."""
+    path: str = ""
+    """Of ``file`` absolute; of others without slashes at either end."""
+    revision: str | None = None
+    """Of the hub: branch, tag or commit; None: the main branch."""
+    access: Access = Access()
+
+    def __str__(self) -> str:
+        if self.scheme == "file":
+            return self.path
+        at = f"@{self.revision}" if self.revision else ""
+        return f"{self.scheme}://{self.root}{at}" + (f"/{self.path}" if self.path else "")
+
+    def __truediv__(self, name: str) -> Location:
+        """The file or folder ``name`` in it."""
+        return replace(self, path=f"{self.path.rstrip('/')}/{name}" if self.path else name)
+
+    @property
+    def name(self) -> str:
+        """Its last part."""
+        return PurePosixPath(self.path or self.root).name
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a path of this machine."""
+        return self.scheme == "file"
+
+    @property
+    def local(self) -> Path:
+        """The path that it is.
+
+        Raises:
+            AssertionError: it is none.
+        """
+        if not self.is_local:
+            raise AssertionError(f"{self} is no path")
+        return Path(self.path)
+
+
+Exists = Callable[[str], bool]
+
+
+def locate(
+    text: str | Path | Location, access: Access = Access(), exists: Exists = os.path.lexists
+) -> Location:  # fmt: skip
+    """What ``text`` means.
+
+    Args:
+        access: kept in the location of an S3.
+        exists: whether there is such a path; a hub id is one only where there is none.
+
+    Raises:
+        InputError: it means nothing, or holds credentials.
+    """
+    if isinstance(text, Location):
+        return text
+    url = _URL.match(str(text)) if isinstance(text, str) else None
+    if url is None:
+        return _path_or_hub_id(str(text), exists)
+    scheme, rest = url["scheme"].lower(), url["rest"]
+    if scheme == "file":
+        return _local(_file_path(rest, str(text)))
+    if scheme == "hf":
+        return _hub(rest, str(text))
+    if scheme not in ("s3", "gs", "memory"):
+        raise refuse(f"raymeld knows no {scheme}://", _shown(str(text)), _REMEDY)
+    bucket, _, key = rest.partition("/")
+    _refuse_secrets(rest, str(text))
+    if _BUCKET.match(bucket) is None:
+        raise refuse(f"{bucket!r} is no bucket", str(text), _REMEDY)
+    found = Location(scheme=scheme, root=bucket, path=_key(key, str(text)))
+    return replace(found, access=access) if scheme == "s3" else found
+
+
+def is_bare_hub_id(text: str | Path | Location, exists: Exists = os.path.lexists) -> bool:
+    """Whether it is looked for on the hub though it could be a path: worth a word."""
+    if not isinstance(text, str) or _URL.match(text):
+        return False
+    return not locate(text, exists=exists).is_local
+
+
+def _path_or_hub_id(text: str, exists: Exists) -> Location:
+    """A path, unless nothing speaks for one: a mistyped path must never become a download."""
+    name = text.partition("@")[0]
+    beside = exists(name.partition("/")[0])
+    if _HUB_ID.match(name) and not beside and not exists(text) and _HUB.match(text):
+        return _hub(text, text)
+    return _local(text)
+
+
+def _local(path: str) -> Location:
+    if "\0" in path or not path:
+        raise refuse("is no path", repr(path), _REMEDY)
+    return Location(scheme="file", path=str(Path(path).absolute()))
+
+
+def _file_path(rest: str, text: str) -> str:
+    for host in ("", "localhost"):
+        if rest.startswith(f"{host}/"):
+            return rest.removeprefix(host)
+    raise refuse("names another machine", text, "Write file:///the/whole/path")
+
+
+def _hub(rest: str, text: str) -> Location:
+    match = _HUB.match(rest)
+    if match is None:
+        raise refuse("is no model on the hub", text, "Write hf://org/name[@revision][/subfolder]")
+    path = _key(match["path"] or "", text)
+    return Location(scheme="hf", root=match["id"], path=path, revision=match["revision"])
+
+
+def _key(key: str, text: str) -> str:
+    parts = [part for part in key.split("/") if part]
+    if any(part in (".", "..") for part in parts) or "\0" in key:
+        raise refuse("has '.' or '..' in its key", text, "Write the key itself")
+    return "/".join(parts)
+
+
+def _refuse_secrets(rest: str, text: str) -> None:
+    """Keys and signatures do not belong into what is printed and kept."""
+    if "@" in rest.partition("/")[0] or re.search(
+        r"[?&][\w-]*(signature|token|key)", rest, re.IGNORECASE
+    ):
+        remedy = "Leave them to the environment: AWS_PROFILE, AWS_ACCESS_KEY_ID, an instance's role"
+        raise refuse("holds credentials", _shown(text), remedy)
+
+
+def _shown(text: str) -> str:
+    """Without what may be a secret."""
+    return re.sub(r"//[^/]*@", "//...@", text).partition("?")[0]
