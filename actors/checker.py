@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import socket
-from pathlib import Path
 
 import ray
 
@@ -31,14 +30,13 @@ class Checker:
 
     def check(self, check: FileCheck) -> FileResult:
         """Verify one file of the result."""
-        self._begin(f"reading back {Path(check.path).name}", 0)
+        self._begin(f"reading back {check.file.name}", 0)
         try:
             result = check_file(check)
         finally:
             self._begin("idle", 0)
-        path = Path(check.path)
-        said = {"out": str(path.parent), "done": result.bytes_read, "seconds": result.seconds}
-        _log.info("read back %s", path.name, extra={"phase": "verifying", **said})
+        said = {"out": str(check.file.parent), "done": result.bytes_read, "seconds": result.seconds}
+        _log.info("read back %s", check.file.name, extra={"phase": "verifying", **said})
         return result
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]

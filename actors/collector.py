@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from merge_core.commit import Assembly
 from merge_core.ledger import Receipt
 from merge_core.plan import MergePlan
+from merge_core.stores.location import Location
 from merge_core.verify import FileCheck
 
 
 class Collector:
     """An ``Assembly`` in a process of its own; a replacement rebuilds itself from the receipts."""
 
-    def __init__(self, plan: MergePlan, out: Path, run: str) -> None:
+    def __init__(self, plan: MergePlan, out: Location, run: str) -> None:
         self._plan, self._out, self._run = plan, out, run
         self._opened: Assembly | None = None
 

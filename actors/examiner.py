@@ -6,7 +6,6 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from actors.identity import Identity, Signed, identify, sign
@@ -14,6 +13,7 @@ from actors.libraries import Library, find_libraries
 from merge_core.memory import free_host_memory
 from merge_core.nvidia import Gpu, GpuProcess, gpu_processes, list_gpus
 from merge_core.reachable import InputSight, leave_token, look_at_input
+from merge_core.stores.location import Location
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +106,7 @@ class Examiner:
         """The machine and its software: an ``Examination``. Imports torch; takes seconds."""
         return sign(_examine())
 
-    def look(self, inputs: Sequence[Path], trial: Path | None) -> PathSight:
+    def look(self, inputs: Sequence[Location], trial: Location | None) -> PathSight:
         """The paths. An access to a file system whose server is gone does not return."""
         return PathSight(
             inputs=tuple(look_at_input(path) for path in inputs),
@@ -118,7 +118,7 @@ class Examiner:
         return _view_devices()
 
 
-def examine_here(inputs: Sequence[InputSight], trial: Path | None) -> ExaminedNode:
+def examine_here(inputs: Sequence[InputSight], trial: Location | None) -> ExaminedNode:
     """This machine, in this process, which has looked at its inputs already."""
     refusal = leave_token(trial, "here") if trial is not None else None
     return ExaminedNode(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -15,6 +14,7 @@ from actors.lifeline import Lifeline
 from actors.ray_errors import cause_of, first_line
 from merge_core.errors import RaymeldError
 from merge_core.plan import MergePlan
+from merge_core.stores.location import Location
 
 STARTS = 3
 """Collectors that may die in a row over one call: more means that the call kills them."""
@@ -34,7 +34,7 @@ class KeptCollector:
         kind: its class.
     """
 
-    def __init__(self, plan: MergePlan, out: Path, run: str, kind: type[Collector]) -> None:
+    def __init__(self, plan: MergePlan, out: Location, run: str, kind: type[Collector]) -> None:
         self._plan, self._out, self._run, self._kind = ray.put(plan), out, run, kind
         self._lifeline = Lifeline.of_this_driver()
         self._actor: Any = None

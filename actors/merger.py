@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.checker import Checker
@@ -11,6 +10,7 @@ from actors.greeting import greet
 from actors.identity import Signed
 from merge_core.ledger import Receipt
 from merge_core.plan import MergePlan
+from merge_core.stores.location import Location
 
 if TYPE_CHECKING:
     from merge_core.worker import ShardWorker
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 class Merger(Checker):
     """A worker of one merge; it checks as well what was merged."""
 
-    def __init__(self, device: str, name: str, plan: MergePlan, out: Path) -> None:
+    def __init__(self, device: str, name: str, plan: MergePlan, out: Location) -> None:
         super().__init__(device, name)
         self._plan, self._out = plan, out
         self._worker: ShardWorker | None = None

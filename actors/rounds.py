@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,9 +22,12 @@ from actors.examiner import Examination, ExaminedNode, Examiner, Silence
 from actors.identity import Identity, identify, signer, unsigned
 from actors.ray_errors import cause_of, first_line
 from merge_core.reachable import token_arrived
+from merge_core.stores.location import Location
 
 
-def examine_nodes(inputs: Sequence[Path], trial: Path | None, seconds: float) -> list[ExaminedNode]:
+def examine_nodes(
+    inputs: Sequence[Location], trial: Location | None, seconds: float
+) -> list[ExaminedNode]:
     """Every live node of the connected cluster, by name.
 
     Args:

@@ -6,7 +6,6 @@ import contextlib
 import os
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NoReturn
 
 import typer
@@ -16,7 +15,7 @@ from merge_core.errors import InterruptedMergeError, RaymeldError, refuse
 
 
 @contextlib.contextmanager
-def answering(*, as_json: bool, debug: bool, out: Path | None = None) -> Iterator[None]:
+def answering(*, as_json: bool, debug: bool, out: object | None = None) -> Iterator[None]:
     """Turn what goes wrong inside into one paragraph and an exit code.
 
     Args:
@@ -50,7 +49,7 @@ def answering(*, as_json: bool, debug: bool, out: Path | None = None) -> Iterato
     raise typer.Exit(error.exit_code)
 
 
-def end(code: int, why: str, out: Path | None = None) -> NoReturn:
+def end(code: int, why: str, out: object | None = None) -> NoReturn:
     """End a command whose answer, on stdout, is bad news; a log of lines has them as an error."""
     if logs_json():
         log(why, level="error", exit_code=code, out=out)

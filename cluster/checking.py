@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 from actors.checker import Checker
 from actors.events import ItemDone
@@ -15,17 +13,20 @@ from cluster.loop import Loop
 from cluster.session import session
 from cluster.tasks import VERIFYING, checking
 from cluster.workers import ClusterOptions, size_fleet
+from merge_core.errors import StorageError
 from merge_core.progress import Watch
+from merge_core.stores.location import Location
+from merge_core.stores.opening import parted
 from merge_core.verify import FileCheck, FileResult, VerifyReport, verify
 
 
 def verify_on_ray(
-    out: Path,
+    out: Location,
     level: str,
     options: ClusterOptions,
     *,
-    base: Path | None = None,
-    adapters: Sequence[tuple[Path, float]] | None = None,
+    base: Location | None = None,
+    adapters: Sequence[tuple[Location, float]] | None = None,
     watch: Watch,
     say: Callable[[str], None],
 ) -> VerifyReport:
@@ -81,6 +82,7 @@ def _run(
 def _size(check: FileCheck) -> int:
     """In bytes; what cannot be looked at is for the check itself to report."""
     try:
-        return os.path.getsize(check.path)
-    except OSError:
+        store, name = parted(check.file)
+        return store.look(name).size
+    except StorageError:
         return 0

@@ -13,6 +13,7 @@ from cluster import doctor_commands, jobs_commands, plan_commands, result_comman
 from cluster.answering import answering
 from cluster.options import (
     Adapters,
+    Anonymous,
     Base,
     Combine,
     Debug,
@@ -21,12 +22,14 @@ from cluster.options import (
     Device,
     DeviceMapFile,
     DtypeOption,
+    EndpointUrl,
     Json,
     KeepTied,
     Layers,
     Level,
     MajoritySign,
     Quiet,
+    Region,
     Seed,
     ShardSize,
     SimulateNf4,
@@ -36,6 +39,7 @@ from cluster.options import (
     size_in_bytes,
 )
 from merge_core.planner import make_plan
+from merge_core.stores.location import Access, locate
 from merge_core.updates.combined import Combination
 
 app = typer.Typer(
@@ -51,7 +55,7 @@ app = typer.Typer(
 def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
     base: Base,
     adapters: Adapters,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of the result.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="Where to: path, s3:// or gs://.")],
     address: Annotated[
         str,
         typer.Option(
@@ -69,6 +73,9 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
     dtype: DtypeOption = None,
     shard_size: ShardSize = "2GB",
     device_map: DeviceMapFile = None,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    anonymous: Anonymous = False,
     keep_tied: KeepTied = False,
     combine: Combine = None,
     density: Density = None,
@@ -98,9 +105,12 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
         combination = Combination(
             method=combine or "sum", density=density, majority_sign=majority_sign, seed=seed
         )
+        access = Access(endpoint_url=endpoint_url, region=region, anonymous=anonymous)
+        target = locate(out, access)
         plan = make_plan(
-            base,
+            locate(base, access),
             adapters,
+            access=access,
             dtype=dtype,
             shard_bytes=size_in_bytes(shard_size),
             device_map=device_map,
@@ -119,7 +129,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
 
                 result = merge_inline(
                     plan,
-                    out,
+                    target,
                     level=verify,
                     device=device,
                     overwrite=overwrite,
@@ -140,7 +150,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
                 )
                 result = merge_on_ray(
                     plan,
-                    out,
+                    target,
                     options,
                     level=verify,
                     overwrite=overwrite,

@@ -9,7 +9,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from cluster.explain import (
@@ -37,7 +36,7 @@ def answer(lines: Iterable[str], document: dict[str, Any], *, as_json: bool) -> 
     _print(json.dumps(document, indent=2) if as_json else "\n".join(lines))
 
 
-def complain(error: RaymeldError, *, as_json: bool, out: Path | None = None) -> None:
+def complain(error: RaymeldError, *, as_json: bool, out: object | None = None) -> None:
     """Say what went wrong (with ``out``, if anything) on stderr; with JSON on stdout as well."""
     if logs_json():
         log(str(error), level="error", exit_code=error.exit_code, out=out)

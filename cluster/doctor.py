@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from threading import Thread
 from typing import TypeVar
 
@@ -23,6 +22,8 @@ from merge_core.errors import InputError, Problem, StorageError
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.reachable import InputSight, look_at_input, nearest_directory, trial_directory
+from merge_core.stores.location import DEFAULT_ACCESS, Access, Location
+from merge_core.stores.opening import open_store
 
 T = TypeVar("T")
 
@@ -34,19 +35,21 @@ INLINE = "inline"
 class Intent:
     """The merge that somebody has in mind, as far as they told."""
 
-    base: Path | None
+    base: Location | None
     adapters: Sequence[str]
     """As they were written, with weights."""
-    out: Path | None
+    out: Location | None
+    access: Access = DEFAULT_ACCESS
+    """How the adapters are reached, where they lie in a store."""
 
     @property
-    def inputs(self) -> list[Path]:
+    def inputs(self) -> list[Location]:
         """Directories to read from, BASE first."""
-        adapters = (parse_adapter(text)[0].absolute() for text in self.adapters)
+        adapters = (parse_adapter(text, self.access)[0] for text in self.adapters)
         return [*([self.base] if self.base else []), *adapters]
 
     @property
-    def paths(self) -> list[Path]:
+    def paths(self) -> list[Location]:
         """All of it."""
         return [*self.inputs, *([self.out] if self.out else [])]
 
@@ -55,8 +58,8 @@ class Intent:
 class Destination:
     """What the driver found where OUT is, or would be made."""
 
-    out: Path
-    place: Path | None = None
+    out: Location
+    place: Location | None = None
     """The directory in which it lies; None: there is none that may be looked at."""
     free: int | None = None
     """Bytes, of that directory's file system."""
@@ -120,7 +123,7 @@ def examine(address: str, intent: Intent, *, seconds: float, say: Callable[[str]
     if intent.adapters and not any(sight.error for sight in sights):
         plan, refusals = _plan(intent, destination)
     notes = _look_into(destination, refusals) if destination else []
-    if trial is not None and trial.exists():
+    if trial is not None and _is_left(trial):
         notes.append(Problem("could not be removed", str(trial), "Remove it: it is of no use"))
     return Checkup(
         address=address,
@@ -136,7 +139,13 @@ def examine(address: str, intent: Intent, *, seconds: float, say: Callable[[str]
     )
 
 
-def _look(inputs: Sequence[Path], seconds: float) -> tuple[InputSight, ...]:
+def _is_left(trial: Location) -> bool:
+    if trial.is_local:
+        return trial.local.exists()
+    return next(open_store(trial).list(), None) is not None
+
+
+def _look(inputs: Sequence[Location], seconds: float) -> tuple[InputSight, ...]:
     """At all of them at once, as each node does."""
     looks = [_in_background(partial(look_at_input, path)) for path in inputs]
     found = []
@@ -170,8 +179,8 @@ def _hangs(seconds: float) -> str:
 
 @contextlib.contextmanager
 def _destination(
-    out: Path | None, seconds: float
-) -> Iterator[tuple[Destination | None, Path | None]]:
+    out: Location | None, seconds: float
+) -> Iterator[tuple[Destination | None, Location | None]]:
     """What is there, and a directory in it for all nodes to write into, if one can be made."""
     if out is None:
         yield None, None
@@ -180,7 +189,7 @@ def _destination(
         place = free = trial = refusal = None
         try:
             place = _in_background(partial(nearest_directory, out)).result(seconds)
-            free = shutil.disk_usage(place).free
+            free = shutil.disk_usage(place.local).free if place.is_local else None
             trial = stack.enter_context(trial_directory(place))
         except StorageError as error:
             refusal = Problem(error.what, error.where, error.remedy)
@@ -196,7 +205,7 @@ def _plan(
     assert intent.base is not None
     plan = None
     try:
-        plan = make_plan(intent.base, intent.adapters)
+        plan = make_plan(intent.base, intent.adapters, access=intent.access)
         if destination is not None and destination.refusal is None:  # or it may hang
             check_destination(destination.out, plan)
     except InputError as error:

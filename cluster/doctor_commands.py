@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cluster.answering import answering, end
-from cluster.options import Debug, Json, Quiet
+from cluster.options import Anonymous, Debug, EndpointUrl, Json, Quiet, Region
+from merge_core.stores.location import Access, locate
 
 
 def register(app: typer.Typer) -> None:
@@ -16,15 +16,15 @@ def register(app: typer.Typer) -> None:
     app.command()(doctor)
 
 
-def doctor(
+def doctor(  # noqa: PLR0913, PLR0917 - one parameter an option
     base: Annotated[
-        Path | None, typer.Argument(metavar="BASE", help="Directory of the base checkpoint.")
+        str | None, typer.Argument(metavar="BASE", help="Base checkpoint, as merge takes it.")
     ] = None,
     adapters: Annotated[
         list[str] | None,
-        typer.Argument(metavar="ADAPTER[@WEIGHT]", help="Directories of PEFT adapters."),
+        typer.Argument(metavar="ADAPTER[@WEIGHT]", help="PEFT adapters, likewise."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to merge to.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Where to merge to.")] = None,
     address: Annotated[
         str,
         typer.Option(
@@ -32,6 +32,9 @@ def doctor(
             help="A Ray cluster; 'local': a Ray of its own; 'inline': this process, no Ray.",
         ),
     ] = "inline",
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    anonymous: Anonymous = False,
     timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that a node may take for an answer.")
     ] = 60.0,
@@ -52,10 +55,12 @@ def doctor(
         from cluster.doctor_report import report_document, report_lines
         from cluster.talk import Talk
 
+        access = Access(endpoint_url=endpoint_url, region=region, anonymous=anonymous)
         intent = Intent(
-            base=base.absolute() if base is not None else None,
+            base=locate(base, access) if base is not None else None,
             adapters=adapters or [],
-            out=out.absolute() if out is not None else None,
+            out=locate(out, access) if out is not None else None,
+            access=access,
         )
         checkup = examine(address, intent, seconds=timeout, say=Talk(quiet=quiet).say)
         diagnosis = diagnose(checkup)

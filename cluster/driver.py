@@ -18,17 +18,20 @@ from cluster.loop import Loop
 from cluster.merging import Merging
 from cluster.session import LOCAL, session
 from cluster.workers import ClusterOptions, size_fleet
+from merge_core.errors import StorageError
 from merge_core.lease import is_held
 from merge_core.merge import MergeResult, begin, claim, holds_result, result_of
-from merge_core.output import check_usable, parts_directory
+from merge_core.output import check_usable
 from merge_core.plan import MergePlan
 from merge_core.progress import ProgressFile, Watch
+from merge_core.stores.location import Location, locate
+from merge_core.stores.opening import open_store
 from merge_core.verdict import conclude, verify_deeper
 
 
 def merge_on_ray(
     plan: MergePlan,
-    out: str | Path,
+    out: str | Path | Location,
     options: ClusterOptions,
     *,
     level: str = "digest",
@@ -44,7 +47,7 @@ def merge_on_ray(
     Raises:
         RaymeldError: and its subclasses, as the merge in one process does.
     """
-    clock, target = time.perf_counter(), Path(out).absolute()
+    clock, target = time.perf_counter(), locate(out)
     plan = begin(plan, target, level)
     if not overwrite and holds_result(target, plan, say):  # it needs no Ray, unless it is read back
         readers = replace(options, device="cpu", cpu_workers=0)
@@ -81,7 +84,7 @@ def merge_on_ray(
 
 
 @contextmanager
-def _stopped_parts(out: Path, run: str) -> Iterator[None]:
+def _stopped_parts(out: Location, run: str) -> Iterator[None]:
     """Removes, at the end, the parts of workers that were stopped.
 
     Not without the lease: the parts there would be those of the merge that took it over.
@@ -89,7 +92,6 @@ def _stopped_parts(out: Path, run: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # the next merge removes them too
+        with suppress(StorageError):  # the next merge removes them too
             if is_held(out, run):
-                for part in parts_directory(out).glob("*.part"):
-                    part.unlink(missing_ok=True)
+                open_store(out).sweep()

@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -94,7 +93,7 @@ def recipe_digest(parameters: Mapping[str, Any]) -> str:
 
 
 def _paths(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
-    named = [(n, str(value)) for n, value in parameters.items() if isinstance(value, Path)]
+    named = [(n, str(parameters[n])) for n in ("base", "out", "device_map") if parameters[n]]
     return [*named, *(("adapters", adapter) for adapter in parameters["adapters"])]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from actors.events import ItemDone, ItemFailed
@@ -15,6 +14,7 @@ from merge_core.commit import check_of
 from merge_core.errors import InputError, LeaseLostError, RaymeldError, counted
 from merge_core.ledger import Receipt
 from merge_core.plan import MergePlan
+from merge_core.stores.location import Location
 from merge_core.verify import FileCheck, FileResult, VerifyReport, verify
 
 AT_ONCE = {"structure": "structure", "digest": "digest", "load": "digest"}
@@ -35,7 +35,7 @@ class Merging:
     """
 
     plan: MergePlan
-    out: Path
+    out: Location
     level: str
     collector: KeptCollector
     say: Callable[[str], None]
@@ -126,9 +126,7 @@ class Merging:
         """
         sizes = {shard.name: shard.size for shard in self.plan.shards}
         missing = [check for check in checks if check not in self._results]
-        self._loop.add(
-            [checking(check, sizes[Path(check.path).name], VERIFYING) for check in missing]
-        )
+        self._loop.add([checking(check, sizes[check.file.name], VERIFYING) for check in missing])
         self._loop.run()
         return [self._results[check] for check in checks]
 

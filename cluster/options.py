@@ -38,9 +38,18 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
-Base = Annotated[Path, typer.Argument(metavar="BASE", help="Directory of the base checkpoint.")]
+Base = Annotated[
+    str, typer.Argument(metavar="BASE", help="Base checkpoint: path, s3://, gs:// or hub id.")
+]
 Adapters = Annotated[
-    list[str], typer.Argument(metavar="ADAPTER[@WEIGHT]...", help="Directories of PEFT adapters.")
+    list[str], typer.Argument(metavar="ADAPTER[@WEIGHT]...", help="PEFT adapters, likewise.")
+]
+EndpointUrl = Annotated[
+    str | None, typer.Option("--endpoint-url", help="Of an S3 that is not Amazon's.")
+]
+Region = Annotated[str | None, typer.Option(help="Of the S3.")]
+Anonymous = Annotated[
+    bool, typer.Option("--anonymous", help="Read public S3 buckets without credentials.")
 ]
 DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Dtype of the result.")]
 ShardSize = Annotated[str, typer.Option(help="Size limit of an output file, such as 2GB.")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +11,7 @@ import typer
 from cluster.answering import answering
 from cluster.options import (
     Adapters,
+    Anonymous,
     Base,
     Combine,
     Debug,
@@ -20,11 +20,13 @@ from cluster.options import (
     Device,
     DeviceMapFile,
     DtypeOption,
+    EndpointUrl,
     Json,
     KeepTied,
     Layers,
     Level,
     MajoritySign,
+    Region,
     Seed,
     ShardSize,
     SimulateNf4,
@@ -33,6 +35,7 @@ from cluster.options import (
     size_in_bytes,
 )
 from merge_core.planner import make_plan
+from merge_core.stores.location import Access, locate
 from merge_core.updates.combined import Combination
 
 
@@ -44,10 +47,13 @@ def register(app: typer.Typer) -> None:
 def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
     base: Base,
     adapters: Adapters,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Check this directory.")] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Check this destination.")] = None,
     dtype: DtypeOption = None,
     shard_size: ShardSize = "2GB",
     device_map: DeviceMapFile = None,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    anonymous: Anonymous = False,
     keep_tied: KeepTied = False,
     combine: Combine = None,
     density: Density = None,
@@ -97,9 +103,11 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
         combination = Combination(
             method=combine or "sum", density=density, majority_sign=majority_sign, seed=seed
         )
+        access = Access(endpoint_url=endpoint_url, region=region, anonymous=anonymous)
         planned = make_plan(
-            base,
+            locate(base, access),
             adapters,
+            access=access,
             dtype=dtype,
             shard_bytes=size_in_bytes(shard_size),
             device_map=device_map,
@@ -110,8 +118,9 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
             simulate_nf4=simulate_nf4,
         )
         if out is not None:
-            check_destination(out.absolute(), planned)
-            notes = map(str, notes_on(out.absolute()))
+            target = locate(out, access)
+            check_destination(target, planned)
+            notes = map(str, notes_on(target))
             planned = replace(planned, notes=(*planned.notes, *notes))
         pools = find_pools(planned)
         estimates = {n: estimate(planned, replace(machines, nodes=n), verify) for n in counts}

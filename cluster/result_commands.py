@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cluster.answering import answering, end
-from cluster.options import Debug, Json, Level, Quiet, StartTimeout, Workers, refuse_workers
+from cluster.options import (
+    Anonymous,
+    Debug,
+    EndpointUrl,
+    Json,
+    Level,
+    Quiet,
+    Region,
+    StartTimeout,
+    Workers,
+    refuse_workers,
+)
 from merge_core.errors import VerificationError, counted
+from merge_core.stores.location import Access, locate
 
 
 def register(app: typer.Typer) -> None:
@@ -19,9 +30,9 @@ def register(app: typer.Typer) -> None:
 
 
 def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
-    out: Annotated[Path, typer.Argument(help="Directory of a merged checkpoint.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A merged checkpoint.")],
     level: Annotated[Level, typer.Option(help="How deep to look.")] = Level.DIGEST,
-    base: Annotated[Path | None, typer.Option(help="The base, for numeric.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base, for numeric.")] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="ADAPTER[@WEIGHT]", help="An adapter, for numeric.")
     ] = None,
@@ -33,6 +44,9 @@ def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
     ] = "inline",
     workers: Workers = None,
     start_timeout: StartTimeout = 1800.0,
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    anonymous: Anonymous = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -46,10 +60,12 @@ def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
         from merge_core.verify import parse_weighted
         from merge_core.verify import verify as verify_checkpoint
 
-        given = [parse_weighted(text) for text in adapter] if adapter else None
+        access = Access(endpoint_url=endpoint_url, region=region, anonymous=anonymous)
+        target, source = locate(out, access), locate(base, access) if base else None
+        given = [parse_weighted(text, access) for text in adapter] if adapter else None
         if address == "inline":
             refuse_workers(workers, 0)
-            report = verify_checkpoint(out, level, base=base, adapters=given)
+            report = verify_checkpoint(target, level, base=source, adapters=given)
         else:
             from cluster.checking import verify_on_ray
             from cluster.talk import Talk
@@ -61,10 +77,10 @@ def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
             talk = Talk(quiet=quiet, out=out)
             with talk.progress():
                 report = verify_on_ray(
-                    out,
+                    target,
                     level,
                     options,
-                    base=base,
+                    base=source,
                     adapters=given,
                     watch=talk.watch,
                     say=talk.say,
@@ -81,7 +97,10 @@ def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
 
 
 def status(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The --out of a merge.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The --out of a merge.")],
+    endpoint_url: EndpointUrl = None,
+    region: Region = None,
+    anonymous: Anonymous = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -90,5 +109,6 @@ def status(
         from cluster import console
         from cluster.status import read_status, status_document, status_lines
 
-        found = read_status(out.absolute())
+        access = Access(endpoint_url=endpoint_url, region=region, anonymous=anonymous)
+        found = read_status(locate(out, access))
         console.answer(status_lines(found), status_document(found), as_json=as_json)

@@ -6,17 +6,18 @@ import json
 import time
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from cluster.estimate_report import duration
-from merge_core.errors import refuse
+from merge_core.errors import StorageError, refuse
 from merge_core.holder import Holder
 from merge_core.lease import live_holder
-from merge_core.output import receipts_directory, state_directory
+from merge_core.output import PLAN, RECEIPTS, receipt_name
 from merge_core.progress import read_progress
 from merge_core.side_files import CONFIG
 from merge_core.stages import layers_among
+from merge_core.stores.location import Location
+from merge_core.stores.opening import is_there, open_store, read_file
 
 SHOWN_LINES = 10
 """Of the decisions on the way; ``--json`` has them all."""
@@ -30,7 +31,7 @@ QUIET_SECONDS = 30.0
 class Status:
     """What is known of a merge."""
 
-    out: Path
+    out: Location
     state: str
     """``running``, ``finished`` or ``stopped``."""
     fingerprint: str
@@ -56,23 +57,23 @@ class Status:
         return float((self.progress["total"] - self.progress["done"]) * spent / new)
 
 
-def read_status(out: Path) -> Status:
+def read_status(out: Location) -> Status:
     """Look at ``out``; may be called at any time, from anywhere that sees it.
 
     Raises:
         InputError: it holds no merge of raymeld's.
     """
     try:
-        plan = json.loads((state_directory(out) / "plan.json").read_bytes())
+        plan = json.loads(read_file(out / PLAN))
         shards, fingerprint = plan["shards"], plan["fingerprint"]
         tensors = [[task["target"]["name"] for task in shard["tasks"]] for shard in shards]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (StorageError, ValueError, KeyError, TypeError):
         raise refuse(
             "there is no merge", str(out), "Name the --out of a merge that was started"
         ) from None
-    holder, finished = live_holder(out), (out / CONFIG).exists()
-    accepted = {path.name for path in receipts_directory(out).glob("shard-*.json")}
-    left = [names for n, names in enumerate(tensors) if f"shard-{n:05}.json" not in accepted]
+    holder, finished = live_holder(out), is_there(out / CONFIG)
+    accepted = {listed.name for listed in open_store(out).list(RECEIPTS)}
+    left = [names for n, names in enumerate(tensors) if receipt_name(n) not in accepted]
     return Status(
         out=out,
         state="running" if holder else "finished" if finished else "stopped",

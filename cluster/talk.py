@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -46,7 +45,7 @@ class Talk:
         out: what all of it is about, for who looks for that in a log.
     """
 
-    def __init__(self, *, quiet: bool, out: Path | None = None) -> None:
+    def __init__(self, *, quiet: bool, out: object | None = None) -> None:
         self._quiet, self._out = quiet, out
         self._json = logs_json()
         self._console: Console = Stderr()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cluster.backlog import Item
@@ -45,6 +44,6 @@ def merging(shard: Shard) -> Task:
 
 def checking(check: FileCheck, size: int, rank: int) -> Task:
     """Have a file of the result checked; ``size`` is its own, in bytes."""
-    name = f"check of {Path(check.path).name}"
+    name = f"check of {check.file.name}"
     item = Item(size=size, rank=rank)
     return Task(name=name, item=item, method="check", argument=check)

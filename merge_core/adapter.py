@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from merge_core.adapter_config import AdapterConfig, read_config
-from merge_core.checkpoint import read_header, read_json
 from merge_core.config_values import MAX_SCALE
-from merge_core.errors import InputError, Problem, gathered, refuse, some_of
+from merge_core.errors import InputError, Problem, StorageError, gathered, refuse, some_of
+from merge_core.folders import names_in, read_json, refused
 from merge_core.layout import TensorSpec
 from merge_core.peft_tuners import tuner_of
 from merge_core.refused_tuners import REFUSED
-from merge_core.storage import FileIdentity
+from merge_core.stores.location import DEFAULT_ACCESS, Access, Location, locate
+from merge_core.stores.opening import open_store, read_file
+from merge_core.stores.store import FileIdentity
 from merge_core.trained import Trained, read_trained
+from merge_core.weight_files import read_header
 
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
@@ -30,7 +35,7 @@ _REPAIR = "Save the adapter again with PEFT; the file is damaged or incomplete"
 class Adapter:
     """What a PEFT adapter consists of, and the weight that it is merged with."""
 
-    path: Path
+    path: Location
     weight: float
     file: FileIdentity
     config_file: FileIdentity
@@ -39,37 +44,44 @@ class Adapter:
     notes: tuple[str, ...]
 
 
-def parse_adapter(text: str | Path) -> tuple[Path, float]:
-    """Split ``path@0.5`` into path and weight; a path that exists as a whole has weight 1."""
+def parse_adapter(
+    text: str | Path | Location, access: Access = DEFAULT_ACCESS
+) -> tuple[Location, float]:
+    """Split ``path@0.5`` into place and weight; a path that exists as a whole has weight 1.
+
+    Raises:
+        InputError: it is no place.
+    """
     match = _WEIGHT.match(str(text))
-    if match is None or os.path.exists(text):
-        return Path(text), 1.0
-    return Path(match["path"]), float(match["weight"])
+    if isinstance(text, Location) or match is None or os.path.exists(text):
+        return locate(text, access), 1.0
+    return locate(match["path"], access), float(match["weight"])
 
 
-def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
-    """Open the adapter in directory ``path``.
+def open_adapter(path: Location, weight: float = 1.0) -> Adapter:
+    """Open the adapter in the folder ``path``.
 
     Raises:
         InputError: with every problem of its config and its keys.
     """
-    if not os.path.isfile(path / CONFIG):
-        raise _no_adapter(path)
+    names = names_in(path, "ADAPTER", CONFIG)
+    if CONFIG not in names:
+        raise _no_adapter(path, names)
     problems: list[Problem] = []
     config: AdapterConfig | None = None
     tensors: tuple[TensorSpec, ...] = ()
     if not 0 < abs(weight) <= MAX_SCALE:
         what = f"weight {weight} merges nothing sensible"
         problems.append(Problem(what, str(path), "Give a weight other than 0, or leave it out"))
-    config_file = FileIdentity.of(path, CONFIG)
+    config_file = _identity(path, CONFIG)
     fields: dict[str, Any] = {}
     with gathered(problems):
         fields = read_json(path / CONFIG)
         config = read_config(fields, str(path / CONFIG))
     with gathered(problems):
-        name = _weights_file(path)
-        file = FileIdentity.of(path, name)  # before the header: a file put there later differs
-        tensors = _list_tensors(path / name)
+        name = _weights_file(path, names)
+        file = _identity(path, name)  # before the header: a file put there later differs
+        tensors = _list_tensors(path, name)
     trained: Trained | None = None
     with gathered(problems):
         kind = tuner_of(fields)
@@ -84,7 +96,7 @@ def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
             f"{path}: {config.targets.unread} is nothing that can be followed, so nothing tells"
             " whether all of the modules that were trained are there"
         )
-    if name == SAFETENSORS and (path / PICKLE).exists():
+    if name == SAFETENSORS and PICKLE in names:
         notes.append(f"{path}: {PICKLE} is left out, as PEFT does beside {SAFETENSORS}")
     return Adapter(
         path=path,
@@ -97,11 +109,12 @@ def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
     )
 
 
-def load_pickle(path: Path) -> dict[str, Any]:
+def load_pickle(path: Location) -> dict[str, Any]:
     """The tensors of an ``adapter_model.bin``, loaded with ``weights_only``.
 
     The one place where planning needs torch: a pickle has no header that could be read alone. The
-    data is mapped, and read when it is used; files from before torch 1.6 are read whole.
+    data is mapped, and read when it is used; files from before torch 1.6, and those that lie in a
+    store, are read whole.
 
     Raises:
         InputError: it is no such file, or holds anything but tensors.
@@ -109,8 +122,11 @@ def load_pickle(path: Path) -> dict[str, Any]:
     import torch
 
     try:
-        mapped = zipfile.is_zipfile(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        file = path.local if path.is_local else io.BytesIO(read_file(path))
+        mapped = path.is_local and zipfile.is_zipfile(path.local)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except StorageError:
+        raise
     except Exception as error:  # noqa: BLE001 - torch.load raises whatever the damaged bytes lead it to
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         what = f"cannot be loaded with weights_only ({reason})"
@@ -128,35 +144,41 @@ def load_pickle(path: Path) -> dict[str, Any]:
     return {key: value.detach() for key, value in state.items()}
 
 
-def _no_adapter(path: Path) -> InputError:
+def _no_adapter(path: Location, names: Collection[str]) -> InputError:
     where = str(path)
-    if not os.path.isdir(path):
-        kind = "is a file, not an adapter directory" if os.path.exists(path) else "does not exist"
-        return refuse(f"ADAPTER {kind}", where, f"Give the directory that holds {CONFIG}")
-    below = sorted(p.parent.name for p in path.glob(f"*/{CONFIG}"))
+    below = sorted(name.rpartition("/")[0] for name in names if name.endswith(f"/{CONFIG}"))
+    below = [folder for folder in below if "/" not in folder]
     if below:
         remedy = f"Give one of its adapters, for example {path / below[0]}"
         return refuse(f"has no {CONFIG}; there is one in {', '.join(below[:5])}", where, remedy)
-    if (path / "config.json").is_file():
+    if "config.json" in names:
         return refuse("is a checkpoint, not an adapter", where, "Give BASE first, then ADAPTER")
     return refuse(f"has no {CONFIG}", where, f"Give the directory that holds {CONFIG}")
 
 
-def _weights_file(path: Path) -> str:
+def _identity(path: Location, name: str) -> FileIdentity:
+    try:
+        return open_store(path).look(name)
+    except StorageError as error:
+        raise refused(error) from error
+
+
+def _weights_file(path: Location, names: Collection[str]) -> str:
     for name in (SAFETENSORS, PICKLE):
-        if (path / name).is_file():
+        if name in names:
             return name
     raise refuse(f"has neither {SAFETENSORS} nor {PICKLE}", str(path), _REPAIR)
 
 
-def _list_tensors(path: Path) -> tuple[TensorSpec, ...]:
-    tensors = read_header(path).tensors if path.name == SAFETENSORS else _list_pickle(path)
+def _list_tensors(path: Location, name: str) -> tuple[TensorSpec, ...]:
+    pickled = name != SAFETENSORS
+    tensors = _list_pickle(path / name) if pickled else read_header(path, name).tensors
     if not tensors:
-        raise refuse("the adapter is empty: it holds no tensor", str(path), _REPAIR)
+        raise refuse("the adapter is empty: it holds no tensor", str(path / name), _REPAIR)
     return tensors
 
 
-def _list_pickle(path: Path) -> tuple[TensorSpec, ...]:
+def _list_pickle(path: Location) -> tuple[TensorSpec, ...]:
     names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
     names |= {"torch.uint8": "U8"} | {f"torch.int{bits}": f"I{bits}" for bits in (8, 16, 32, 64)}
     return tuple(

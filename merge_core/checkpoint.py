@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from merge_core.architecture import HEAD, check_architecture
 from merge_core.decoding.stored import Stored
-from merge_core.digest import bytes_digest
 from merge_core.errors import InputError, Problem, gathered, refuse
-from merge_core.json_text import parse_object
-from merge_core.layout import TensorSpec, header_length, parse_header
+from merge_core.folders import names_in, read_json
 from merge_core.plan import Source, StoredHead
 from merge_core.quantised import (
     Decodings,
@@ -22,27 +19,19 @@ from merge_core.quantised import (
     quantisation_of,
     refuse_packed,
 )
-from merge_core.side_files import CONFIG, INDEX, descriptions, find_side_files
-from merge_core.storage import FileIdentity, reported
+from merge_core.side_files import CONFIG, descriptions, find_side_files
 from merge_core.stored_head import NOTE, find_stored_head
-
-SINGLE = "model.safetensors"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightFile:
-    """One safetensors file of the base."""
-
-    identity: FileIdentity
-    header_digest: str
-    tensors: tuple[TensorSpec, ...]
+from merge_core.stores.location import Location
+from merge_core.stores.opening import open_store
+from merge_core.stores.store import FileIdentity
+from merge_core.weight_files import WeightFile, open_weight_files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """What a base checkpoint consists of."""
 
-    path: Path
+    path: Location
     config: Mapping[str, Any]
     files: tuple[WeightFile, ...]
     side_files: tuple[FileIdentity, ...]
@@ -69,8 +58,8 @@ Decode = Callable[[Mapping[str, Any], Sequence[Stored], Read, str], Decodings]
 """Finds the weights that are decoded, see ``quantised.read_packed``."""
 
 
-def open_checkpoint(path: Path, decode: Decode | None = None) -> Checkpoint:
-    """Open the checkpoint in directory ``path``.
+def open_checkpoint(path: Location, decode: Decode | None = None) -> Checkpoint:
+    """Open the checkpoint in the folder ``path``.
 
     Args:
         decode: finds the weights that are not taken as they are.
@@ -78,7 +67,8 @@ def open_checkpoint(path: Path, decode: Decode | None = None) -> Checkpoint:
     Raises:
         InputError: with every problem found in config, index and headers.
     """
-    _refuse_other_directories(path)
+    names = names_in(path, "BASE", CONFIG)
+    _refuse_adapters(path, names)
     problems: list[Problem] = []
     config: dict[str, Any] | None = None
     files: tuple[WeightFile, ...] = ()
@@ -88,14 +78,14 @@ def open_checkpoint(path: Path, decode: Decode | None = None) -> Checkpoint:
         if decode is None:
             refuse_packed(config, str(path / CONFIG))
     with gathered(problems):
-        files = _open_weight_files(path, notes)
+        files = open_weight_files(path, names, notes)
     quantised = config is not None and quantisation_of(config) is not None
     decodings: Decodings | None = None
     stored_head: StoredHead | None = None
     if config is not None and files and (decode is not None or not quantised):
         with gathered(problems):
             if not quantised:
-                _refuse_undescribed(path, files)
+                _refuse_undescribed(path, names, files)
             if decode is not None:
                 decodings = _decodings(path, config, files, decode)
                 notes += decodings.notes
@@ -106,11 +96,13 @@ def open_checkpoint(path: Path, decode: Decode | None = None) -> Checkpoint:
             notes += [NOTE] * (stored_head is not None)
     side_files: tuple[FileIdentity, ...] = ()
     with gathered(problems):
-        side_files = find_side_files(path, quantised=quantised)
+        side_files = find_side_files(path, names, quantised=quantised)
     if problems or config is None:
         raise InputError(problems)
     if quantised:
-        notes += [f"{name} is left out: it describes packed weights" for name in descriptions(path)]
+        notes += [
+            f"{name} is left out: it describes packed weights" for name in descriptions(names)
+        ]
     return Checkpoint(
         path=path,
         config=config,
@@ -122,25 +114,25 @@ def open_checkpoint(path: Path, decode: Decode | None = None) -> Checkpoint:
     )
 
 
-def _refuse_undescribed(path: Path, files: Sequence[WeightFile]) -> None:
+def _refuse_undescribed(
+    path: Location, names: Collection[str], files: Sequence[WeightFile]
+) -> None:
     """Refuse packed weights of which config.json says nothing, as old packers wrote them."""
     packed = any(tensor.name.endswith(".qweight") for file in files for tensor in file.tensors)
-    if packed and (names := descriptions(path)):
-        what = f"the base is quantised, which {names[0]} describes and config.json does not"
+    if packed and (said := descriptions(names)):
+        what = f"the base is quantised, which {said[0]} describes and config.json does not"
         remedy = "Put its fields into config.json, as quantization_config with a quant_method"
-        raise refuse(what, str(path / names[0]), f"{remedy} such as gptq, and give --dequantize")
+        raise refuse(what, str(path / said[0]), f"{remedy} such as gptq, and give --dequantize")
 
 
 def _decodings(
-    path: Path, config: Mapping[str, Any], files: Sequence[WeightFile], decode: Decode
+    path: Location, config: Mapping[str, Any], files: Sequence[WeightFile], decode: Decode
 ) -> Decodings:
     stored = [Stored(file=n, tensor=t) for n, file in enumerate(files) for t in file.tensors]
 
     def read(one: Stored) -> bytes:
-        file = path / files[one.file].identity.name
-        with reported(file), file.open("rb") as opened:
-            opened.seek(one.tensor.offset)
-            return opened.read(one.tensor.nbytes)
+        with closing(open_store(path).open(files[one.file].identity)) as opened:
+            return bytes(opened.read(one.tensor.offset, one.tensor.nbytes))
 
     return decode(config, stored, read, str(path / CONFIG))
 
@@ -157,133 +149,14 @@ def _sources(
         yield name, Source(tensor=decoded_tensor(name, decoding), file=None, decoding=decoding)
 
 
-def read_header(path: Path) -> WeightFile:
-    """Open one safetensors file.
-
-    Raises:
-        InputError: its header is damaged or lies.
-    """
-    with reported(path), path.open("rb") as file:
-        identity = FileIdentity.of(path.parent, path.name)
-        prefix = file.read(8)
-        text = file.read(header_length(prefix, identity.size, str(path)))
-    return WeightFile(
-        identity=identity,
-        header_digest=bytes_digest(prefix + text),
-        tensors=parse_header(text, identity.size, str(path)),
+def _refuse_adapters(folder: Location, names: Collection[str]) -> None:
+    if "adapter_config.json" not in names:
+        return
+    where = str(folder)
+    if CONFIG not in names:
+        raise refuse("is an adapter, not a base", where, "Give BASE first, then ADAPTER")
+    raise refuse(
+        "holds an adapter beside the base, which loaders would apply on top of the result",
+        where,
+        "Move adapter_config.json and its weights to a directory of their own",
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
-
-    Raises:
-        InputError: there is none, or it is no JSON object.
-    """
-    if path.exists() and not path.is_file():
-        raise refuse("is no file", str(path), "Put the file itself there")  # a pipe would wait
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise refuse(
-            f"cannot be read ({error.strerror})", str(path), "Check the path and its permissions"
-        ) from None
-    return parse_object(data, str(path), "Fetch the file again")
-
-
-def _refuse_other_directories(path: Path) -> None:
-    where = str(path)
-    if not os.path.isdir(path):
-        kind = "is a file, not a checkpoint directory" if os.path.exists(path) else "does not exist"
-        raise refuse(f"BASE {kind}", where, "Give the directory that holds config.json")
-    if not os.access(path, os.R_OK | os.X_OK):
-        raise refuse("BASE may not be read", where, "Ask its owner for permission")
-    if (path / "adapter_config.json").exists():
-        if not (path / CONFIG).exists():
-            raise refuse("is an adapter, not a base", where, "Give BASE first, then ADAPTER")
-        raise refuse(
-            "holds an adapter beside the base, which loaders would apply on top of the result",
-            where,
-            "Move adapter_config.json and its weights to a directory of their own",
-        )
-
-
-def _open_weight_files(path: Path, notes: list[str]) -> tuple[WeightFile, ...]:
-    present = sorted(p.name for p in path.glob("*.safetensors") if p.is_file())
-    indexed, single = (path / INDEX).is_file(), SINGLE in present
-    if indexed and single:
-        raise refuse(
-            f"holds both {SINGLE} and {INDEX}, and loaders disagree on which one counts",
-            str(path),
-            "Remove the one that is stale",
-        )
-    if not indexed and not single:
-        raise _no_weights(path, present)
-    weight_map = _weight_map(path) if indexed else {}
-    names = sorted(set(weight_map.values())) if indexed else [SINGLE]
-    notes += [
-        f"{name} is not named by the index and is left out, as loaders do"
-        for name in sorted(set(present) - set(names))
-    ]
-    problems: list[Problem] = []
-    files: list[WeightFile] = []
-    for name in names:
-        with gathered(problems):
-            if name not in present:
-                raise refuse(f"the index names {name!r}, which is missing", str(path), _FETCH)
-            files.append(read_header(path / name))
-    if not problems:
-        _check_against_index(files, weight_map, path, problems)
-    if problems:
-        raise InputError(problems)
-    return tuple(files)
-
-
-_FETCH = "Fetch the checkpoint again; it is incomplete"
-
-
-def _no_weights(path: Path, present: list[str]) -> InputError:
-    if any(path.glob("pytorch_model*.bin")):
-        return refuse(
-            "the base is in pytorch_model*.bin, which raymeld does not read",
-            str(path),
-            "Save it once more with transformers: save_pretrained writes safetensors",
-        )
-    what = f"neither {SINGLE} nor {INDEX}" + (f", only {', '.join(present[:3])}" if present else "")
-    return refuse(f"no weights found: {what}", str(path), _FETCH)
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    where = str(path / INDEX)
-    weight_map = read_json(path / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise refuse("weight_map is missing or empty", where, _FETCH)
-    problems = [
-        Problem(f"weight_map puts {name!r} into {file!r}, outside the checkpoint", where, _FETCH)
-        for name, file in weight_map.items()
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", "..")
-    ]
-    if problems:
-        raise InputError(problems)
-    return weight_map
-
-
-def _check_against_index(
-    files: list[WeightFile], weight_map: dict[str, str], path: Path, problems: list[Problem]
-) -> None:
-    """Every tensor lies in exactly one file, and the index says in which."""
-    home: dict[str, str] = {}
-    for file in files:
-        for tensor in file.tensors:
-            here = file.identity.name
-            if tensor.name in home:
-                what = f"tensor {tensor.name!r} is in {home[tensor.name]} and in {here}"
-                problems.append(Problem(what, str(path), _FETCH))
-            elif weight_map and weight_map.get(tensor.name) != here:
-                said = weight_map.get(tensor.name, "no file")
-                what = f"tensor {tensor.name!r} is in {here}, the index says {said}"
-                problems.append(Problem(what, str(path / INDEX), _FETCH))
-            home[tensor.name] = here
-    for name in sorted(weight_map.keys() - home.keys()):
-        what = f"tensor {name!r} is not in {weight_map[name]}, where the index puts it"
-        problems.append(Problem(what, str(path / INDEX), _FETCH))

@@ -1,4 +1,4 @@
-"""The commit: accepting workers' parts, and making the directory a checkpoint, in that order.
+"""The commit: accepting workers' parts, and making the folder a checkpoint, in that order.
 
 A receipt is the acceptance. It is made durable before the part gets its final name, so that
 after a crash the names that are missing can be given, and a late twin of an accepted attempt is
@@ -7,28 +7,31 @@ recognised and thrown away. config.json is written last of all: it is the one co
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Mapping
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
 from merge_core import __version__
-from merge_core.errors import RaymeldError
+from merge_core.carrying import carry
+from merge_core.errors import AbsentError, RaymeldError, StorageError
 from merge_core.lease import is_held, taken_over
-from merge_core.ledger import Receipt, TensorRecord, write_ledger
+from merge_core.ledger import Receipt, TensorRecord, fold_ledger
 from merge_core.output import (
+    LEDGER,
+    RECEIPTS,
+    STAGED_CONFIG,
+    VERIFIED,
     config_to_publish,
-    parts_directory,
-    receipts_directory,
-    state_directory,
+    receipt_name,
 )
 from merge_core.plan import MergePlan, Shard
 from merge_core.side_files import CONFIG, INDEX
-from merge_core.storage import copy_durably, replaced, reported, sync_directory, write_durably
+from merge_core.stores.location import Location
+from merge_core.stores.opening import check_unchanged, open_store
 from merge_core.verify import FileCheck, Row
 
 
@@ -39,15 +42,18 @@ class Assembly:
         run: of the lease under which it writes; with another one, every method raises.
     """
 
-    def __init__(self, plan: MergePlan, out: Path, run: str) -> None:
+    def __init__(self, plan: MergePlan, out: Location, run: str) -> None:
         self._plan, self._out, self._run = plan, out, run
+        self._store = open_store(out)
         self._fingerprint = plan.fingerprint
         self._receipts: dict[int, Receipt] = {}
+        there = {listed.name for listed in self._store.list(RECEIPTS)}
         for index in range(len(plan.shards)):
-            receipt = self._read_receipt(index)
+            receipt = self._read_receipt(index) if receipt_name(index) in there else None
             if receipt is not None:
                 self._receipts[index] = receipt
-                self._publish_shard(receipt)
+                with contextlib.suppress(AbsentError):  # its proof will tell
+                    self._publish_shard(receipt)
 
     @property
     def receipts(self) -> dict[int, Receipt]:
@@ -60,7 +66,7 @@ class Assembly:
         Removes what that run did not finish, so no worker of this one may have begun.
         """
         self._check_run()
-        self._remove_parts("*.part")
+        self._store.sweep()
         return {
             index: check_of(self._out, self._plan.shards[index].name, receipt, "digest")
             for index, receipt in self._receipts.items()
@@ -69,7 +75,8 @@ class Assembly:
     def forget(self, index: int) -> None:
         """Have a shard that failed its proof count as not done."""
         self._check_run()
-        self._receipt_path(index).unlink(missing_ok=True)
+        self._store.delete(receipt_name(index))
+        self._store.delete(self._plan.shards[index].name)
         del self._receipts[index]
 
     def accept(self, receipt: Receipt) -> bool:
@@ -83,20 +90,21 @@ class Assembly:
         self._check_run()
         if not 0 <= receipt.shard < len(self._plan.shards):
             raise RaymeldError(f"the plan has no shard {receipt.shard}", receipt.worker)
-        earlier = self._receipts.get(receipt.shard)
+        shard, earlier = self._plan.shards[receipt.shard], self._receipts.get(receipt.shard)
         if earlier is not None and earlier.part != receipt.part:
-            (parts_directory(self._out) / Path(receipt.part).name).unlink(missing_ok=True)
+            self._store.sweep(shard.name)
             return False
         if earlier is None:
-            try:
-                self._check(receipt, self._plan.shards[receipt.shard])
-                write_durably(self._receipt_path(receipt.shard), receipt.to_json())
-            except RaymeldError:
-                (parts_directory(self._out) / Path(receipt.part).name).unlink(missing_ok=True)
-                raise
-            self._receipts[receipt.shard] = receipt
-        self._publish_shard(receipt)
-        self._remove_parts(f"{self._plan.shards[receipt.shard].name}.*.part")
+            self._check(receipt, shard)
+            self._store.put(receipt_name(shard.index), receipt.to_json())
+            self._receipts[shard.index] = receipt
+        try:
+            self._publish_shard(receipt)
+            self._check_header(receipt, shard)
+        except (AbsentError, _UnlikePlanError):
+            self.forget(shard.index)
+            raise
+        self._store.sweep(shard.name)
         return True
 
     def write_record(self) -> None:
@@ -113,19 +121,16 @@ class Assembly:
         files = {CONFIG: hashlib.sha256(config).hexdigest(), **self._copy_side_files()}
         if len(self._plan.shards) > 1:
             index = index_json(self._plan)
-            write_durably(self._out / INDEX, index)
+            self._store.put(INDEX, index)
             files[INDEX] = hashlib.sha256(index).hexdigest()
-        write_ledger(
-            state_directory(self._out) / "ledger.parquet",
-            self._receipts.values(),
-            {shard.index: shard.name for shard in self._plan.shards},
-            {
-                "raymeld": __version__,
-                "fingerprint": self._fingerprint,
-                "written": time.time(),
-                "files": files,
-            },
-        )
+        names = {shard.index: shard.name for shard in self._plan.shards}
+        about = {
+            "raymeld": __version__,
+            "fingerprint": self._fingerprint,
+            "written": time.time(),
+            "files": files,
+        }
+        self._store.put(LEDGER, fold_ledger(self._receipts.values(), names, about))
 
     def publish(self, verified: Mapping[str, Any]) -> None:
         """Make OUT a checkpoint: the last inputs check, what was verified, then config.json.
@@ -136,20 +141,14 @@ class Assembly:
         """
         self._check_run()
         for file in (*self._plan.base_files, *self._plan.side_files):
-            file.check(self._plan.base)
+            check_unchanged(self._plan.base, file)
         for adapter in self._plan.adapters:
-            adapter.file.check(adapter.path)
-            adapter.config_file.check(adapter.path)
-        state = state_directory(self._out)
-        write_durably(state / "verified.json", json.dumps(verified, indent=1).encode())
+            check_unchanged(adapter.path, adapter.file)
+            check_unchanged(adapter.path, adapter.config_file)
+        self._store.put(VERIFIED, json.dumps(verified, indent=1).encode())
         self._check_run()  # again: looking at the inputs may have taken long
-        write_durably(self._out / CONFIG, (state / CONFIG).read_bytes())
+        self._store.put(CONFIG, self._store.get(STAGED_CONFIG))
         remove_leftovers(self._out)
-
-    def _remove_parts(self, pattern: str) -> None:
-        """Parts of attempts that were killed, or that came too late."""
-        for part in parts_directory(self._out).glob(pattern):
-            part.unlink(missing_ok=True)
 
     def _check_run(self) -> None:
         if not is_held(self._out, self._run):
@@ -158,28 +157,20 @@ class Assembly:
     def _read_receipt(self, index: int) -> Receipt | None:
         """None if there is none of this plan: what it would speak of is merged again."""
         try:
-            receipt = Receipt.from_json(self._receipt_path(index).read_bytes())
-        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            receipt = Receipt.from_json(self._store.get(receipt_name(index)))
+        except (AbsentError, ValueError, TypeError, KeyError):
             return None
         ours = receipt.fingerprint == self._fingerprint and receipt.shard == index
         return receipt if ours else None
 
-    def _receipt_path(self, index: int) -> Path:
-        return receipts_directory(self._out) / f"shard-{index:05}.json"
-
     def _publish_shard(self, receipt: Receipt) -> None:
         """Give an accepted part its final name, unless it has it already."""
-        part = parts_directory(self._out) / receipt.part
-        final = self._out / self._plan.shards[receipt.shard].name
-        with reported(final):
-            if part.exists():
-                os.rename(part, final)
-                sync_directory(self._out)
+        shard = self._plan.shards[receipt.shard]
+        self._store.publish(receipt.part, shard.name, shard.size)
 
     def _check(self, receipt: Receipt, shard: Shard) -> None:
-        """Compare what a worker says it did, and the file's size and header, with the plan."""
-        part = parts_directory(self._out) / receipt.part
-        where = f"{shard.name}, attempt {receipt.attempt} by {receipt.worker}"
+        """Compare what a worker says it did with the plan."""
+        where = _described(receipt, shard)
         if receipt.fingerprint != self._fingerprint:
             raise RaymeldError(f"was made from plan {receipt.fingerprint[:12]}", where)
         said = [(t.tensor, t.dtype, t.shape, t.nbytes) for t in receipt.tensors]
@@ -188,32 +179,38 @@ class Assembly:
         ]
         if said != planned:
             raise RaymeldError("its tensors are not those of the plan", where)
+
+    def _check_header(self, receipt: Receipt, shard: Shard) -> None:
+        """Look at what was published: parts of some stores cannot be read before."""
         header = shard.layout().header
-        with reported(part), part.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != shard.size or file.read(len(header)) != header:
-                raise RaymeldError(f"its part ({size} bytes) is not as planned", where)
+        with closing(self._store.open(self._store.look(shard.name))) as reader:
+            if bytes(reader.read(0, len(header))) != header:
+                raise _UnlikePlanError("its header is not as planned", _described(receipt, shard))
 
     def _copy_side_files(self) -> dict[str, str]:
         """sha256 of each, by name."""
-        digests = {}
-        for file in self._plan.side_files:
-            source, target = self._plan.base / file.name, self._out / file.name
-            with reported(target):
-                target.parent.mkdir(exist_ok=True)
-            size, digests[file.name] = copy_durably(source, target)
-            if size != file.size:
-                raise replaced(source)
-        return digests
+        base = self._plan.base
+        return {file.name: carry(base, file, self._out) for file in self._plan.side_files}
 
 
-def remove_leftovers(out: Path) -> None:
+class _UnlikePlanError(RaymeldError):
+    """What was published is not what was planned."""
+
+
+def _described(receipt: Receipt, shard: Shard) -> str:
+    return f"{shard.name}, attempt {receipt.attempt} by {receipt.worker}"
+
+
+def remove_leftovers(out: Location) -> None:
     """Remove what is of no use any more once OUT is published; nothing may fail then."""
-    for leftover in (parts_directory(out), receipts_directory(out)):
-        shutil.rmtree(leftover, ignore_errors=True)
+    store = open_store(out)
+    with contextlib.suppress(StorageError):
+        store.sweep()
+        for listed in store.list(RECEIPTS):
+            store.delete(listed.name)
 
 
-def check_of(out: Path, file: str, receipt: Receipt, level: str) -> FileCheck:
+def check_of(out: Location, file: str, receipt: Receipt, level: str) -> FileCheck:
     """What proves that an accepted shard is as its receipt says.
 
     Args:
@@ -222,7 +219,7 @@ def check_of(out: Path, file: str, receipt: Receipt, level: str) -> FileCheck:
         level: ``structure`` or ``digest``, see ``merge_core.verify``.
     """
     rows = tuple(_row(file, record) for record in receipt.tensors)
-    return FileCheck(path=str(out / file), level=level, rows=rows)
+    return FileCheck(file=out / file, level=level, rows=rows)
 
 
 def _row(file: str, record: TensorRecord) -> Row:

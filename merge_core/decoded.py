@@ -8,7 +8,8 @@ import torch
 
 from merge_core.decoding.stored import Rows, Stored
 from merge_core.lanes import aligned
-from merge_core.storage import SLACK, RangeReader
+from merge_core.storage import SLACK
+from merge_core.stores.store import Reader
 
 _DTYPES = {
     "U8": torch.uint8,
@@ -22,7 +23,7 @@ _DTYPES = {
 """Of stored parts."""
 
 
-def fetch_from(readers: Sequence[RangeReader], stored: Stored) -> torch.Tensor:
+def fetch_from(readers: Sequence[Reader], stored: Stored) -> torch.Tensor:
     """A whole stored tensor, past the page cache.
 
     Raises:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from merge_core.errors import InputError, Problem
 from merge_core.lease import live_holder
 from merge_core.output import (
@@ -16,10 +14,11 @@ from merge_core.output import (
 )
 from merge_core.plan import MergePlan
 from merge_core.side_files import CONFIG
-from merge_core.storage import reported
+from merge_core.stores.location import Location
+from merge_core.stores.opening import is_there
 
 
-def check_destination(out: Path, plan: MergePlan) -> None:
+def check_destination(out: Location, plan: MergePlan) -> None:
     """What ``merge`` would say of OUT before it begins, as far as headers tell: what it says of an
     earlier merge there depends on the adapters' content, see ``notes_on``.
 
@@ -34,19 +33,18 @@ def check_destination(out: Path, plan: MergePlan) -> None:
     check_space(out, plan, freed=written_bytes(out))
 
 
-def check_ownership(out: Path) -> None:
+def check_ownership(out: Location) -> None:
     """Make sure that a merge finds nothing in OUT, or an earlier merge.
 
     Raises:
         InputError: it holds something else.
         StorageError: it may not be looked at.
     """
-    with reported(out):
-        if not is_new(out) and read_plan(out) is None:
-            raise InputError([not_ours(out)])
+    if not is_new(out) and read_plan(out) is None:
+        raise InputError([not_ours(out)])
 
 
-def notes_on(out: Path) -> list[Problem]:
+def notes_on(out: Location) -> list[Problem]:
     """What lies in OUT, and stands against every merge but one.
 
     Raises:
@@ -54,7 +52,7 @@ def notes_on(out: Path) -> list[Problem]:
     """
     notes, earlier = [], read_plan(out)
     if earlier is not None:
-        plan, finished = f"plan {earlier['fingerprint'][:12]}", (out / CONFIG).exists()
+        plan, finished = f"plan {earlier['fingerprint'][:12]}", is_there(out / CONFIG)
         what = f"holds {'a finished' if finished else 'an unfinished'} merge, of {plan}"
         same = "finds that it is done" if finished else "goes on with it"
         remedy = f"The same merge {same}; any other is refused without --overwrite"

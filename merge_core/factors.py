@@ -7,7 +7,6 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,10 @@ from merge_core.digest import CELL_BYTES, bytes_digest, cell_digest, tensor_dige
 from merge_core.errors import InputError, Problem
 from merge_core.layout import DTYPE_BYTES, TensorSpec
 from merge_core.plan import AdapterInput, MergePlan
-from merge_core.storage import RangeReader, replaced
+from merge_core.storage import replaced
+from merge_core.stores.location import Location
+from merge_core.stores.opening import check_unchanged, open_store
+from merge_core.stores.store import Reader
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +64,7 @@ def seal(plan: MergePlan) -> MergePlan:
     return dataclasses.replace(plan, adapters=tuple(adapters))
 
 
-def bad_factor(factor: TensorSpec, row: int, path: Path) -> Problem:
+def bad_factor(factor: TensorSpec, row: int, path: Location) -> Problem:
     """The problem of a factor that holds a NaN or an infinity in ``row``."""
     return Problem(
         f"holds NaN or infinity in row {row}",
@@ -75,14 +77,14 @@ class FactorSource:
     """The tensors of one adapter file. Threads may share it."""
 
     def __init__(self, adapter: AdapterInput) -> None:
-        adapter.file.check(adapter.path)
         self._adapter = adapter
         self._path = adapter.path / adapter.file.name
-        self._reader: RangeReader | None = None
+        self._reader: Reader | None = None
         self._state: dict[str, Any] = {}
         if adapter.file.name.endswith(".safetensors"):
-            self._reader = RangeReader(self._path)
+            self._reader = open_store(adapter.path).open(adapter.file)
         else:
+            check_unchanged(adapter.path, adapter.file)
             self._state = load_pickle(self._path)
 
     def raw(self, factor: TensorSpec) -> memoryview:
@@ -94,7 +96,7 @@ class FactorSource:
         behind = min(behind, tensor.nbytes)
         if self._reader is None:
             return memoryview(_as_bytes(self._state[tensor.name]))[first:behind]
-        return self._reader.read_cached(tensor.offset + first, behind - first)
+        return self._reader.read(tensor.offset + first, behind - first)
 
     def load(self, factor: TensorSpec, device: torch.device) -> torch.Tensor:
         """The factor on ``device``, proven to be the one that was sealed: in float32, or integers

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -19,7 +18,9 @@ from merge_core.factors import FactorSource
 from merge_core.lanes import TORCH_DTYPES, aligned
 from merge_core.layout import TensorSpec
 from merge_core.plan import MergePlan, Shard, Source, TensorTask
-from merge_core.storage import SLACK, RangeReader
+from merge_core.storage import SLACK
+from merge_core.stores.location import Location
+from merge_core.stores.opening import check_unchanged, open_store
 from merge_core.updates.factor import KEPT_TENSORS, Factor
 from merge_core.updates.tuning import Tuning
 
@@ -37,10 +38,8 @@ class Inputs:
         with contextlib.ExitStack() as inputs:
             opened = inputs.enter_context
             self.factors = [opened(closing(FactorSource(one))) for one in plan.adapters]
-            for file in plan.base_files:
-                file.check(plan.base)
-            paths = [plan.base / file.name for file in plan.base_files]
-            self._readers = [opened(closing(RangeReader(path))) for path in paths]
+            base = open_store(plan.base)
+            self._readers = [opened(closing(base.open(file))) for file in plan.base_files]
             self._opened = inputs.pop_all()
         self._kept = _Kept(KEPT_TENSORS * len(plan.adapters))
 
@@ -78,10 +77,10 @@ class Inputs:
         """
         sources = [task.source for task in shard.tasks]
         for file in set[int]().union(*(source.base_files for source in sources)):
-            self.plan.base_files[file].check(self.plan.base)
+            check_unchanged(self.plan.base, self.plan.base_files[file])
         for number in {source.adapter for source in sources if source.adapter is not None}:
             adapter = self.plan.adapters[number]
-            adapter.file.check(adapter.path)
+            check_unchanged(adapter.path, adapter.file)
 
     def close(self) -> None:
         """Close the files."""
@@ -162,6 +161,6 @@ class TaskInputs:
             raise AssertionError("what PEFT merges has a tuning")
         return found
 
-    def path(self, adapter: int) -> Path:
+    def path(self, adapter: int) -> Location:
         """See ``Loading``."""
         return self.inputs.plan.adapters[adapter].path

@@ -9,19 +9,20 @@ needs nothing of the store but "create if absent" and a list of names with their
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import secrets
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import PurePosixPath
 from types import TracebackType
 from typing import Self
 
-from merge_core.errors import InputError, LeaseLostError, refuse
+from merge_core.errors import AbsentError, InputError, LeaseLostError, StorageError, refuse
 from merge_core.holder import UNKNOWN, Holder, read_holder, write_holder
-from merge_core.storage import reported
+from merge_core.output import LEASE
+from merge_core.stores.location import Location
+from merge_core.stores.opening import open_store
+from merge_core.stores.store import Store
 
 LEASE_SECONDS = 45.0
 """Age at which a lease that nobody renewed is free. Long enough for a store that stalls, short
@@ -36,9 +37,6 @@ LOOK_SECONDS = 1.0
 LISTINGS = 5
 """Of the lease's directory, until its last name can be opened: each renewal removes one name, but
 not several in a row, and a link that leads nowhere stays."""
-
-_VANISHED = (errno.ENOENT, errno.ESTALE)
-"""What a renewed file answers, on this machine's disks and on NFS."""
 
 
 class Lease:
@@ -56,8 +54,8 @@ class Lease:
         StorageError: it cannot be written.
     """
 
-    def __init__(self, out: Path, say: Callable[[str], None]) -> None:
-        self._out, self._directory, self._say = out, lease_directory(out), say
+    def __init__(self, out: Location, say: Callable[[str], None]) -> None:
+        self._out, self._store, self._say = out, open_store(out), say
         self.holder = Holder.this_process()
         self._number = self._take()
         self._ended = threading.Event()
@@ -81,7 +79,7 @@ class Lease:
         Raises:
             LeaseLostError: another merge has taken it.
         """
-        if not _advance(self._directory, self._number, self.holder):
+        if not _advance(self._store, self._number, self.holder):
             raise taken_over(self._out)
         self._number += 1
 
@@ -89,23 +87,18 @@ class Lease:
         """Let the next merge take it at once."""
         self._ended.set()
         self._thread.join()
-        with contextlib.suppress(OSError):  # it ends by itself, only later
-            try:
-                _advance(self._directory, self._number, None)
-            except OSError:  # a full disk
-                os.utime(_path(self._directory, self._number), (0, 0))
+        with contextlib.suppress(StorageError):  # a full disk: it ends by itself, only later
+            _advance(self._store, self._number, None)
 
     def _take(self) -> int:
-        with reported(self._directory):
-            self._directory.mkdir(parents=True, exist_ok=True)
-            number = self._await_free()
-            if not _advance(self._directory, number, self.holder):
-                raise _held(self._out, _newest(self._directory)[1])
+        number = self._await_free()
+        if not _advance(self._store, number, self.holder):
+            raise _held(self._out, _newest(self._store)[1])
         return number + 1
 
     def _await_free(self) -> int:
         """The number to go on from, once nobody holds the lease."""
-        first, holder, age = _latest(self._directory)
+        first, holder, age = _latest(self._store)
         if holder is None or not _is_live(holder, age):
             return first
         if holder.is_alive():
@@ -115,7 +108,7 @@ class Lease:
         end = time.monotonic() + left
         while time.monotonic() < end:
             time.sleep(LOOK_SECONDS)
-            number, holder, _ = _newest(self._directory)
+            number, holder, _ = _newest(self._store)
             if holder is None:
                 return number
             if number != first or holder.is_alive():
@@ -126,41 +119,30 @@ class Lease:
         while not self._ended.wait(RENEW_SECONDS):
             try:
                 self.renew()
-            except OSError:
+            except StorageError:
                 continue  # a full disk or a store that stalls; the next one may pass
             except LeaseLostError:
                 return  # whoever publishes next looks at the lease, and stops there
 
 
-def lease_directory(out: Path) -> Path:
-    """Where the lease of a destination lies."""
-    return out / ".raymeld" / "lease"
-
-
-def holder_of(out: Path) -> Holder | None:
+def holder_of(out: Location) -> Holder | None:
     """Who has the lease of ``out``, old or not; None if nobody."""
-    with reported(out):
-        directory = lease_directory(out)
-        return _newest(directory)[1] if directory.is_dir() else None
+    return _newest(open_store(out))[1]
 
 
-def is_held(out: Path, run: str) -> bool:
+def is_held(out: Location, run: str) -> bool:
     """Whether ``run`` has the lease of ``out``, and nobody took it over."""
     holder = holder_of(out)
     return holder is not None and holder.run == run
 
 
-def live_holder(out: Path) -> Holder | None:
+def live_holder(out: Location) -> Holder | None:
     """Who has it and still renews it."""
-    with reported(out):
-        directory = lease_directory(out)
-        if not directory.is_dir():
-            return None
-        _, holder, age = _latest(directory)
-        return holder if holder is not None and _is_live(holder, age) else None
+    _, holder, age = _latest(open_store(out))
+    return holder if holder is not None and _is_live(holder, age) else None
 
 
-def taken_over(out: Path) -> LeaseLostError:
+def taken_over(out: Location) -> LeaseLostError:
     """What a merge ends with that lost its lease."""
     return LeaseLostError(
         "another merge has taken this directory over",
@@ -169,7 +151,7 @@ def taken_over(out: Path) -> LeaseLostError:
     )
 
 
-def _held(out: Path, holder: Holder | None) -> InputError:
+def _held(out: Location, holder: Holder | None) -> InputError:
     """The refusal of a second merge."""
     return refuse(
         f"{holder or 'another merge'} is merging into it",
@@ -182,82 +164,61 @@ def _is_live(holder: Holder, age: float) -> bool:
     return age < LEASE_SECONDS and holder.is_alive() is not False
 
 
-def _latest(directory: Path) -> tuple[int, Holder | None, float]:
+def _latest(store: Store) -> tuple[int, Holder | None, float]:
     """The highest number, its holder, and the seconds since it was written.
 
     A file from the future counts as new: clocks were set, and only a renewal would tell more.
     """
-    number, holder, written = _newest(directory)
-    return number, holder, 0.0 if written is None else max(0.0, _now(directory) - written)
+    number, holder, written = _newest(store)
+    if holder is None or written is None:
+        return number, holder, 0.0
+    return number, holder, max(0.0, _now(store) - written)
 
 
-def _newest(directory: Path) -> tuple[int, Holder | None, float | None]:
+def _newest(store: Store) -> tuple[int, Holder | None, float | None]:
     """The highest number, its holder, and when it was written, if that can be known."""
     number = 0
     for _ in range(LISTINGS):
-        path = max(directory.glob("*.json"), key=_number, default=None)
-        if path is None:
+        listed = max(store.list(LEASE), key=lambda one: _number(one.name), default=None)
+        if listed is None or not _number(listed.name):
             return 0, None, None
-        number = _number(path)
+        number = _number(listed.name)
         try:
-            return number, read_holder(path.read_bytes()), _mtime(path)
-        except OSError as error:  # renewed in this moment
-            if error.errno not in _VANISHED:
-                raise
+            return number, read_holder(store.get(listed.name)), listed.modified
+        except AbsentError:  # renewed in this moment
+            continue
     return number, UNKNOWN, None
 
 
-def _advance(directory: Path, number: int, holder: Holder | None) -> bool:
+def _advance(store: Store, number: int, holder: Holder | None) -> bool:
     """Put ``holder`` behind ``number``, unless somebody else is there or further."""
-    mine = _path(directory, number + 1)
-    if not _create(mine, write_holder(holder)):
+    mine = f"{LEASE}/{number + 1:08}.json"
+    if not store.create(mine, write_holder(holder)):
         return False
-    if _newest(directory)[0] != number + 1:
-        mine.unlink(missing_ok=True)
+    names = {listed.name: _number(listed.name) for listed in store.list(LEASE)}
+    if max(names.values(), default=0) != number + 1:
+        store.delete(mine)
         return False
-    for path in directory.glob("*.json"):
-        if _number(path) <= number:
-            path.unlink(missing_ok=True)
+    for name, older in names.items():
+        if 0 < older <= number:
+            store.delete(name)
     return True
 
 
-def _create(path: Path, data: bytes) -> bool:
-    """Write ``path`` unless it exists."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    except FileExistsError:
-        return False
-    try:
-        os.write(descriptor, data)
-        os.fsync(descriptor)
-    except OSError:  # a full disk: half a file would look like somebody else's
-        path.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(descriptor)
-    return True
+def _number(name: str) -> int:
+    """That of a lease's file; 0 of any other."""
+    stem, dot, kind = PurePosixPath(name).name.partition(".")
+    return int(stem) if stem.isdecimal() and dot + kind == ".json" else 0
 
 
-def _path(directory: Path, number: int) -> Path:
-    return directory / f"{number:08}.json"
-
-
-def _number(path: Path) -> int:
-    return int(path.stem) if path.stem.isdecimal() else 0
-
-
-def _mtime(path: Path) -> float:
-    return path.stat().st_mtime
-
-
-def _now(directory: Path) -> float:
+def _now(store: Store) -> float:
     """The time by the clock that stamps the files here, which need not be this machine's."""
-    probe = directory / f"now-{secrets.token_hex(8)}"
+    probe = f"{LEASE}/now-{secrets.token_hex(8)}"
     try:
-        probe.touch()
-        return _mtime(probe)
-    except OSError:  # who only looks may have no right to write
+        store.put(probe, b"", durable=False)
+        return next(listed.modified for listed in store.list(LEASE) if listed.name == probe)
+    except (StorageError, StopIteration):  # who only looks may have no right to write
         return time.time()
     finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
+        with contextlib.suppress(StorageError):
+            store.delete(probe)

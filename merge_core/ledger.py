@@ -11,10 +11,7 @@ import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from merge_core.storage import write_durably
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +83,9 @@ class Receipt:
         return cls(**fields, tensors=tensors)
 
 
-def write_ledger(
-    path: Path, receipts: Iterable[Receipt], files: Mapping[int, str], about: Mapping[str, Any]
-) -> None:
+def fold_ledger(
+    receipts: Iterable[Receipt], files: Mapping[int, str], about: Mapping[str, Any]
+) -> bytes:
     """Fold ``receipts`` into a Parquet file of one row a tensor.
 
     Args:
@@ -107,7 +104,7 @@ def write_ledger(
     table = table.replace_schema_metadata({"raymeld": json.dumps(about)})
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
-    write_durably(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _row(receipt: Receipt, file: str, record: TensorRecord) -> dict[str, Any]:

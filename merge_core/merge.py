@@ -18,15 +18,17 @@ from merge_core.factors import seal
 from merge_core.lease import Lease, live_holder
 from merge_core.ledger import Receipt
 from merge_core.output import (
+    RECEIPTS,
     check_location,
     check_usable,
     is_finished,
     prepare,
-    receipts_directory,
 )
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, ProgressFile, Watch, WorkerProgress
 from merge_core.stored_head import check_stored_head
+from merge_core.stores.location import Location, locate
+from merge_core.stores.opening import open_store
 from merge_core.verdict import conclude, unproven, verify_deeper
 from merge_core.verify import (
     FileCheck,
@@ -51,7 +53,7 @@ the same process, device and disk again, so they end the merge at once."""
 class MergeResult:
     """What a merge did."""
 
-    out: Path
+    out: Location
     fingerprint: str
     receipts: tuple[Receipt, ...]
     """One a shard; empty if OUT already held this very merge."""
@@ -65,7 +67,7 @@ class MergeResult:
 
 def merge(
     plan: MergePlan,
-    out: str | Path,
+    out: str | Path | Location,
     *,
     level: str = "digest",
     device: str = "auto",
@@ -74,11 +76,11 @@ def merge(
     watch: Watch | None = None,
     say: Callable[[str], None] | None = None,
 ) -> MergeResult:
-    """Merge ``plan`` into directory ``out``, verify it, and publish it.
+    """Merge ``plan`` into the folder ``out``, verify it, and publish it.
 
     Args:
         plan: from ``planner.make_plan``.
-        out: a directory that does not exist or is empty.
+        out: a folder that does not exist or is empty, see ``stores.location``.
         level: what is verified before the result is published, see ``merge_core.verify``.
         device: ``auto``, ``cpu`` or ``cuda``, for what a device map does not pin.
         overwrite: replace an earlier merge in ``out``.
@@ -92,7 +94,7 @@ def merge(
         RaymeldError: the merge failed; nothing that loads as a checkpoint is left.
     """
     clock, watch, say = time.perf_counter(), watch or _unwatched, say or _unheard
-    target = Path(out).absolute()
+    target = locate(out)
     _check_device(plan, device)
     with ThreadPoolExecutor(1) as pool:
         importing = pool.submit(importlib.import_module, "merge_core.worker")  # torch takes seconds
@@ -130,7 +132,7 @@ def _check_device(plan: MergePlan, device: str) -> None:
         raise refuse(what, f"--device {device}", "Leave --device out, or take another map")
 
 
-def begin(plan: MergePlan, out: Path, level: str) -> MergePlan:
+def begin(plan: MergePlan, out: Location, level: str) -> MergePlan:
     """Check where ``out`` lies, and read and check the adapters; writes nothing.
 
     Returns:
@@ -155,7 +157,7 @@ def begin(plan: MergePlan, out: Path, level: str) -> MergePlan:
 
 @contextlib.contextmanager
 def claim(
-    plan: MergePlan, out: Path, *, overwrite: bool, say: Callable[[str], None]
+    plan: MergePlan, out: Location, *, overwrite: bool, say: Callable[[str], None]
 ) -> Iterator[str | None]:
     """Make ``out`` ready for ``plan``, which must be sealed, and keep every other merge off it.
 
@@ -181,7 +183,7 @@ def claim(
             yield lease.holder.run
 
 
-def holds_result(out: Path, plan: MergePlan, say: Callable[[str], None]) -> bool:
+def holds_result(out: Location, plan: MergePlan, say: Callable[[str], None]) -> bool:
     """Whether ``out`` holds this very result; ``plan`` must be sealed.
 
     A machine that dies right after the commit leaves receipts there: they are removed, if nobody is
@@ -190,7 +192,7 @@ def holds_result(out: Path, plan: MergePlan, say: Callable[[str], None]) -> bool
     if not is_finished(out, plan):
         return False
     with contextlib.suppress(RaymeldError):  # they harm nobody
-        if receipts_directory(out).exists() and live_holder(out) is None:
+        if any(open_store(out).list(RECEIPTS)) and live_holder(out) is None:
             with Lease(out, say):
                 if is_finished(out, plan):
                     remove_leftovers(out)
@@ -207,7 +209,7 @@ def _resume(assembly: Assembly, plan: MergePlan, watch: Watch) -> int:
 
 
 def _finish(
-    assembly: Assembly, plan: MergePlan, out: Path, level: str, watch: Watch
+    assembly: Assembly, plan: MergePlan, out: Location, level: str, watch: Watch
 ) -> VerifyReport:
     """Verify the result and publish it."""
     assembly.write_record()
@@ -262,7 +264,7 @@ def _watched(
     def run(
         check: Callable[[FileCheck], FileResult], checks: Sequence[FileCheck]
     ) -> Iterable[FileResult]:
-        done, total = 0, sum(sizes.get(Path(one.path).name, 0) for one in checks)
+        done, total = 0, sum(sizes.get(one.file.name, 0) for one in checks)
         for one in checks:
             watch(Progress(phase=phase, done=done, total=total, workers=()))
             result = check(one)
@@ -274,7 +276,7 @@ def _watched(
 
 def result_of(
     plan: MergePlan,
-    out: Path,
+    out: Location,
     receipts: Mapping[int, Receipt],
     report: VerifyReport | None,
     clock: float,

@@ -1,4 +1,4 @@
-"""The destination directory: what lies where, and whether a merge may begin there.
+"""The destination: what lies where, and whether a merge may begin there.
 
 OUT/model-0000n-of-0000m.safetensors   published shards
 OUT/model.safetensors.index.json       written when all shards are there
@@ -26,44 +26,62 @@ from merge_core.errors import InputError, Problem, StorageError, refuse
 from merge_core.json_text import parse_object
 from merge_core.plan import MergePlan
 from merge_core.side_files import CONFIG, INDEX, TEMPLATES
-from merge_core.storage import replaced, reported, sync_directory, write_durably
+from merge_core.storage import replaced
+from merge_core.stores.location import Location
+from merge_core.stores.opening import is_there, open_store, read_file
 from merge_core.verify import LEVELS
 
+STATE = ".raymeld"
+"""Where raymeld keeps its own files."""
 
-def state_directory(out: Path) -> Path:
-    """Where raymeld keeps its own files."""
-    return out / ".raymeld"
-
-
-def parts_directory(out: Path) -> Path:
-    """Where workers write."""
-    return state_directory(out) / "parts"
-
-
-def receipts_directory(out: Path) -> Path:
-    """Where the collector records what it accepted."""
-    return state_directory(out) / "receipts"
+PLAN = f"{STATE}/plan.json"
+STAGED_CONFIG = f"{STATE}/{CONFIG}"
+LEDGER = f"{STATE}/ledger.parquet"
+VERIFIED = f"{STATE}/verified.json"
+RECEIPTS = f"{STATE}/receipts"
+LEASE = f"{STATE}/lease"
+PROGRESS = f"{STATE}/progress.json"
 
 
-def check_location(out: Path, base: Path, adapters: tuple[Path, ...]) -> list[Problem]:
+def receipt_name(index: int) -> str:
+    """Where the receipt of a shard lies."""
+    return f"{RECEIPTS}/shard-{index:05}.json"
+
+
+def check_location(out: Location, base: Location, adapters: tuple[Location, ...]) -> list[Problem]:
     """Problems of where OUT lies: it may share no directory with what is read."""
     problems = []
     try:
-        real, above = out.resolve(), next(path for path in (out, *out.parents) if path.exists())
+        for name, path in (("BASE", base), *(("ADAPTER", adapter) for adapter in adapters)):
+            if _share(out, path):
+                what = f"OUT and {name} ({path}) lie in one another"
+                remedy = "Choose an --out outside of what is read"
+                problems.append(Problem(what, str(out), remedy))
+        if out.is_local:
+            problems += _below_files(out)
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle
         return [Problem(f"OUT cannot be made ({error})", str(out), "Choose another --out")]
-    for name, path in (("BASE", base), *(("ADAPTER", adapter) for adapter in adapters)):
-        other = path.resolve()
-        if real == other or other in real.parents or real in other.parents:
-            what = f"OUT and {name} ({path}) lie in one another"
-            problems.append(Problem(what, str(out), "Choose an --out outside of what is read"))
-    if not above.is_dir():
-        what = "OUT is a file" if above == out else f"OUT lies below a file ({above})"
-        problems.append(Problem(what, str(out), "Choose another --out"))
     return problems
 
 
-def is_finished(out: Path, plan: MergePlan) -> bool:
+def _share(one: Location, two: Location) -> bool:
+    """Whether one of them lies in the other, or they are the same."""
+    if (one.scheme, one.root) != (two.scheme, two.root):
+        return False
+    paths = [Path("/", place.path) for place in (one, two)]
+    a, b = (path.resolve() if one.is_local else path for path in paths)
+    return a == b or a in b.parents or b in a.parents
+
+
+def _below_files(out: Location) -> list[Problem]:
+    above = next(path for path in (out.local, *out.local.parents) if path.exists())
+    if above.is_dir():
+        return []
+    what = "OUT is a file" if above == out.local else f"OUT lies below a file ({above})"
+    return [Problem(what, str(out), "Choose another --out")]
+
+
+def is_finished(out: Location, plan: MergePlan) -> bool:
     """Whether OUT holds the committed result of exactly this plan, every file in its size."""
     earlier = read_plan(out)
     if earlier is None or earlier["fingerprint"] != plan.fingerprint:
@@ -71,30 +89,28 @@ def is_finished(out: Path, plan: MergePlan) -> bool:
     if earlier.get("inputs") != _inputs(plan):
         return False
     try:
-        if (out / CONFIG).read_bytes() != config_to_publish(plan):
+        if read_file(out / CONFIG) != config_to_publish(plan):
             return False
-    except OSError:
+    except StorageError:
         return False
     sizes = {shard.name: shard.size for shard in plan.shards}
     sizes |= {file.name: file.size for file in plan.side_files}
-    if len(plan.shards) > 1 and not (out / INDEX).is_file():
+    found = {listed.name: listed.size for listed in open_store(out).list()}
+    if len(plan.shards) > 1 and INDEX not in found:
         return False
-    return all(
-        (out / name).is_file() and (out / name).stat().st_size == size
-        for name, size in sizes.items()
-    )
+    return all(found.get(name) == size for name, size in sizes.items())
 
 
-def verified_level(out: Path) -> str:
+def verified_level(out: Location) -> str:
     """The level at which the finished merge in ``out`` was verified before it was published."""
     try:
-        level = json.loads((state_directory(out) / "verified.json").read_bytes())["level"]
-    except (OSError, ValueError, KeyError, TypeError):
+        level = json.loads(read_file(out / VERIFIED))["level"]
+    except (StorageError, ValueError, KeyError, TypeError):
         return LEVELS[0]
     return level if level in LEVELS else LEVELS[0]
 
 
-def check_usable(out: Path, plan: MergePlan, *, overwrite: bool = False) -> None:
+def check_usable(out: Location, plan: MergePlan, *, overwrite: bool = False) -> None:
     """Raise what ``prepare`` would, and write nothing.
 
     Raises:
@@ -110,7 +126,7 @@ def check_usable(out: Path, plan: MergePlan, *, overwrite: bool = False) -> None
     check_space(out, plan, freed=written_bytes(out))
 
 
-def prepare(out: Path, plan: MergePlan, *, overwrite: bool = False) -> None:
+def prepare(out: Location, plan: MergePlan, *, overwrite: bool = False) -> None:
     """Make OUT ready for the workers of ``plan``, which must be sealed.
 
     What an unfinished merge of the same plan has done stays, unless ``overwrite`` is given.
@@ -123,23 +139,20 @@ def prepare(out: Path, plan: MergePlan, *, overwrite: bool = False) -> None:
     earlier = None if is_new(out) else read_plan(out)
     if earlier is not None and (overwrite or not _can_go_on(out, plan, earlier)):
         _make_room(out, earlier)
-    state, config = state_directory(out), config_to_publish(plan)
-    with reported(out):
-        for directory in (parts_directory(out), receipts_directory(out)):
-            directory.mkdir(parents=True, exist_ok=True)
-    write_durably(state / CONFIG, config)
-    write_durably(_plan_path(out), json.dumps(describe(plan), indent=1).encode())
-    sync_directory(out)
-    sync_directory(out.parent)
+    store, config = open_store(out), config_to_publish(plan)
+    store.put(STAGED_CONFIG, config)
+    store.put(PLAN, json.dumps(describe(plan), indent=1).encode())
 
 
-def check_space(out: Path, plan: MergePlan, freed: int = 0) -> None:
-    """Raise StorageError if the file system of OUT has no room for the result.
+def check_space(out: Location, plan: MergePlan, freed: int = 0) -> None:
+    """Raise StorageError if the file system of OUT has no room for the result; others grow.
 
     Args:
         freed: bytes that will be free before it is written.
     """
-    existing = next(path for path in (out, *out.parents) if path.exists())
+    if not out.is_local:
+        return
+    existing = next(path for path in (out.local, *out.local.parents) if path.exists())
     needed = sum(s.size for s in plan.shards) + sum(file.size for file in plan.side_files)
     free = shutil.disk_usage(existing).free + freed
     if free < needed:
@@ -167,11 +180,10 @@ def read_planned_config(plan: MergePlan) -> bytes:
     Raises:
         StorageError: it changed.
     """
-    path = plan.base / CONFIG
-    with reported(path):
-        data = path.read_bytes()
-    if parse_object(data, str(path), "Fetch it again") != plan.config:
-        raise replaced(path)
+    file = plan.base / CONFIG
+    data = read_file(file)
+    if parse_object(data, str(file), "Fetch it again") != plan.config:
+        raise replaced(file)
     return data
 
 
@@ -192,7 +204,7 @@ def describe(plan: MergePlan) -> dict[str, Any]:
     }
 
 
-def not_ours(out: Path) -> Problem:
+def not_ours(out: Location) -> Problem:
     """What is wrong with an OUT that holds something else than an earlier merge."""
     return Problem(
         "OUT is not empty, and raymeld did not make it", str(out), "Choose another --out"
@@ -200,21 +212,21 @@ def not_ours(out: Path) -> Problem:
 
 
 def _inputs(plan: MergePlan) -> list[list[Any]]:
-    """Name, size and time of each base file. The fingerprint holds no times, so that it is the
-    same wherever the base lies; but two models trained from one differ in values alone, and
-    only the times tell them apart before every byte is read.
+    """Name, size and pin of each base file. The fingerprint holds no pins, so that it is the same
+    wherever the base lies; but two models trained from one differ in values alone, and only the
+    pins tell them apart before every byte is read.
     """
     files = (*plan.base_files, *plan.side_files)
-    return [[file.name, file.size, file.mtime_ns] for file in files]
+    return [[file.name, file.size, file.pin] for file in files]
 
 
-def is_new(out: Path) -> bool:
+def is_new(out: Location) -> bool:
     """Whether nothing lies there, or nothing but what a merge leaves that wrote no plan yet."""
-    entries = list(out.iterdir()) if out.is_dir() else []
-    return entries in ([], [state_directory(out)]) and not _plan_path(out).exists()
+    others = (f for f in open_store(out).list() if not f.name.startswith(f"{STATE}/"))
+    return next(others, None) is None and not is_there(out / PLAN)
 
 
-def _can_go_on(out: Path, plan: MergePlan, earlier: Mapping[str, Any]) -> bool:
+def _can_go_on(out: Location, plan: MergePlan, earlier: Mapping[str, Any]) -> bool:
     """Whether what ``earlier`` finished of its shards can be part of this merge."""
     same = {name: earlier.get(name) for name in ("raymeld", "fingerprint", "inputs")}
     here = {
@@ -222,11 +234,11 @@ def _can_go_on(out: Path, plan: MergePlan, earlier: Mapping[str, Any]) -> bool:
         "fingerprint": plan.fingerprint,
         "inputs": _inputs(plan),
     }
-    return same == here and not (out / CONFIG).exists()
+    return same == here and not is_there(out / CONFIG)
 
 
-def _other_merge(out: Path, plan: MergePlan, earlier: Mapping[str, Any]) -> InputError:
-    finished = (out / CONFIG).exists()
+def _other_merge(out: Location, plan: MergePlan, earlier: Mapping[str, Any]) -> InputError:
+    finished = is_there(out / CONFIG)
     what = f"OUT holds {'a finished' if finished else 'an unfinished'} merge"
     if earlier["fingerprint"] != plan.fingerprint:
         what += f" of plan {earlier['fingerprint'][:12]}; this one is {plan.fingerprint[:12]}"
@@ -239,39 +251,33 @@ def _other_merge(out: Path, plan: MergePlan, earlier: Mapping[str, Any]) -> Inpu
     return refuse(what, str(out), "Choose another --out, or give --overwrite to replace it")
 
 
-def _make_room(out: Path, earlier: Mapping[str, Any]) -> None:
-    with reported(out):
-        # config.json goes first: from here on nothing takes OUT for a checkpoint.
-        shards = [shard["name"] for shard in earlier["shards"]]
-        for name in (CONFIG, INDEX, *shards, *earlier["side_files"]):
-            (out / name).unlink(missing_ok=True)
-        _plan_path(out).unlink()
-        for path in state_directory(out).iterdir():
-            if path.is_dir() and path.name != "lease":
-                shutil.rmtree(path)
-            elif path.is_file():
-                path.unlink()
+def _make_room(out: Location, earlier: Mapping[str, Any]) -> None:
+    store = open_store(out)
+    # config.json goes first: from here on nothing takes OUT for a checkpoint.
+    shards = [shard["name"] for shard in earlier["shards"]]
+    for name in (CONFIG, INDEX, *shards, *earlier["side_files"], PLAN):
+        store.delete(name)
+    store.sweep()
+    for listed in store.list(STATE):
+        if not listed.name.startswith(f"{LEASE}/"):
+            store.delete(listed.name)
 
 
-def written_bytes(out: Path) -> int:
+def written_bytes(out: Location) -> int:
     """Bytes of an earlier merge's shards, which this one replaces or needs no room for."""
     earlier = read_plan(out)
-    names = [shard["name"] for shard in earlier["shards"]] if earlier else []
-    return sum((out / name).stat().st_size for name in names if (out / name).is_file())
+    names = {shard["name"] for shard in earlier["shards"]} if earlier else set()
+    return sum(listed.size for listed in open_store(out).list() if listed.name in names)
 
 
-def _plan_path(out: Path) -> Path:
-    return state_directory(out) / "plan.json"
-
-
-def read_plan(out: Path) -> dict[str, Any] | None:
+def read_plan(out: Location) -> dict[str, Any] | None:
     """plan.json, or None if it is not one of ours: its names decide what --overwrite removes."""
     try:
-        plan = json.loads(_plan_path(out).read_bytes())
+        plan = json.loads(read_file(out / PLAN))
         names = [shard["name"] for shard in plan["shards"]] + plan["side_files"]
         ours = all(_is_inside(name) for name in names)
         texts = isinstance(plan["fingerprint"], str)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (StorageError, ValueError, KeyError, TypeError):
         return None
     return plan if ours and texts else None
 

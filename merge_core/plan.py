@@ -11,12 +11,12 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from merge_core.decoding import Decoding
 from merge_core.layout import DTYPE_BYTES, FileLayout, TensorSpec, lay_out
-from merge_core.storage import FileIdentity
+from merge_core.stores.location import Location
+from merge_core.stores.store import FileIdentity
 from merge_core.updates import SingleUpdate, Update
 from merge_core.updates.combined import Combination
 from merge_core.updates.tuning import Tuning
@@ -150,7 +150,7 @@ class StoredHead:
 class AdapterInput:
     """An adapter as the workers need it."""
 
-    path: Path
+    path: Location
     weight: float
     peft_type: str
     file: FileIdentity
@@ -166,7 +166,7 @@ class AdapterInput:
 class MergePlan:
     """The whole output of a merge, known before any arithmetic."""
 
-    base: Path
+    base: Location
     base_files: tuple[FileIdentity, ...]
     header_digests: tuple[str, ...]
     config: Mapping[str, Any]

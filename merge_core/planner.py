@@ -25,6 +25,7 @@ from merge_core.shards import OutputTensor, cut_shards, shard_name
 from merge_core.side_files import CONFIG
 from merge_core.simulated import round_to_nf4
 from merge_core.stages import shards_of
+from merge_core.stores.location import DEFAULT_ACCESS, Access, Location, locate
 from merge_core.ties import settle_ties, tied_embeddings
 from merge_core.tuning import tune
 from merge_core.updates import Update
@@ -37,8 +38,8 @@ is some 80 files; the hub's own limit is 5 GB for smooth downloads."""
 
 
 def make_plan(  # noqa: PLR0913 - one parameter an option
-    base: str | Path,
-    adapters: Sequence[str | Path],
+    base: str | Path | Location,
+    adapters: Sequence[str | Path | Location],
     *,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -48,12 +49,13 @@ def make_plan(  # noqa: PLR0913 - one parameter an option
     layers: str | None = None,
     dequantize: bool = False,
     simulate_nf4: bool = False,
+    access: Access = DEFAULT_ACCESS,
 ) -> MergePlan:
     """Plan the merge of ``adapters`` into ``base``, reading nothing but headers.
 
     Args:
-        base: directory of a Qwen1.5 checkpoint in safetensors.
-        adapters: directories of PEFT adapters, each with an optional weight: ``path@0.5``.
+        base: folder of a Qwen1.5 checkpoint in safetensors, see ``stores.location``.
+        adapters: folders of PEFT adapters, each with an optional weight: ``path@0.5``.
         dtype: ``bfloat16``, ``float16`` or ``float32``; None keeps each tensor's own.
         shard_bytes: size limit of an output file, see ``shards.cut_shards``.
         device_map: JSON file that pins modules to devices, see ``device_map``.
@@ -63,6 +65,7 @@ def make_plan(  # noqa: PLR0913 - one parameter an option
         layers: make only the files with these layers, see ``merge_core.stages``.
         dequantize: decode the weights of a quantised base to the dtype that its config names.
         simulate_nf4: round the weights of a base as QLoRA does it in training.
+        access: how object stores are reached.
 
     Raises:
         InputError: with every problem of the base, the adapters and the options.
@@ -76,14 +79,13 @@ def make_plan(  # noqa: PLR0913 - one parameter an option
         check_combination(combination, len(adapters))
     with gathered(problems):
         decode = _decode(dequantize=dequantize, simulate=simulate_nf4)
-        checkpoint = open_checkpoint(Path(base).absolute(), decode)
+        checkpoint = open_checkpoint(locate(base, access), decode)
     devices: DeviceMap | None = None
     with gathered(problems):
         devices = None if device_map is None else read_device_map(Path(device_map).absolute())
     for text in adapters:
         with gathered(problems):
-            path, weight = parse_adapter(text)
-            opened.append(open_adapter(path.absolute(), weight))
+            opened.append(open_adapter(*parse_adapter(text, access)))
     if checkpoint is None:
         raise InputError(problems)
     with gathered(problems):
@@ -130,7 +132,7 @@ class _Output:
     layers: str | None
 
 
-def _check_options(adapters: Sequence[str | Path], dtype: str | None, shard_bytes: int) -> None:
+def _check_options(adapters: Sequence[object], dtype: str | None, shard_bytes: int) -> None:
     problems = []
     if not adapters:
         problems.append(Problem("no adapter given", "ADAPTER", "Name at least one adapter"))

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from merge_core.errors import StorageError
 from merge_core.lease import is_held
+from merge_core.output import PROGRESS
+from merge_core.stores.location import Location
+from merge_core.stores.opening import open_store, read_file
 
 KEPT_LINES = 50
 """Decisions that the file remembers: the last ones explain why a merge is slow or stopped."""
@@ -61,8 +64,11 @@ class ProgressFile:
         run: of the lease under which it writes; once another merge has it, nothing is kept.
     """
 
-    def __init__(self, out: Path, run: str, watch: Watch, say: Callable[[str], None]) -> None:
-        self._out, self._run, self._path = out, run, progress_path(out)
+    def __init__(self, out: Location, run: str, watch: Watch, say: Callable[[str], None]) -> None:
+        self._out, self._run, self._store = out, run, open_store(out)
+        # Of a store's answer nothing here may wait.
+        self._writer = None if out.is_local else ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
         self._watch, self._say = watch, say
         self._lines: deque[tuple[float, str]] = deque(maxlen=KEPT_LINES)
         self._last = Progress(phase="starting", done=0, total=0, workers=())
@@ -81,7 +87,9 @@ class ProgressFile:
             interrupted = isinstance(error, KeyboardInterrupt)
             why = "interrupted" if interrupted else str(error) or type(error).__name__
             self._lines.append((time.time(), f"stopped: {why}"))
-        self._write(dataclasses.replace(self._last, workers=()))
+        if self._writer is not None:
+            self._writer.shutdown()
+        self._write(dataclasses.replace(self._last, workers=()), list(self._lines))
 
     def say(self, line: str) -> None:
         """Keep a decision, and say it."""
@@ -96,37 +104,37 @@ class ProgressFile:
         self._last = progress
         if now - self._written >= WRITE_SECONDS:
             self._written = now
-            self._write(progress)
+            self._keep(progress)
         self._watch(progress)
 
-    def _write(self, progress: Progress) -> None:
+    def _keep(self, progress: Progress) -> None:
+        lines = list(self._lines)
+        if self._writer is None:
+            self._write(progress, lines)
+        elif self._writing is None or self._writing.done():
+            self._writing = self._writer.submit(self._write, progress, lines)
+
+    def _write(self, progress: Progress, lines: list[tuple[float, str]]) -> None:
         content = {
             **dataclasses.asdict(progress),
             "began": self._began,
             "before": self._before,
             "written": time.time(),
-            "lines": list(self._lines),
+            "lines": lines,
         }
-        temporary = self._path.with_suffix(".tmp")
-        with contextlib.suppress(OSError):  # a full disk ends the merge where it matters
+        with contextlib.suppress(StorageError):  # a full disk ends the merge where it matters
             if is_held(self._out, self._run):
-                temporary.write_text(json.dumps(content))
-                os.replace(temporary, self._path)
+                self._store.put(PROGRESS, json.dumps(content).encode(), durable=False)
 
 
-def read_progress(out: Path) -> dict[str, Any] | None:
+def read_progress(out: Location) -> dict[str, Any] | None:
     """What the last merge in ``out`` kept, or None.
 
     Keys: those of ``Progress``; ``began`` and ``written``, seconds since the epoch; ``before``, the
     bytes that were done when the phase began; ``lines``, pairs of time and decision.
     """
     try:
-        content = json.loads(progress_path(out).read_bytes())
-    except (OSError, ValueError):
+        content = json.loads(read_file(out / PROGRESS))
+    except (StorageError, ValueError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def progress_path(out: Path) -> Path:
-    """Where a merge keeps how far it is."""
-    return out / ".raymeld" / "progress.json"

@@ -13,13 +13,16 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 from merge_core.digest import bytes_digest
-from merge_core.errors import StorageError
+from merge_core.errors import AbsentError, StorageError
 from merge_core.side_files import CONFIG, INDEX
-from merge_core.storage import FileIdentity, reported, sync_directory, write_durably
+from merge_core.storage import reported, sync_directory, write_durably
+from merge_core.stores.location import Location, locate
+from merge_core.stores.opening import open_store, read_file
+from merge_core.stores.store import FileIdentity
 
 SAMPLE_BYTES = 64 << 10
 """Read at each end of a file: configs as a whole, and of weights the header with some values."""
@@ -50,7 +53,7 @@ class FileSight:
 class InputSight:
     """A directory to read from, as it is seen from somewhere."""
 
-    path: Path
+    path: Location
     files: tuple[FileSight, ...]
     """Those whose names are not hidden, by name."""
     error: str | None
@@ -87,31 +90,43 @@ def _other_content(here: Sequence[FileSight], driver: Sequence[FileSight]) -> st
     return None
 
 
-def look_at_input(path: Path) -> InputSight:
+def look_at_input(path: Location) -> InputSight:
     """List and sample what lies in ``path``; never raises for what it meets there."""
     files = []
     try:
-        with reported(path), os.scandir(path) as entries:
-            names = sorted(e.name for e in entries if e.is_file() and not e.name.startswith("."))
-        files = [_look_at_file(path, name) for name in names]
+        files = [_look_at_file(path, name) for name in sorted(_plain_files(path))]
     except StorageError as error:
-        inside = Path(error.where).name + ": " if Path(error.where) != path else ""
+        inside = error.where.rpartition("/")[2] + ": " if error.where != str(path) else ""
         return InputSight(path=path, files=(), error=f"{inside}{error.what}")
     return InputSight(path=path, files=tuple(files), error=None)
 
 
-def nearest_directory(out: Path) -> Path:
-    """OUT, or what exists of the directories above it.
+def _plain_files(path: Location) -> Iterator[str]:
+    if path.is_local:
+        with reported(path), os.scandir(path.local) as entries:
+            names = [entry.name for entry in entries if entry.is_file()]
+    else:
+        names = [one.name for one in open_store(path).list() if "/" not in one.name]
+        if not names:
+            raise AbsentError("nothing lies there", str(path))
+    yield from (name for name in names if not name.startswith("."))
+
+
+def nearest_directory(out: Location) -> Location:
+    """OUT, or what exists of the directories above it; a store has none.
 
     Raises:
         StorageError: it may not be looked at.
     """
+    if not out.is_local:
+        return out
     with reported(out):
-        return next(path for path in (out, *out.parents) if path.exists())
+        path = out.local
+        return locate(next(place for place in (path, *path.parents) if place.exists()))
 
 
 @contextlib.contextmanager
-def trial_directory(place: Path) -> Iterator[Path]:
+def trial_directory(place: Location) -> Iterator[Location]:
     """A directory in ``place`` to write into while inside; nothing of it is left at the end, if it
     can be removed: whoever wants to know looks.
 
@@ -119,53 +134,77 @@ def trial_directory(place: Path) -> Iterator[Path]:
         StorageError: it cannot be made.
     """
     trial = place / f"{_TRIAL}{secrets.token_hex(8)}"
-    with reported(place):
-        _remove_stale(place)
-        trial.mkdir()
+    _remove_stale(place)
+    if place.is_local:
+        with reported(place):
+            trial.local.mkdir()
+            sync_directory(place.local)
+    else:  # who may not write there is told now
+        open_store(trial).put("driver", b"")
     try:
-        sync_directory(place)
         yield trial
     finally:
         for _ in range(2):  # a node that answers late may have put a file there meanwhile
-            shutil.rmtree(trial, ignore_errors=True)
+            _remove(trial)
 
 
-def leave_token(trial: Path, name: str) -> str | None:
+def leave_token(trial: Location, name: str) -> str | None:
     """Write a file into a trial as a merge writes its own; why that failed, or None.
 
     A trial's name is new, so that no client of a network file system remembers that there is no
     such directory: whoever does not find it looks at another place.
     """
     try:
-        write_durably(trial / name, name.encode())
+        if trial.is_local:
+            write_durably((trial / name).local, name.encode())
+        else:
+            open_store(trial).put(name, name.encode())
     except StorageError as error:
-        return error.what if os.path.exists(trial) else "what the driver makes there is not seen"
+        seen = not trial.is_local or trial.local.exists()
+        return error.what if seen else "what the driver makes there is not seen"
     return None
 
 
-def token_arrived(trial: Path, name: str) -> bool:
+def token_arrived(trial: Location, name: str) -> bool:
     """Whether a token that was left on another machine is there, whole."""
     try:
-        return (trial / name).read_bytes() == name.encode()
-    except OSError:
+        return read_file(trial / name) == name.encode()
+    except StorageError:
         return False
 
 
-def _look_at_file(directory: Path, name: str) -> FileSight:
-    path = directory / name
-    identity = FileIdentity.of(directory, name)
-    with reported(path), path.open("rb") as file:
-        head = file.read(SAMPLE_BYTES)
-        file.seek(max(len(head), identity.size - SAMPLE_BYTES))
-        return FileSight(identity=identity, digest=bytes_digest(head + file.read(SAMPLE_BYTES)))
+def _look_at_file(folder: Location, name: str) -> FileSight:
+    store = open_store(folder)
+    identity = store.look(name)
+    head = min(SAMPLE_BYTES, identity.size)
+    tail = max(head, identity.size - SAMPLE_BYTES)
+    with closing(store.open(identity)) as reader:
+        sample = b"".join(
+            reader.read(first, end - first) for first, end in ((0, head), (tail, identity.size))
+        )
+    return FileSight(identity=identity, digest=bytes_digest(sample))
 
 
 def _content(file: FileSight) -> tuple[int, str]:
     return file.identity.size, file.digest
 
 
-def _remove_stale(place: Path) -> None:
-    for old in place.glob(f"{_TRIAL}*"):
-        with contextlib.suppress(FileNotFoundError):  # its own doctor was faster
+def _remove_stale(place: Location) -> None:
+    if not place.is_local:
+        for listed in open_store(place).list():
+            if listed.name.startswith(_TRIAL) and time.time() - listed.modified > STALE_SECONDS:
+                open_store(place).delete(listed.name)
+        return
+    for old in place.local.glob(f"{_TRIAL}*"):
+        with contextlib.suppress(FileNotFoundError), reported(place):  # its own doctor was faster
             if time.time() - old.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(old, ignore_errors=True)  # it may be another user's
+
+
+def _remove(trial: Location) -> None:
+    if trial.is_local:
+        shutil.rmtree(trial.local, ignore_errors=True)
+        return
+    with contextlib.suppress(StorageError):
+        for listed in open_store(trial).list():
+            open_store(trial).delete(listed.name)

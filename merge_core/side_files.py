@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Collection
 
-from merge_core.errors import InputError, Problem
-from merge_core.storage import FileIdentity
+from merge_core.errors import InputError, Problem, StorageError
+from merge_core.stores.location import Location
+from merge_core.stores.opening import open_store
+from merge_core.stores.store import FileIdentity
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -25,40 +26,39 @@ _DESCRIPTIONS = ("quant_config.json", "quantize_config.json")
 """Where quantisers repeat the quantization_config of config.json."""
 
 
-def descriptions(path: Path) -> list[str]:
+def descriptions(names: Collection[str]) -> list[str]:
     """Side files of a quantised base that say nothing about one that was decoded."""
-    return [name for name in _DESCRIPTIONS if (path / name).exists()]
+    return [name for name in _DESCRIPTIONS if name in names]
 
 
-def find_side_files(path: Path, *, quantised: bool) -> tuple[FileIdentity, ...]:
-    """Those of the base in directory ``path``.
+def find_side_files(
+    folder: Location, names: Collection[str], *, quantised: bool
+) -> tuple[FileIdentity, ...]:
+    """Those of the base in ``folder``.
 
     Args:
+        names: of all files there.
         quantised: leave out what describes the packed weights.
 
     Raises:
         InputError: with each that cannot be read.
     """
     left_out = {*_NOT_CARRIED, *(_DESCRIPTIONS if quantised else ())}
-    names = [
-        entry.name
-        for entry in path.iterdir()
-        if not entry.is_dir()
-        and not entry.name.startswith(".")
-        and not entry.name.endswith((*_WEIGHT_SUFFIXES, ".index.json"))
-        and entry.name not in left_out
-    ]
-    if (path / TEMPLATES).is_dir():
-        names += [f"{TEMPLATES}/{entry.name}" for entry in (path / TEMPLATES).glob("*.jinja")]
-    problems = [
-        Problem(
-            "is a link that leads nowhere, or no file that may be read",
-            str(path / name),
-            "Fetch the checkpoint again; it is incomplete",
-        )
-        for name in names
-        if not (path / name).is_file() or not os.access(path / name, os.R_OK)
-    ]
+    store, found, problems = open_store(folder), [], []
+    for name in sorted(name for name in names if _is_carried(name) and name not in left_out):
+        try:
+            found.append(store.look(name))
+        except StorageError as error:
+            what = f"is a link that leads nowhere, or no file that may be read ({error.what})"
+            remedy = "Fetch the checkpoint again; it is incomplete"
+            problems.append(Problem(what, str(folder / name), remedy))
     if problems:
         raise InputError(problems)
-    return tuple(FileIdentity.of(path, name) for name in sorted(names))
+    return tuple(found)
+
+
+def _is_carried(name: str) -> bool:
+    folder, _, last = name.rpartition("/")
+    if folder:
+        return folder == TEMPLATES and last.endswith(".jinja")
+    return not (name.startswith(".") or name.endswith((*_WEIGHT_SUFFIXES, ".index.json")))

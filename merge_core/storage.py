@@ -10,14 +10,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import hashlib
 import mmap
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from merge_core.errors import RaymeldError, StorageError
+from merge_core.errors import AbsentError, RaymeldError, StorageError
 from merge_core.layout import ALIGNMENT
 
 SLACK = 2 * ALIGNMENT
@@ -27,38 +25,14 @@ widens to the page before and the page after."""
 DIRECT_MIN_BYTES = 256 << 10
 """Below this a direct read costs a whole device round trip where readahead has it at hand."""
 
-COPY_BYTES = 1 << 20
-"""Of a side file at a time: most fit, and none may cost memory however large it is."""
-
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _REFUSALS = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileIdentity:
-    """What pins an input file: if any of this changes during a merge, the file was replaced."""
-
-    name: str
-    """Relative to the directory that it was opened from."""
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, directory: Path, name: str) -> FileIdentity:
-        """Identity of the file as it is now."""
-        with reported(directory / name):
-            status = os.stat(directory / name)
-        return cls(name=name, size=status.st_size, mtime_ns=status.st_mtime_ns)
-
-    def check(self, directory: Path) -> None:
-        """Raise StorageError if the file is not the one that was planned with."""
-        if FileIdentity.of(directory, self.name) != self:
-            raise replaced(directory / self.name)
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.ESTALE}
 
 
 @contextlib.contextmanager
-def reported(path: Path) -> Iterator[None]:
+def reported(path: object) -> Iterator[None]:
     """Turn an OSError raised inside into a StorageError that names the file and the way out."""
     try:
         yield
@@ -68,13 +42,14 @@ def reported(path: Path) -> Iterator[None]:
         remedy = "Check that the path exists and may be read and written."
         if error.errno in _NO_SPACE:
             remedy = "Free space there, or choose another --out."
-        raise StorageError(error.strerror or str(error), str(path), remedy) from error
+        kind = AbsentError if error.errno in _ABSENT else StorageError
+        raise kind(error.strerror or str(error), str(path), remedy) from error
 
 
-def replaced(path: Path) -> StorageError:
+def replaced(where: object) -> StorageError:
     """The error for an input that changed while it was being merged."""
     return StorageError(
-        "the file changed while it was being merged", str(path), "Start again with stable input."
+        "the file changed while it was being merged", str(where), "Start again with stable input."
     )
 
 
@@ -112,7 +87,7 @@ class RangeReader:
             self._fill(self._buffered, buffer, offset, nbytes, nbytes)
             return buffer[:nbytes]
 
-    def read_cached(self, offset: int, nbytes: int) -> memoryview:
+    def read(self, offset: int, nbytes: int) -> memoryview:
         """The ``nbytes`` at ``offset`` in memory of their own, through the page cache.
 
         For small things that several workers of a machine read, such as LoRA factors.
@@ -188,11 +163,14 @@ class PartFile:
         with reported(self._path):
             _write_all(self._buffered, memoryview(data), offset)
 
-    def finish(self) -> None:
-        """Make the content durable and close. The name is made durable by who renames it."""
+    def finish(self) -> str:
+        """Make the content durable and close; returns the file's name, which is made durable by who
+        renames it.
+        """
         with reported(self._path):
             os.fsync(self._buffered)
         self._close()
+        return self._path.name
 
     def discard(self) -> None:
         """Close and remove the file."""
@@ -205,30 +183,46 @@ class PartFile:
             os.close(self._direct)
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace ``path`` with ``data``: after a crash it holds the old content or all of the new."""
-    with _replacing(path) as descriptor, reported(path):
+def write_durably(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Replace ``path`` with ``data``: after a crash it holds the old content or all of the new.
+
+    Args:
+        durable: False: after a crash of the machine it may hold anything.
+    """
+    with _replacing(path, durable=durable) as descriptor, reported(path):
         _write_all(descriptor, memoryview(data), 0)
 
 
-def copy_durably(source: Path, target: Path) -> tuple[int, str]:
-    """Replace ``target`` with the content of ``source``; returns its size and sha256.
+def create_durably(path: Path, data: bytes) -> bool:
+    """Write ``path`` unless it exists; whether it did not."""
+    with reported(path):
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return False
+        try:
+            _write_all(descriptor, memoryview(data), 0)
+            os.fsync(descriptor)
+        except OSError:  # a full disk: half a file would look like somebody else's
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+    return True
 
-    Raises:
-        StorageError: naming the file that could not be read or written.
-    """
-    copied, digest = 0, hashlib.sha256()
-    with reported(source), source.open("rb") as file, _replacing(target) as descriptor:
-        while data := file.read(COPY_BYTES):
-            with reported(target):
-                _write_all(descriptor, memoryview(data), copied)
-            copied += len(data)
-            digest.update(data)
-    return copied, digest.hexdigest()
+
+def make_directory(path: Path) -> None:
+    """Make ``path`` and what is missing above it, so that a crash does not lose them."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    with reported(path):
+        path.mkdir(exist_ok=True)
+    sync_directory(path.parent)
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[int]:
+def _replacing(path: Path, *, durable: bool) -> Iterator[int]:
     """A descriptor whose content becomes that of ``path`` if nothing is raised inside."""
     temporary = path.with_name(f".{path.name}.tmp")
     with reported(path):
@@ -236,14 +230,16 @@ def _replacing(path: Path) -> Iterator[int]:
     try:
         yield descriptor
         with reported(path):
-            os.fsync(descriptor)
+            if durable:
+                os.fsync(descriptor)
             os.rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     finally:
         os.close(descriptor)
-    sync_directory(path.parent)
+    if durable:
+        sync_directory(path.parent)
 
 
 def sync_directory(directory: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from merge_core.architecture import HEAD, embeddings_among, is_tied
 from merge_core.errors import InputError, refuse
 from merge_core.plan import MergePlan, Source, StoredHead
-from merge_core.storage import RangeReader
+from merge_core.stores.opening import open_store
 
 NOTE = (
     f"{HEAD} repeats the embeddings, to which it is tied, and is left out, as loaders do; merge"
@@ -58,13 +58,12 @@ def check_stored_head(plan: MergePlan) -> None:
             if source.file is None:
                 raise AssertionError("find_stored_head takes what lies in a file of the base")
             file = plan.base_files[source.file]
-            file.check(plan.base)
-            readers.append(opened.enter_context(closing(RangeReader(plan.base / file.name))))
+            readers.append(opened.enter_context(closing(open_store(plan.base).open(file))))
         nbytes = ends[0].tensor.nbytes
         for first in range(0, nbytes, _COMPARED):
             size = min(_COMPARED, nbytes - first)
             mine, its = (
-                reader.read_cached(source.tensor.offset + first, size)
+                reader.read(source.tensor.offset + first, size)
                 for reader, source in zip(readers, ends, strict=True)
             )
             if mine != its:

@@ -22,7 +22,7 @@ from merge_core.lanes import Lane
 from merge_core.layout import DTYPE_BYTES
 from merge_core.ledger import TensorRecord
 from merge_core.plan import Shard, TensorTask
-from merge_core.storage import PartFile
+from merge_core.stores.store import PartWriter
 from merge_core.updates.piece import Change, Piece
 
 Read = Callable[[int, int, memoryview], memoryview]
@@ -102,7 +102,7 @@ class TensorWork:
 def stream_shard(
     shard: Shard,
     *,
-    part: PartFile,
+    part: PartWriter,
     load: Callable[[TensorTask], LoadedTask],
     lanes: Sequence[Lane],
     read_bytes: int,
@@ -145,7 +145,7 @@ class _Run:
     def __init__(
         self,
         cells: Iterator[_Cell],
-        part: PartFile,
+        part: PartWriter,
         read_bytes: int,
     ) -> None:
         self._cells, self._part = cells, part

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from merge_core.errors import VerificationError, counted
 from merge_core.output import verified_level
+from merge_core.stores.location import Location
 from merge_core.verify import LEVELS, FileCheck, FileResult, VerifyReport, verify
 
 
@@ -56,7 +56,7 @@ def describe_report(report: VerifyReport) -> dict[str, Any]:
 
 
 def verify_deeper(
-    out: Path, level: str, check: Callable[[Path, str], VerifyReport] = verify
+    out: Location, level: str, check: Callable[[Location, str], VerifyReport] = verify
 ) -> VerifyReport | None:
     """Verify a finished merge if it was never verified at ``level``; None if it was.
 
@@ -77,5 +77,5 @@ def verify_deeper(
 
 def unproven(checks: Mapping[int, FileCheck], results: Iterable[FileResult]) -> list[int]:
     """The shards whose check found something, or gave no result."""
-    good = {result.path for result in results if not result.findings}
-    return [index for index, check in checks.items() if check.path not in good]
+    good = {result.file for result in results if not result.findings}
+    return [index for index, check in checks.items() if check.file not in good]

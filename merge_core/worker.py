@@ -9,7 +9,6 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +20,11 @@ from merge_core.lanes import Lane, out_of_memory_reported
 from merge_core.ledger import Receipt, TensorRecord
 from merge_core.memory import LaneChoice, Memory, choose_lanes, free_host_memory, lane_need
 from merge_core.nvidia import gpu_processes
-from merge_core.output import parts_directory
 from merge_core.peaks import Peaks
 from merge_core.plan import MergePlan, Shard, TensorTask
-from merge_core.storage import PartFile
+from merge_core.stores.location import Location
+from merge_core.stores.opening import open_store
+from merge_core.stores.store import PartWriter
 from merge_core.stream import LoadedTask, stream_shard
 
 
@@ -56,7 +56,7 @@ class ShardWorker:
 
     Args:
         plan: sealed.
-        out: the destination directory; parts go below ``out/.raymeld/parts``.
+        out: the destination.
         device: ``cpu`` or ``cuda`` (the first visible GPU).
         name: who did it, for the ledger.
         choice: lanes and size of reads; None measures the free memory and chooses.
@@ -69,7 +69,7 @@ class ShardWorker:
     def __init__(
         self,
         plan: MergePlan,
-        out: Path,
+        out: Location,
         device: str,
         name: str = "inline",
         choice: LaneChoice | None = None,
@@ -99,15 +99,15 @@ class ShardWorker:
         """
         shard = self._plan.shards[index]
         started, clock = time.time(), time.perf_counter()
-        name = f"{shard.name}.{attempt}-{secrets.token_hex(8)}.part"
-        part = PartFile(parts_directory(self._out) / name, shard.size)
+        unique = f"{attempt}-{secrets.token_hex(8)}"
+        part = open_store(self._out).start(shard.name, shard.size, unique)
         Peaks.start(self._device.type)
         if shrink:
             self._take_lanes(max(1, self._most_lanes // 3**shrink))  # 8, 2, 1 in three attempts
         try:
             records = self._stream(shard, part, watch)
             self._inputs.check(shard)
-            part.finish()
+            finished = part.finish()
         except BaseException:
             part.discard()
             raise
@@ -116,7 +116,7 @@ class ShardWorker:
             fingerprint=self._fingerprint,
             shard=index,
             attempt=attempt,
-            part=name,
+            part=finished,
             size=shard.size,
             worker=self._name,
             host=socket.gethostname(),
@@ -138,7 +138,7 @@ class ShardWorker:
         self._inputs.close()
 
     def _stream(
-        self, shard: Shard, part: PartFile, watch: Callable[[int], None]
+        self, shard: Shard, part: PartWriter, watch: Callable[[int], None]
     ) -> tuple[TensorRecord, ...]:
         try:
             with exact_float32(), out_of_memory_reported(self._device):

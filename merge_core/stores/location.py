@@ -40,6 +40,10 @@ class Access:
     """Sign nothing: for public buckets."""
 
 
+DEFAULT_ACCESS = Access()
+"""As the environment has it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Location:
     """A folder somewhere, or a file in one."""
@@ -52,7 +56,7 @@ class Location:
     """Of ``file`` absolute; of others without slashes at either end."""
     revision: str | None = None
     """Of the hub: branch, tag or commit; None: the main branch."""
-    access: Access = Access()
+    access: Access = DEFAULT_ACCESS
 
     def __str__(self) -> str:
         if self.scheme == "file":
@@ -68,6 +72,12 @@ class Location:
     def name(self) -> str:
         """Its last part."""
         return PurePosixPath(self.path or self.root).name
+
+    @property
+    def parent(self) -> Location:
+        """The folder that it lies in."""
+        above, _, _ = self.path.rpartition("/")
+        return replace(self, path=above or ("/" if self.is_local else ""))
 
     @property
     def is_local(self) -> bool:
@@ -90,8 +100,8 @@ Exists = Callable[[str], bool]
 
 
 def locate(
-    text: str | Path | Location, access: Access = Access(), exists: Exists = os.path.lexists
-) -> Location:  # fmt: skip
+    text: str | Path | Location, access: Access = DEFAULT_ACCESS, exists: Exists = os.path.lexists
+) -> Location:
     """What ``text`` means.
 
     Args:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from merge_core.layout import TensorSpec
+from merge_core.stores.location import Location
 from merge_core.updates.factor import Factor
 from merge_core.updates.tuning import Tuning
 
@@ -39,6 +39,6 @@ class Loading(Protocol):
         """What all updates of an adapter share that PEFT merges."""
         ...
 
-    def path(self, adapter: int) -> Path:
+    def path(self, adapter: int) -> Location:
         """The adapter's directory, for messages."""
         ...

@@ -11,7 +11,6 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -23,6 +22,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from merge_core.errors import InputError, refuse, some_of
+from merge_core.stores.location import Location
 from merge_core.updates.tuning import Kind, Layer, Tuning
 
 State = Mapping[str, torch.Tensor]
@@ -41,7 +41,7 @@ _TORCH_REFUSES = ("loading state_dict", "out of bounds")
 
 
 def merge_layer(
-    tuning: Tuning, layer: Layer, held: State, base: State, adapter: Path
+    tuning: Tuning, layer: Layer, held: State, base: State, adapter: Location
 ) -> dict[str, torch.Tensor]:
     """What PEFT makes of the tensors of one layer.
 

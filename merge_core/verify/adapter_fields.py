@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from merge_core.errors import refuse
+from merge_core.stores.location import Location
+from merge_core.verify.places import read_bytes
 from merge_core.verify.strict_json import MalformedError, parse_object
 
 REMEDY = "Check this merge with --level digest"
@@ -45,14 +46,14 @@ _EXPENSIVE = re.compile(r"\)[+*{]|(?:(?<!\\)[+*{].*){4}|(?:\?.*){11}", re.DOTALL
 """A repeated group, or many quantifiers: matching such a pattern could take for ever."""
 
 
-def read_fields(path: Path) -> dict[str, Any]:
+def read_fields(path: Location) -> dict[str, Any]:
     """The fields of an ``adapter_config.json``.
 
     Raises:
         InputError: it cannot be read.
     """
     try:
-        return parse_object(path.read_bytes())
+        return parse_object(read_bytes(path))
     except (OSError, MalformedError) as error:
         raise refuse(f"the adapter's config cannot be read ({error})", str(path), REMEDY) from error
 

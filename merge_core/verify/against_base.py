@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from merge_core.errors import InputError, Problem, gathered, refuse
+from merge_core.stores.location import Location
 from merge_core.verify.adapter_fields import read_fields
 from merge_core.verify.header import TensorEntry
 from merge_core.verify.ledger import Row
 from merge_core.verify.packed import rounded, unpacked
+from merge_core.verify.places import read_bytes
 from merge_core.verify.recipe import Recipe, adapter_recipe
 from merge_core.verify.replicated import config_of_copies, ranges_of, with_copies
 from merge_core.verify.report import Finding, at
@@ -133,7 +134,7 @@ def _unlike(both: tuple[BaseTensor, BaseTensor] | None) -> Iterator[Finding]:
 
 
 def _opened(
-    base: Path,
+    base: Location,
 ) -> tuple[dict[str, BaseTensor], dict[str, Any], tuple[BaseTensor, BaseTensor] | None]:
     """The base's tensors as a merge sees them, its config, and two of which one is left out."""
     stored, config = open_base(base), _base_config(base)
@@ -144,9 +145,9 @@ def _opened(
     return tensors, config, both
 
 
-def _base_config(base: Path) -> dict[str, Any]:
+def _base_config(base: Location) -> dict[str, Any]:
     try:
-        return parse_object((base / "config.json").read_bytes(), constants=True)
+        return parse_object(read_bytes(base / "config.json"), constants=True)
     except (OSError, MalformedError) as error:
         what = f"the base's config cannot be read ({error})"
         raise refuse(what, str(base), "Name the base that was merged with --base") from error

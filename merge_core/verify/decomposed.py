@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from merge_core.stores.location import Location
 from merge_core.verify.factors import Factors
 from merge_core.verify.header import TensorEntry
 from merge_core.verify.merged import (
@@ -76,7 +77,7 @@ class DecomposedTensor:
         out: tuple[Source, TensorEntry],
         base: tuple[Source, TensorEntry],
         updates: Sequence[Decomposed | Delta],
-        factors: Mapping[str, Factors],
+        factors: Mapping[Location, Factors],
     ) -> None:
         self._sources = (out, base)
         self._rows, self._cols = matrix(out[1])

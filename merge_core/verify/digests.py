@@ -13,7 +13,7 @@ import xxhash
 
 from merge_core.verify.header import TensorEntry
 from merge_core.verify.ledger import Row
-from merge_core.verify.reading import Buffers, Lanes, Reader
+from merge_core.verify.reading import Buffers, Lanes, Source
 from merge_core.verify.report import Finding, at
 
 CELL_BYTES = 8 << 20
@@ -33,7 +33,7 @@ def tensor_digest(cell_digests: Iterable[bytes]) -> str:
 
 
 def check_digests(
-    reader: Reader, file: str, entries: Sequence[TensorEntry], rows: dict[str, Row], lanes: Lanes
+    reader: Source, file: str, entries: Sequence[TensorEntry], rows: dict[str, Row], lanes: Lanes
 ) -> Iterator[Finding]:
     """Read every byte of ``entries`` and yield the tensors whose digest is not their row's.
 

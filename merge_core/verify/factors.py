@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from merge_core.errors import refuse
+from merge_core.stores.location import Location
 from merge_core.verify.header import TensorEntry, read_header
-from merge_core.verify.reading import Bytes, Mapped, Reader, Source
+from merge_core.verify.places import Bytes, exists, map_range, read_bytes, read_range
+from merge_core.verify.reading import Mapped, Source, open_reader
 from merge_core.verify.rounding import FLOATS, stored, to_float32
 from merge_core.verify.strict_json import MalformedError
 from merge_core.verify.unpacking import Unpacked
@@ -32,7 +34,7 @@ _REMEDY = "Check without --level numeric, or with the adapter that was merged"
 class Factors:
     """An opened weights file of an adapter."""
 
-    path: str
+    path: Location
     shapes: Mapping[str, tuple[int, ...]]
     """Key to shape."""
     tensor: Callable[[str], BaseTensor]
@@ -45,19 +47,19 @@ class Factors:
     """The bytes of a key's tensor, mapped where that is possible."""
 
 
-def weights_path(adapter: Path) -> Path:
+def weights_path(adapter: Location) -> Location:
     """The weights file in the adapter's directory; safetensors win, as in PEFT.
 
     Raises:
         InputError: there is none.
     """
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (adapter / name).is_file():
+        if exists(adapter / name):
             return adapter / name
     raise refuse("it holds no adapter_model.safetensors or .bin", str(adapter), _REMEDY)
 
 
-def open_factors(path: str, *, any_dtype: bool = False) -> Factors:
+def open_factors(path: Location, *, any_dtype: bool = False) -> Factors:
     """Open an adapter's weights file; a ``.bin`` is unpickled (tensors only) and mapped.
 
     Args:
@@ -67,9 +69,11 @@ def open_factors(path: str, *, any_dtype: bool = False) -> Factors:
         InputError: it is broken, or holds a dtype that is not BF16, F16 or F32.
     """
     try:
-        opened, dtypes = _pickled(path) if path.endswith(".bin") else _safetensors(path)
+        opened, dtypes = _pickled(path) if path.name.endswith(".bin") else _safetensors(path)
     except (MalformedError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise refuse(f"the adapter's weights cannot be read ({error})", path, _REMEDY) from error
+        raise refuse(
+            f"the adapter's weights cannot be read ({error})", str(path), _REMEDY
+        ) from error
     if not any_dtype:
         _refuse_dtypes(path, dtypes)
     return opened
@@ -84,18 +88,18 @@ def open_source(tensor: BaseTensor) -> Source:
     """
     if tensor.packing is not None:
         return Unpacked(tensor, tensor.packing)
-    if tensor.path.endswith(".bin"):
+    if tensor.path.name.endswith(".bin"):
         return Mapped(_pickled(tensor.path)[0].mapped(tensor.entry.name))
-    return Reader(tensor.path)
+    return open_reader(tensor.path)
 
 
-def _safetensors(path: str) -> tuple[Factors, dict[str, str]]:
+def _safetensors(path: Location) -> tuple[Factors, dict[str, str]]:
     """The file, and the dtype of each tensor."""
-    entries: dict[str, TensorEntry] = {entry.name: entry for entry in read_header(Path(path))}
+    entries: dict[str, TensorEntry] = {entry.name: entry for entry in read_header(path)}
 
     def read(name: str) -> Matrix:
         entry = entries[name]
-        raw = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.start)
+        raw = read_range(path, entry.start, entry.nbytes)
         return to_float32(stored(raw, entry.dtype), entry.dtype).reshape(entry.shape)
 
     def tensor(name: str) -> BaseTensor:
@@ -103,7 +107,7 @@ def _safetensors(path: str) -> tuple[Factors, dict[str, str]]:
 
     def mapped(name: str) -> Bytes:
         entry = entries[name]
-        return np.memmap(path, np.uint8, "r", offset=entry.start, shape=(entry.nbytes,))
+        return map_range(path, entry.start, entry.nbytes)
 
     shapes = {name: entry.shape for name, entry in entries.items()}
     recall = lru_cache(_KEPT)(read)
@@ -113,13 +117,14 @@ def _safetensors(path: str) -> tuple[Factors, dict[str, str]]:
     return opened, {name: entry.dtype for name, entry in entries.items()}
 
 
-def _pickled(path: str) -> tuple[Factors, dict[str, str]]:
+def _pickled(path: Location) -> tuple[Factors, dict[str, str]]:
     """The file, and the dtype of each tensor."""
     import torch  # only for this old format; verify runs without torch otherwise
 
     # Files from before torch 1.6 are no zip archives and cannot be mapped.
-    mapped = zipfile.is_zipfile(path)
-    tensors: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    file = path.local if path.is_local else io.BytesIO(read_bytes(path))
+    mapped = path.is_local and zipfile.is_zipfile(path.local)
+    tensors: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise MalformedError("it holds something else than a dictionary of tensors")
     tensors = {name: tensor.detach() for name, tensor in tensors.items()}
@@ -154,8 +159,8 @@ def _pickled(path: str) -> tuple[Factors, dict[str, str]]:
     return opened, dtypes
 
 
-def _refuse_dtypes(path: str, dtypes: Mapping[str, str]) -> None:
+def _refuse_dtypes(path: Location, dtypes: Mapping[str, str]) -> None:
     for name, dtype in dtypes.items():
         if dtype not in FLOATS:
             what = f"it cannot check tensor {name!r} of dtype {dtype}"
-            raise refuse(what, path, _REMEDY)
+            raise refuse(what, str(path), _REMEDY)

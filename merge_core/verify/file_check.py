@@ -7,9 +7,9 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from merge_core.errors import InputError
+from merge_core.stores.location import Location
 from merge_core.verify.against_base import Comparison
 from merge_core.verify.decomposed import DecomposedTensor
 from merge_core.verify.digests import CELL_BYTES, check_digests
@@ -18,7 +18,7 @@ from merge_core.verify.factors import Factors, open_factors, open_source
 from merge_core.verify.header import TensorEntry, read_header
 from merge_core.verify.ledger import Row
 from merge_core.verify.merged import MergedTensor, load_product
-from merge_core.verify.reading import Lanes, Reader, Source
+from merge_core.verify.reading import Lanes, Source, open_reader
 from merge_core.verify.replaced_rows import check_rows
 from merge_core.verify.report import Finding, at
 from merge_core.verify.strict_json import MalformedError
@@ -32,10 +32,10 @@ float64 of a tile beside it keep a lane below 20 MB."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileCheck:
-    """What to check in one weight file; a few kilobytes, picklable, every path a string."""
+    """What to check in one weight file; a few kilobytes, picklable."""
 
-    path: str
-    """The weight file, absolute: wherever the check runs must see the same file system."""
+    file: Location
+    """The weight file; of a path, wherever the check runs must see the same file system."""
     level: str
     """structure, digest or numeric; for load, the part of one file is that of digest."""
     rows: tuple[Row, ...] | None
@@ -48,7 +48,7 @@ class FileCheck:
 class FileResult:
     """The outcome of one ``FileCheck``."""
 
-    path: str
+    file: Location
     """That of the check."""
     findings: tuple[Finding, ...]
     tensors: int
@@ -65,7 +65,7 @@ def check_file(check: FileCheck) -> FileResult:
     beside the last few that many experts share.
     """
     started = time.perf_counter()
-    path = Path(check.path)
+    path = check.file
     findings: list[Finding] = []
     entries: tuple[TensorEntry, ...] = ()
     bytes_read = 0
@@ -86,7 +86,7 @@ def check_file(check: FileCheck) -> FileResult:
     except (OSError, InputError) as error:
         findings.append(Finding(check="read", where=path.name, what=str(error)))
     return FileResult(
-        path=check.path,
+        file=check.file,
         findings=tuple(findings),
         tensors=len(entries),
         bytes_read=bytes_read,
@@ -112,25 +112,25 @@ def _compare_rows(
 
 
 def _check_digests(
-    path: Path, entries: Sequence[TensorEntry], rows: dict[str, Row]
+    path: Location, entries: Sequence[TensorEntry], rows: dict[str, Row]
 ) -> list[Finding]:
-    with Reader(str(path)) as reader, Lanes(CELL_BYTES) as lanes:
+    with open_reader(path) as reader, Lanes(CELL_BYTES) as lanes:
         return list(check_digests(reader, path.name, entries, rows, lanes))
 
 
 def _check_numeric(
-    path: Path, entries: Sequence[TensorEntry], comparisons: Sequence[Comparison]
+    path: Location, entries: Sequence[TensorEntry], comparisons: Sequence[Comparison]
 ) -> Iterator[tuple[list[Finding], int]]:
     """For each comparison its findings, and the bytes that it read."""
     by_name = {entry.name: entry for entry in entries}
     pairs = [(by_name[item.tensor], item) for item in comparisons if item.tensor in by_name]
-    adapters = sorted({update.path for item in comparisons for update in item.updates})
+    adapters = {update.path for item in comparisons for update in item.updates}
     factors = {adapter: open_factors(adapter) for adapter in adapters}
     block = max([NUMERIC_BLOCK_BYTES, *(_widest_row(pair) for pair in pairs)])
     with contextlib.ExitStack() as stack:
-        out = stack.enter_context(Reader(str(path)))
+        out = stack.enter_context(open_reader(path))
         bases = {_place(item): item.base for _, item in pairs}
-        sources: dict[tuple[str, str], Source] = {
+        sources: dict[tuple[Location, str], Source] = {
             place: stack.enter_context(open_source(base)) for place, base in bases.items()
         }
         # Last in, first out: no lane may still read when its file is closed.
@@ -141,18 +141,18 @@ def _check_numeric(
             yield list(found), entry.nbytes + item.base.entry.nbytes
 
 
-def _place(item: Comparison) -> tuple[str, str]:
+def _place(item: Comparison) -> tuple[Location, str]:
     """Where its base lies; each tensor that is packed, or in a ``.bin``, is a place of its own."""
     path, alone = item.base.path, item.base.packing is not None
-    return path, item.base.entry.name if alone or path.endswith(".bin") else ""
+    return path, item.base.entry.name if alone or path.name.endswith(".bin") else ""
 
 
 def _compare(
     file: str,
-    out: tuple[Reader, TensorEntry],
+    out: tuple[Source, TensorEntry],
     base: tuple[Source, TensorEntry],
     item: Comparison,
-    factors: Mapping[str, Factors],
+    factors: Mapping[Location, Factors],
     lanes: Lanes,
 ) -> Iterator[Finding]:
     """One tensor, by the kinds of its updates."""
@@ -178,10 +178,10 @@ def _compare(
 
 def _compare_slabs(
     file: str,
-    out: tuple[Reader, TensorEntry],
+    out: tuple[Source, TensorEntry],
     base: tuple[Source, TensorEntry],
     item: Comparison,
-    factors: Mapping[str, Factors],
+    factors: Mapping[Location, Factors],
     lanes: Lanes,
 ) -> Iterator[Finding]:
     """A tensor that experts share, a range of rows after the other."""

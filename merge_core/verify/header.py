@@ -9,12 +9,12 @@ data; ``__metadata__`` maps strings to strings. The rules are those of safetenso
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
+from merge_core.stores.location import Location
+from merge_core.verify.places import HEAD_BYTES, read_head, read_range
 from merge_core.verify.strict_json import MalformedError, parse_object
 
 MAX_HEADER_BYTES = 100_000_000
@@ -46,20 +46,19 @@ class TensorEntry:
     """Size of its data in bytes."""
 
 
-def read_header(path: Path) -> tuple[TensorEntry, ...]:
-    """Tensors of the file at ``path``, in the order of their data.
+def read_header(file: Location) -> tuple[TensorEntry, ...]:
+    """Tensors of ``file``, in the order of their data.
 
     Raises:
         MalformedError: the header lies or the size of the file does not fit it.
         OSError: the file cannot be read.
     """
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        # A lying length must not make us read (or allocate) more than the file has.
-        text = file.read(length) if length <= min(MAX_HEADER_BYTES, size - len(prefix)) else b""
-    return parse_header(prefix + text, size)
+    head, size = read_head(file, HEAD_BYTES)
+    length = int.from_bytes(head[:8], "little")
+    # A lying length must not make us read (or allocate) more than the file has.
+    if len(head) - 8 < length <= min(MAX_HEADER_BYTES, size - 8):
+        head += read_range(file, len(head), 8 + length - len(head)).tobytes()
+    return parse_header(head, size)
 
 
 def parse_header(head: bytes, file_size: int) -> tuple[TensorEntry, ...]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from merge_core.stores.location import Location
+from merge_core.verify.places import read_bytes
 from merge_core.verify.strict_json import MalformedError
 
 
@@ -46,8 +47,8 @@ _COLUMNS = {
 }
 
 
-def read_ledger(path: Path) -> Ledger:
-    """The ledger at ``path``.
+def read_ledger(file: Location) -> Ledger:
+    """The ledger in ``file``.
 
     Raises:
         MalformedError: it is no parquet, lacks a column, holds a null or has a tensor twice.
@@ -57,13 +58,13 @@ def read_ledger(path: Path) -> Ledger:
     import pyarrow as pa  # a quarter of a second, and workers never read the ledger
     from pyarrow import parquet
 
-    with open(path, "rb") as file:
-        try:
-            table = parquet.ParquetFile(file).read()
-            columns = {name: table.column(name).to_pylist() for name in _COLUMNS}
-            about = json.loads((table.schema.metadata or {}).get(b"raymeld", b"{}"))
-        except (pa.ArrowException, KeyError, ValueError) as error:
-            raise MalformedError(f"it is no ledger ({error})") from error
+    data = pa.BufferReader(read_bytes(file))
+    try:
+        table = parquet.ParquetFile(data).read()
+        columns = {name: table.column(name).to_pylist() for name in _COLUMNS}
+        about = json.loads((table.schema.metadata or {}).get(b"raymeld", b"{}"))
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        raise MalformedError(f"it is no ledger ({error})") from error
     rows: dict[str, Row] = {}
     for values in zip(*columns.values(), strict=True):
         row = _row(dict(zip(_COLUMNS, values, strict=True)))

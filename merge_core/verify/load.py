@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from merge_core.errors import refuse
+from merge_core.stores.location import Location
 from merge_core.verify.header import TensorEntry
+from merge_core.verify.places import read_bytes
 from merge_core.verify.report import Finding
 
 
-def check_load(config_dir: Path, entries: Iterable[TensorEntry]) -> list[Finding]:
+def check_load(config: Location, entries: Iterable[TensorEntry]) -> list[Finding]:
     """Hand the checkpoint's names and shapes to transformers and report what does not fit.
 
     The class comes from the config; it is built, and "loaded", on the meta device, by
@@ -22,7 +25,7 @@ def check_load(config_dir: Path, entries: Iterable[TensorEntry]) -> list[Finding
     checkpoint runs.
 
     Args:
-        config_dir: where the ``config.json`` lies.
+        config: the ``config.json``.
         entries: all tensors of the checkpoint.
 
     Raises:
@@ -31,12 +34,14 @@ def check_load(config_dir: Path, entries: Iterable[TensorEntry]) -> list[Finding
     for needed in ("transformers", "accelerate"):  # it places models on devices with accelerate
         if importlib.util.find_spec(needed) is None:
             remedy = f"pip install {needed}, or check with --level digest"
-            raise refuse(f"level load needs {needed}", str(config_dir), remedy)
+            raise refuse(f"level load needs {needed}", str(config), remedy)
     import transformers  # seconds, and only this level needs it
 
     with _silent(transformers.utils.logging):
         try:
-            info = _loading_info(transformers, config_dir, entries)
+            with tempfile.TemporaryDirectory() as folder:  # transformers wants it on a disk
+                Path(folder, "config.json").write_bytes(read_bytes(config))
+                info = _loading_info(transformers, folder, entries)
         except Exception as error:  # noqa: BLE001 - whatever stops transformers stops the user
             lines = str(error).splitlines() or [type(error).__name__]
             what = f"transformers cannot load it: {lines[0]}"
@@ -45,12 +50,12 @@ def check_load(config_dir: Path, entries: Iterable[TensorEntry]) -> list[Finding
 
 
 def _loading_info(
-    transformers: Any, config_dir: Path, entries: Iterable[TensorEntry]
+    transformers: Any, config_dir: str, entries: Iterable[TensorEntry]
 ) -> dict[str, Any]:
     import torch
 
     config = transformers.AutoConfig.from_pretrained(
-        str(config_dir), local_files_only=True, trust_remote_code=False
+        config_dir, local_files_only=True, trust_remote_code=False
     )
     auto_class = transformers.AutoModelForCausalLM
     with torch.device("meta"):

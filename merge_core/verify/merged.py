@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from merge_core.stores.location import Location
 from merge_core.verify.experts import factors_of, taken
 from merge_core.verify.factors import Factors
 from merge_core.verify.header import TensorEntry
@@ -63,7 +64,7 @@ class Product:
     adapters: int
 
 
-def load_product(updates: Sequence[Delta | Shift], factors: Mapping[str, Factors]) -> Product:
+def load_product(updates: Sequence[Delta | Shift], factors: Mapping[Location, Factors]) -> Product:
     """Read the factors of one tensor; ``factors`` are the opened weights files by path.
 
     Raises:

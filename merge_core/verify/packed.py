@@ -16,6 +16,7 @@ import numpy as np
 
 from merge_core.errors import refuse
 from merge_core.verify.header import TensorEntry
+from merge_core.verify.places import read_range
 from merge_core.verify.rounding import FLOATS
 from merge_core.verify.weights import BaseTensor, Packing
 
@@ -130,7 +131,9 @@ def _weight(
         stored=tuple(parts.items()),
         said=tuple(settings.items()),
     )
-    return BaseTensor(path=min(part.path for part in parts.values()), entry=entry, packing=packing)
+    return BaseTensor(
+        path=min((part.path for part in parts.values()), key=str), entry=entry, packing=packing
+    )
 
 
 _Read = tuple[Shape, str, dict[str, Shape], dict[str, Any]]
@@ -206,4 +209,4 @@ def _fp8(parts: Mapping[str, BaseTensor], said: Mapping[str, Any]) -> _Read:
 
 def _bytes_of(tensor: BaseTensor) -> Any:
     entry = tensor.entry
-    return np.fromfile(tensor.path, np.uint8, entry.nbytes, offset=entry.start)
+    return read_range(tensor.path, entry.start, entry.nbytes)

@@ -18,7 +18,10 @@ from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
 import numpy as np
-import numpy.typing as npt
+
+from merge_core.stores.location import Location
+from merge_core.stores.opening import open_file
+from merge_core.verify.places import Bytes
 
 LANES = 4
 """Threads of one file check. One reads while others hash or compute; more gained nothing on one
@@ -30,7 +33,6 @@ PAGE = 4096
 _HAS_DIRECT = hasattr(os, "O_DIRECT")
 _HAS_FADVISE = hasattr(os, "posix_fadvise")
 
-Bytes = npt.NDArray[np.uint8]
 Buffers = tuple[memoryview, memoryview]
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -92,6 +94,41 @@ class Reader:
         if _HAS_FADVISE:
             os.posix_fadvise(self._plain, offset, got, os.POSIX_FADV_DONTNEED)
         return got
+
+
+class Remote:
+    """A file in a store, behind the same interface, as it is now.
+
+    Raises:
+        OSError: from the constructor and from ``read``.
+    """
+
+    def __init__(self, file: Location) -> None:
+        self._reader, _ = open_file(file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._reader.close()
+
+    def read(self, start: int, nbytes: int, buffer: memoryview) -> Bytes:
+        """See ``Reader.read``."""
+        return np.frombuffer(self._reader.read_into(buffer, start, nbytes), np.uint8)
+
+
+def open_reader(file: Location) -> Source:
+    """Open a file, wherever it lies.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    return Reader(str(file.local)) if file.is_local else Remote(file)
 
 
 class Mapped:

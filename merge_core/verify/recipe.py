@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from merge_core.errors import InputError, Problem
+from merge_core.stores.location import Location
 from merge_core.verify.adapter_fields import (
     REMEDY,
     blocks_of,
@@ -99,10 +99,10 @@ class _Module:
 
 
 def _elsewhere(
-    path: Path, config: Mapping[str, Any], base: Mapping[str, tuple[int, ...]]
+    path: Location, config: Mapping[str, Any], base: Mapping[str, tuple[int, ...]]
 ) -> tuple[Recipe, list[Finding]]:
     """Of an adapter that PEFT merges: what it brings as a whole, and what nobody here can check."""
-    file = open_factors(str(weights_path(path)), any_dtype=True)
+    file = open_factors(weights_path(path), any_dtype=True)
     modules, others = beside_tuner(file.shapes, base)
     whole, findings = whole_tensors(modules, file, str(path))
     names = touched(others, base, str(path))
@@ -110,12 +110,12 @@ def _elsewhere(
 
 
 def adapter_recipe(
-    path: Path, weight: float, base: Mapping[str, tuple[int, ...]], model_type: object
+    path: Location, weight: float, base: Mapping[str, tuple[int, ...]], model_type: object
 ) -> tuple[Recipe, list[Finding]]:
     """What the adapter at ``path``, counted ``weight`` times, does to the tensors of ``base``.
 
     Args:
-        path: the adapter's directory.
+        path: the adapter's folder.
         weight: factor of this adapter in the sum.
         base: shape of each base tensor by name.
         model_type: ``model_type`` of the base's config.
@@ -129,7 +129,7 @@ def adapter_recipe(
     config = read_fields(path / "adapter_config.json")
     if is_elsewhere(config):
         return _elsewhere(path, config, base)
-    factors = open_factors(str(weights_path(path)))
+    factors = open_factors(weights_path(path))
     modules, unknown = sort_keys(factors.shapes)
     problems = [*unsupported_fields(config), *(f"tensor {key!r}" for key in unknown)]
     if problems:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from merge_core.stores.location import Location
 from merge_core.verify.factors import Factors
 from merge_core.verify.header import TensorEntry
 from merge_core.verify.merged import matrix, read_rows
@@ -22,7 +23,7 @@ def check_rows(
     out: Place,
     base: Place,
     updates: Sequence[Rows],
-    factors: Mapping[str, Factors],
+    factors: Mapping[Location, Factors],
     lanes: Lanes,
 ) -> Iterator[Finding]:
     """Compare every value with the one that it must be, rounded to the output's dtype.

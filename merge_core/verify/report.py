@@ -6,7 +6,8 @@ Records only, and all of them picklable: they come back from the workers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+
+from merge_core.stores.location import Location
 
 LEVELS = ("structure", "digest", "numeric", "load")
 """``digest`` includes ``structure``; ``numeric`` and ``load`` include both."""
@@ -33,8 +34,8 @@ class Finding:
 class VerifyReport:
     """The outcome of one verification."""
 
-    out: Path
-    """The directory that was checked, absolute."""
+    out: Location
+    """The folder that was checked."""
     level: str
     """One of ``LEVELS``."""
     findings: tuple[Finding, ...]

@@ -6,12 +6,13 @@ the base's own, but for the fields of config.json that a merge may change.
 
 from __future__ import annotations
 
-import filecmp
 import hashlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
+from merge_core.stores.location import Location
+from merge_core.verify.places import read_bytes
 from merge_core.verify.report import Finding
 from merge_core.verify.strict_json import MalformedError, parse_object
 from merge_core.verify.structure import config_path
@@ -23,7 +24,9 @@ MAY_CHANGE = ("dtype", "torch_dtype")
 """Fields of config.json that ``--dtype`` changes."""
 
 
-def check_recorded(out: Path, recorded: Mapping[str, str], *, committed: bool) -> Iterator[Finding]:
+def check_recorded(
+    out: Location, recorded: Mapping[str, str], *, committed: bool
+) -> Iterator[Finding]:
     """Compare the files on disk with the sha256 that the ledger has of each.
 
     Args:
@@ -36,10 +39,9 @@ def check_recorded(out: Path, recorded: Mapping[str, str], *, committed: bool) -
             continue
         path = config_path(out, committed=committed) if name == CONFIG else out / name
         try:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = hashlib.sha256(read_bytes(path)).hexdigest()
         except OSError as error:
-            what = f"it cannot be read ({error.strerror}), and the merge wrote it"
+            what = f"it cannot be read ({error.strerror or error}), and the merge wrote it"
             yield Finding(check="files", where=name, what=what)
             continue
         if found != digest:
@@ -48,8 +50,8 @@ def check_recorded(out: Path, recorded: Mapping[str, str], *, committed: bool) -
 
 
 def compare_with_base(
-    out: Path,
-    base: Path,
+    out: Location,
+    base: Location,
     recorded: Mapping[str, str],
     changes: Mapping[str, Any],
     *,
@@ -62,18 +64,20 @@ def compare_with_base(
     """
     for name in sorted(recorded.keys() - {CONFIG, INDEX}):
         try:
-            if not filecmp.cmp(out / name, base / name, shallow=False):
+            if read_bytes(out / name) != read_bytes(base / name):
                 yield Finding(check="base", where=name, what="it differs from the base's")
         except OSError as error:
-            what = f"it cannot be compared with the base's ({error.strerror})"
+            what = f"it cannot be compared with the base's ({error.strerror or error})"
             yield Finding(check="base", where=name, what=what)
     yield from _compare_configs(config_path(out, committed=committed), base / CONFIG, changes)
 
 
-def _compare_configs(path: Path, base: Path, changes: Mapping[str, Any]) -> Iterator[Finding]:
+def _compare_configs(
+    path: Location, base: Location, changes: Mapping[str, Any]
+) -> Iterator[Finding]:
     try:
-        mine = parse_object(path.read_bytes(), constants=True)
-        old = parse_object(base.read_bytes(), constants=True)
+        mine = parse_object(read_bytes(path), constants=True)
+        old = parse_object(read_bytes(base), constants=True)
     except (OSError, MalformedError) as error:
         what = f"it cannot be compared with the base's ({error})"
         yield Finding(check="base", where=CONFIG, what=what)

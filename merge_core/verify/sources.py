@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merge_core.errors import InputError, refuse
+from merge_core.stores.location import DEFAULT_ACCESS, Access, Location, locate
 from merge_core.verify.adapter_fields import REMEDY
+from merge_core.verify.places import read_bytes
 from merge_core.verify.strict_json import MalformedError, parse_object
 from merge_core.verify.structure import RECORD
 
-WeightedAdapter = tuple[Path, float]
+WeightedAdapter = tuple[Location, float]
 _PLAN = f"{RECORD}/plan.json"
 
 
@@ -20,7 +22,7 @@ _PLAN = f"{RECORD}/plan.json"
 class Sources:
     """What a merge was made from, and what it was asked for."""
 
-    base: Path
+    base: Location
     adapters: tuple[WeightedAdapter, ...]
     keep_tied: bool = False
     method: str = "sum"
@@ -28,14 +30,16 @@ class Sources:
     simulate_nf4: bool = False
 
 
-def parse_weighted(text: str) -> WeightedAdapter:
-    """``path@0.5`` as path and weight; 1 without a number, or where the whole text is a path."""
+def parse_weighted(text: str, access: Access = DEFAULT_ACCESS) -> WeightedAdapter:
+    """``path@0.5`` as place and weight; 1 without a number, or where the whole text is a path."""
     path, _, number = text.rpartition("@")
     try:
         weight = float(number) if path and not Path(text).exists() else math.nan
     except ValueError:
         weight = math.nan
-    return (Path(path), weight) if math.isfinite(weight) else (Path(text), 1.0)
+    if math.isfinite(weight):
+        return locate(path, access), weight
+    return locate(text, access), 1.0
 
 
 def check_method(method: str) -> None:
@@ -49,42 +53,45 @@ def check_method(method: str) -> None:
 
 
 def resolve_sources(
-    out: Path, base: Path | None, adapters: Sequence[WeightedAdapter] | None
+    out: Location, base: Location | None, adapters: Sequence[WeightedAdapter] | None
 ) -> Sources:
-    """Base and adapters to compare with, absolute: as given, else as the plan in ``out`` has them.
+    """Base and adapters to compare with: as given, else as the plan in ``out`` has them.
 
     Raises:
         InputError: something is neither given nor in the plan.
     """
     planned: Sources | None = None
     try:
-        planned = _planned_sources(out / _PLAN)
+        planned = _planned_sources(out / _PLAN, out.access)
     except InputError:
         if base is None or adapters is None:
             raise
     if planned is not None:
         base = planned.base if base is None else base
         adapters = planned.adapters if adapters is None else adapters
-    # Workers may run in another directory.
+    if base is None or adapters is None:
+        raise AssertionError("the plan has both")
     return Sources(
-        base=Path(base or "").absolute(),
-        adapters=tuple((path.absolute(), weight) for path, weight in adapters or ()),
+        base=base,
+        adapters=tuple(adapters),
         keep_tied=planned is not None and planned.keep_tied,
         method=planned.method if planned is not None else "sum",
         simulate_nf4=planned is not None and planned.simulate_nf4,
     )
 
 
-def _planned_sources(plan_path: Path) -> Sources:
+def _planned_sources(file: Location, access: Access) -> Sources:
     try:
-        plan = parse_object(plan_path.read_bytes())
+        plan = parse_object(read_bytes(file))
         return Sources(
-            base=Path(plan["base"]),
-            adapters=tuple((Path(a["path"]), float(a["weight"])) for a in plan["adapters"]),
+            base=locate(plan["base"], access),
+            adapters=tuple(
+                (locate(a["path"], access), float(a["weight"])) for a in plan["adapters"]
+            ),
             keep_tied=plan.get("keep_tied") is True,
             method=str(plan.get("combination", {}).get("method", "sum")),
             simulate_nf4=plan.get("simulate_nf4") is True,
         )
     except (OSError, MalformedError, KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"level numeric needs base and adapters, and the plan cannot tell them ({error!r})"
-        raise refuse(what, str(plan_path), "Give --base and --adapter") from error
+        raise refuse(what, str(file), "Give --base and --adapter") from error

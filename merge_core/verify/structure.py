@@ -10,10 +10,11 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
+from merge_core.stores.location import Location
 from merge_core.verify.header import TensorEntry, read_header
 from merge_core.verify.ledger import Ledger, Row, read_ledger
+from merge_core.verify.places import exists, names_in, read_bytes
 from merge_core.verify.report import Finding, at
 from merge_core.verify.strict_json import MalformedError, parse_object
 from merge_core.verify.weights import INDEX, SINGLE, WeightIndex, read_index
@@ -47,7 +48,7 @@ class Structure:
         return tuple(row for row in self.rows.values() if row.file == file)
 
 
-def inspect(out: Path, *, committed: bool, needs_ledger: bool) -> Structure:
+def inspect(out: Location, *, committed: bool, needs_ledger: bool) -> Structure:
     """Read everything about ``out`` but tensor data.
 
     Args:
@@ -72,21 +73,22 @@ def inspect(out: Path, *, committed: bool, needs_ledger: bool) -> Structure:
     return Structure(findings=tuple(findings), files=files, headers=headers, ledger=ledger)
 
 
-def is_unfinished(out: Path) -> bool:
-    """Whether a merge was not published: the publishing removes the receipts of its files."""
-    return (out / RECORD / "receipts").is_dir() and not (out / "config.json").exists()
+def is_unfinished(out: Location) -> bool:
+    """Whether a merge began here that was not published: that takes a ledger and a config."""
+    begun = exists(out / f"{RECORD}/plan.json")
+    return begun and not (exists(out / "config.json") and exists(out / LEDGER))
 
 
-def config_path(out: Path, *, committed: bool) -> Path:
+def config_path(out: Location, *, committed: bool) -> Location:
     """The config that a loader reads, or before the commit the one that it will read."""
-    return out / "config.json" if committed else out / RECORD / "config.json"
+    return out / "config.json" if committed else out / f"{RECORD}/config.json"
 
 
-def _check_config(out: Path, committed: bool) -> Iterator[Finding]:
+def _check_config(out: Location, committed: bool) -> Iterator[Finding]:
     path = config_path(out, committed=committed)
-    where = str(path.relative_to(out))
+    where = "config.json" if committed else f"{RECORD}/config.json"
     try:
-        parse_object(path.read_bytes(), constants=True)
+        parse_object(read_bytes(path), constants=True)
     except FileNotFoundError:
         what = "it is missing: this is an unfinished merge"
         yield Finding(check="config", where=where, what=what)
@@ -95,10 +97,10 @@ def _check_config(out: Path, committed: bool) -> Iterator[Finding]:
 
 
 def _expected_files(
-    out: Path, findings: list[Finding]
+    out: Location, findings: list[Finding]
 ) -> tuple[WeightIndex | None, tuple[str, ...] | None]:
     """The index, and the files that must be there; None for a broken index, which cannot say."""
-    if not (out / INDEX).exists():
+    if not exists(out / INDEX):
         return None, (SINGLE,)
     try:
         index = read_index(out / INDEX)
@@ -116,14 +118,15 @@ def _expected_files(
 
 
 def _check_files(
-    out: Path,
+    out: Location,
     index: WeightIndex | None,
     expected: tuple[str, ...] | None,
     findings: list[Finding],
 ) -> tuple[str, ...]:
     """Names of the files to check: those that are expected and there."""
-    weights = {path.name for path in out.glob("*.safetensors")}
-    others = {path.name for path in (*out.glob("pytorch_model*"), *out.glob("adapter_*"))}
+    names = {name for name in names_in(out) if not name.startswith(".")}
+    weights = {name for name in names if name.endswith(".safetensors")}
+    others = {name for name in names if name.startswith(("pytorch_model", "adapter_"))}
     if expected is None:
         expected = tuple(sorted(weights))
     named_by = "the index names it" if index else "there is no index that names others"
@@ -138,7 +141,7 @@ def _check_files(
 
 
 def _readable_headers(
-    out: Path, files: tuple[str, ...]
+    out: Location, files: tuple[str, ...]
 ) -> Iterator[tuple[str, tuple[TensorEntry, ...]]]:
     for file in files:
         try:
@@ -178,7 +181,7 @@ def _check_total_size(index: WeightIndex, headers: Headers) -> Iterator[Finding]
         yield Finding(check="index", where=INDEX, what=what)
 
 
-def _ledger(out: Path, needs_ledger: bool, findings: list[Finding]) -> Ledger | None:
+def _ledger(out: Location, needs_ledger: bool, findings: list[Finding]) -> Ledger | None:
     try:
         return read_ledger(out / LEDGER)
     except FileNotFoundError:

@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from merge_core.verify.reading import Bytes
+from merge_core.verify.places import Bytes, map_range
 from merge_core.verify.rounding import FLOATS, Array, from_float32, to_float32
 from merge_core.verify.weights import BaseTensor, Packing
 
@@ -235,7 +235,7 @@ _STORAGE = {
 def _mapped(part: BaseTensor) -> Any:
     """The stored elements, of what has no numpy dtype the bytes."""
     entry = part.entry
-    raw = np.memmap(part.path, np.uint8, "r", offset=entry.start, shape=(entry.nbytes,))
+    raw = map_range(part.path, entry.start, entry.nbytes)
     dtype = _STORAGE.get(entry.dtype)
     if dtype is None and entry.nbytes != np.prod(entry.shape):
         return raw

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from merge_core.verify.header import TensorEntry
-from merge_core.verify.reading import Buffers, Bytes, Lanes, Source
+from merge_core.verify.places import Bytes
+from merge_core.verify.reading import Buffers, Lanes, Source
 from merge_core.verify.report import Finding, at
 from merge_core.verify.rounding import FLOATS, from_float32, stored, to_float32
 

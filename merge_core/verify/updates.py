@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from merge_core.stores.location import Location
 from merge_core.verify.experts import Part
 
 
@@ -15,7 +16,7 @@ from merge_core.verify.experts import Part
 class Delta:
     """``scale * B @ A`` of one adapter, to be added to one base tensor."""
 
-    path: str
+    path: Location
     """Weights file of the adapter."""
     a: str
     """Key of A, [r, in]."""
@@ -34,7 +35,7 @@ class Delta:
 class Shift:
     """``scale * vector``, the bias of B, to be added to a bias."""
 
-    path: str
+    path: Location
     vector: str
     scale: float
 
@@ -51,7 +52,7 @@ class Decomposed:
     weight: float
 
     @property
-    def path(self) -> str:
+    def path(self) -> Location:
         """Weights file of the adapter."""
         return self.delta.path
 
@@ -60,7 +61,7 @@ class Decomposed:
 class Rows:
     """Rows of an embedding that are replaced."""
 
-    path: str
+    path: Location
     rows: str
     """Key of the new rows, one for each token."""
     tokens: tuple[int, ...]

@@ -8,9 +8,11 @@ from itertools import chain
 from pathlib import Path
 
 from merge_core.errors import counted, refuse, some_of
+from merge_core.stores.location import Location, locate
 from merge_core.verify.against_base import Comparison, pair_with_base
 from merge_core.verify.file_check import FileCheck, FileResult, check_file
 from merge_core.verify.load import check_load
+from merge_core.verify.places import names_in
 from merge_core.verify.report import LEVELS, Finding, VerifyReport
 from merge_core.verify.side_files import check_recorded, compare_with_base
 from merge_core.verify.sources import resolve_sources
@@ -29,21 +31,21 @@ _WORDS = {
 
 
 def verify(
-    out: Path,
+    out: str | Path | Location,
     level: str = "digest",
     *,
-    base: Path | None = None,
-    adapters: Sequence[tuple[Path, float]] | None = None,
+    base: Location | None = None,
+    adapters: Sequence[tuple[Location, float]] | None = None,
     committed: bool = True,
     run: Run = map,
 ) -> VerifyReport:
     """Check a merged checkpoint; a bad one gives findings, not an exception.
 
     Args:
-        out: the checkpoint's directory.
+        out: the checkpoint's folder.
         level: one of ``LEVELS``.
-        base: directory of the base, for numeric; default: the plan's.
-        adapters: directory and weight of each adapter, for numeric; default: the plan's.
+        base: folder of the base, for numeric; default: the plan's.
+        adapters: folder and weight of each adapter, for numeric; default: the plan's.
         committed: False inside a merge, while config.json is still staged in ``.raymeld``.
         run: how to run ``check_file`` over the files, such as over a cluster's workers.
 
@@ -53,10 +55,10 @@ def verify(
             feature that this program cannot check (each is named).
     """
     started = time.perf_counter()
-    out = Path(out).absolute()
+    out = locate(out)
     if level not in LEVELS:
         raise refuse(f"there is no level {level!r}", "--level", f"Take one of {', '.join(LEVELS)}")
-    if not out.is_dir():
+    if not (out.local.is_dir() if out.is_local else names_in(out)):
         raise refuse("it is no directory", str(out), "Name the directory of a merged checkpoint")
     if committed and is_unfinished(out):
         return _unfinished(out, level, started)
@@ -81,7 +83,7 @@ def verify(
     findings += _unchecked(checks, results)
     if level == "load":
         entries = chain.from_iterable(structure.headers.values())
-        findings += check_load(config_path(out, committed=committed).parent, entries)
+        findings += check_load(config_path(out, committed=committed), entries)
     return VerifyReport(
         out=out,
         level=level,
@@ -94,7 +96,7 @@ def verify(
     )
 
 
-def _unfinished(out: Path, level: str, started: float) -> VerifyReport:
+def _unfinished(out: Location, level: str, started: float) -> VerifyReport:
     """Of a merge whose files are partly there: each of them was checked when it was accepted."""
     what = "this is an unfinished merge: the same merge command again goes on from here"
     return VerifyReport(
@@ -110,14 +112,14 @@ def _unfinished(out: Path, level: str, started: float) -> VerifyReport:
 
 
 def _file_checks(
-    out: Path,
+    out: Location,
     level: str,
     structure: Structure,
     comparisons: Mapping[str, tuple[Comparison, ...]],
 ) -> list[FileCheck]:
     return [
         FileCheck(
-            path=str(out / file),
+            file=out / file,
             level="digest" if level == "load" else level,
             rows=structure.rows_of(file),
             comparisons=comparisons.get(file, ()),
@@ -128,17 +130,17 @@ def _file_checks(
 
 def _in_order(checks: Sequence[FileCheck], results: Sequence[FileResult]) -> list[FileResult]:
     """Results in the order of the files, so that equal checkpoints give equal reports."""
-    place = {check.path: n for n, check in enumerate(checks)}
-    return sorted(results, key=lambda result: place[result.path])
+    place = {check.file: n for n, check in enumerate(checks)}
+    return sorted(results, key=lambda result: place[result.file])
 
 
 def _unchecked(checks: Sequence[FileCheck], results: Sequence[FileResult]) -> list[Finding]:
     """A result that got lost on its way must not look like a file without fault."""
-    done = {result.path for result in results}
+    done = {result.file for result in results}
     return [
-        Finding(check="files", where=Path(check.path).name, what="its check gave no result")
+        Finding(check="files", where=check.file.name, what="its check gave no result")
         for check in checks
-        if check.path not in done
+        if check.file not in done
     ]
 
 

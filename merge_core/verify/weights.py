@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 from merge_core.errors import refuse
+from merge_core.stores.location import Location
 from merge_core.verify.header import TensorEntry, read_header
+from merge_core.verify.places import exists, read_bytes
 from merge_core.verify.strict_json import MalformedError, parse_object
 
 SINGLE = "model.safetensors"
@@ -34,7 +36,7 @@ class WeightIndex:
 class BaseTensor:
     """A tensor of the base and the file that holds it."""
 
-    path: str
+    path: Location
     entry: TensorEntry
     """Of one that is packed, what it decodes to."""
     packing: Packing | None = None
@@ -64,31 +66,31 @@ class Packing:
         return dict(self.said)
 
 
-def read_index(path: Path) -> WeightIndex:
+def read_index(file: Location) -> WeightIndex:
     """Read an index file.
 
     Raises:
         MalformedError: it is no index, or names a file outside its own directory.
         OSError: it cannot be read.
     """
-    document = parse_object(path.read_bytes())
+    document = parse_object(read_bytes(file))
     weight_map, metadata = document.get("weight_map"), document.get("metadata", {})
     if not isinstance(weight_map, dict) or not isinstance(metadata, dict):
         raise MalformedError("it has no weight_map")
-    for tensor, file in weight_map.items():
-        if not isinstance(file, str) or not is_plain_name(file):
-            raise MalformedError(f"tensor {tensor!r} lies in {file!r}, which is no file name")
+    for tensor, home in weight_map.items():
+        if not isinstance(home, str) or not is_plain_name(home):
+            raise MalformedError(f"tensor {tensor!r} lies in {home!r}, which is no file name")
     total = metadata.get("total_size")
     return WeightIndex(weight_map=weight_map, total_size=total if type(total) is int else None)
 
 
 def is_plain_name(name: str) -> bool:
     """Whether ``name`` is a ``.safetensors`` file of the directory itself, not a path out of it."""
-    return Path(name).name == name and name.endswith(".safetensors") and "\0" not in name
+    return PurePath(name).name == name and name.endswith(".safetensors") and "\0" not in name
 
 
-def open_base(directory: Path) -> dict[str, BaseTensor]:
-    """All tensors of the base at ``directory``, from its headers.
+def open_base(folder: Location) -> dict[str, BaseTensor]:
+    """All tensors of the base in ``folder``, from its headers.
 
     A single file wins over an index, as in transformers.
 
@@ -97,13 +99,13 @@ def open_base(directory: Path) -> dict[str, BaseTensor]:
     """
     remedy = "Name the base that was merged with --base"
     tensors: dict[str, BaseTensor] = {}
-    path = directory / SINGLE
+    path = folder / SINGLE
     try:
-        files = (SINGLE,) if path.is_file() else read_index(path := directory / INDEX).files
+        files = (SINGLE,) if exists(path) else read_index(path := folder / INDEX).files
         for file in files:
-            path = directory / file
+            path = folder / file
             for entry in read_header(path):
-                found = BaseTensor(path=str(path), entry=entry)
+                found = BaseTensor(path=path, entry=entry)
                 if tensors.setdefault(entry.name, found) is not found:
                     raise refuse(f"tensor {entry.name!r} is in two files", str(path), remedy)
     except MalformedError as error:

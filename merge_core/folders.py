@@ -1,0 +1,65 @@
+"""A folder that is read: which files lie in it, and what its JSON files say."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from merge_core.errors import InputError, StorageError, refuse
+from merge_core.json_text import parse_object
+from merge_core.stores.location import Location
+from merge_core.stores.opening import open_store, read_file
+
+
+def names_in(folder: Location, role: str, holds: str) -> frozenset[str]:
+    """The files in ``folder`` and below it, links that lead nowhere among them.
+
+    Args:
+        role: what the folder is to the merge, such as BASE.
+        holds: the file that makes it one.
+
+    Raises:
+        InputError: there is no such folder, or it may not be looked into.
+    """
+    if folder.is_local:
+        _refuse_other_paths(folder, role, holds)
+    try:
+        names = frozenset(listed.name for listed in open_store(folder).list())
+    except StorageError as error:
+        raise refused(error) from error
+    if not names and not folder.is_local:
+        remedy = f"Check its name; it is the folder that holds {holds}"
+        raise refuse(f"{role} does not exist: nothing lies there", str(folder), remedy)
+    return names
+
+
+def _refuse_other_paths(folder: Location, role: str, holds: str) -> None:
+    where = str(folder)
+    if not os.path.isdir(where):
+        noun = "a checkpoint" if role == "BASE" else "an adapter"
+        there = os.path.exists(where)
+        kind = f"is a file, not {noun} directory" if there else "does not exist"
+        raise refuse(f"{role} {kind}", where, f"Give the directory that holds {holds}")
+    if not os.access(where, os.R_OK | os.X_OK):
+        raise refuse(f"{role} may not be read", where, "Ask its owner for permission")
+
+
+def read_json(file: Location) -> dict[str, Any]:
+    """The JSON object in ``file``.
+
+    Raises:
+        InputError: there is none, or it is no JSON object.
+    """
+    try:
+        if file.is_local:
+            open_store(file.parent).look(file.name)  # to read from a pipe would wait
+        data = read_file(file)
+    except StorageError as error:
+        what = f"cannot be read ({error.what})"
+        raise refuse(what, str(file), "Check the path and its permissions") from None
+    return parse_object(data, str(file), "Fetch the file again")
+
+
+def refused(error: StorageError) -> InputError:
+    """The same as a problem of the input, which is told with all others."""
+    return refuse(error.what, error.where, error.remedy.removesuffix("."))

@@ -1,0 +1,72 @@
+"""From a location to its store, and the few things that one does to a single file somewhere."""
+
+from __future__ import annotations
+
+import functools
+
+from merge_core.errors import AbsentError, StorageError
+from merge_core.storage import replaced
+from merge_core.stores.location import Location
+from merge_core.stores.store import FileIdentity, Reader, Store
+
+SIDE_BYTES = 64 << 20
+"""A side file up to here is carried in one piece."""
+
+
+@functools.lru_cache(maxsize=64)
+def open_store(location: Location) -> Store:
+    """The store of a folder; its client is imported and made when it is needed.
+
+    Raises:
+        StorageError: there are no credentials for it, or it is no store that can be reached.
+    """
+    from merge_core.stores.local import LocalStore
+
+    if location.is_local:
+        return LocalStore(location)
+    raise StorageError("cannot be reached yet", str(location))
+
+
+def parted(file: Location) -> tuple[Store, str]:
+    """The store of the folder that a file lies in, and its name there."""
+    return open_store(file.parent), file.name
+
+
+def read_file(file: Location) -> bytes:
+    """All of a small file.
+
+    Raises:
+        AbsentError: there is none.
+        StorageError: it cannot be read.
+    """
+    store, name = parted(file)
+    return store.get(name)
+
+
+def open_file(file: Location) -> tuple[Reader, int]:
+    """A file as it is now, opened, and its size. Raises as ``read_file`` does."""
+    store, name = parted(file)
+    identity = store.look(name)
+    return store.open(identity), identity.size
+
+
+def is_there(file: Location) -> bool:
+    """Whether there is such a file, be it no file or one that may not be read."""
+    store, name = parted(file)
+    try:
+        store.look(name)
+    except AbsentError:
+        return False
+    except StorageError:
+        return True
+    return True
+
+
+def check_unchanged(folder: Location, file: FileIdentity) -> None:
+    """Make sure that a file is the one that was planned with.
+
+    Raises:
+        StorageError: it was replaced, or is gone.
+    """
+    if open_store(folder).look(file.name) != file:
+        raise replaced(folder / file.name)
