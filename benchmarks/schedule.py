@@ -43,6 +43,7 @@ from cluster.tasks import MERGING, VERIFYING, Task
 from cluster.workers import Fleet
 from merge_core.lease import Lease
 from merge_core.progress import ProgressFile
+from merge_core.stores.location import locate
 
 SIZE = 2_000_000_000
 SECONDS = {MERGING: 4.0, VERIFYING: 2.0}
@@ -163,7 +164,7 @@ class StandIn:
 
 def run(shards: int, workers: int, stretch: int, out: Path) -> dict[str, Any]:
     """Seconds of the driver and of the merge, and what happened."""
-    pool, said = StandIn(0, stretch), 0
+    pool, said, place = StandIn(0, stretch), 0, locate(out)
 
     def say(_line: str) -> None:
         nonlocal said
@@ -178,8 +179,8 @@ def run(shards: int, workers: int, stretch: int, out: Path) -> dict[str, Any]:
     fleet = Fleet(workers=(WorkerOptions(device="cpu", resources={"num_cpus": 4}),), kinds=kinds)
     with (
         mock.patch.object(loop_module, "time", pool),
-        Lease(out, say) as lease,
-        ProgressFile(out, lease.holder.run, _ignore, say) as progress,
+        Lease(place, say) as lease,
+        ProgressFile(place, lease.holder.run, _ignore, say) as progress,
     ):
         loop = Loop(pool, fleet, 1800.0, settle, progress.say, progress.watch)  # type: ignore[arg-type]
         pool.tasks = loop.tasks

@@ -15,7 +15,7 @@ from cluster.tasks import VERIFYING, checking
 from cluster.workers import ClusterOptions, size_fleet
 from merge_core.errors import StorageError
 from merge_core.progress import Watch
-from merge_core.stores.location import Location
+from merge_core.stores.location import Location, Place
 from merge_core.stores.opening import parted
 from merge_core.verify import FileCheck, FileResult, VerifyReport, verify
 
@@ -25,8 +25,8 @@ def verify_on_ray(
     level: str,
     options: ClusterOptions,
     *,
-    base: Location | None = None,
-    adapters: Sequence[tuple[Location, float]] | None = None,
+    base: Place | None = None,
+    adapters: Sequence[tuple[Place, float]] | None = None,
     watch: Watch,
     say: Callable[[str], None],
 ) -> VerifyReport:

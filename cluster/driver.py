@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from actors.identity import identify
 from actors.kept_collector import KeptCollector
@@ -24,14 +23,14 @@ from merge_core.merge import MergeResult, begin, claim, holds_result, result_of
 from merge_core.output import check_usable
 from merge_core.plan import MergePlan
 from merge_core.progress import ProgressFile, Watch
-from merge_core.stores.location import Location, locate
+from merge_core.stores.location import Location, Place, locate
 from merge_core.stores.opening import open_store
 from merge_core.verdict import conclude, verify_deeper
 
 
 def merge_on_ray(
     plan: MergePlan,
-    out: str | Path | Location,
+    out: Place,
     options: ClusterOptions,
     *,
     level: str = "digest",

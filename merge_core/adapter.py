@@ -8,7 +8,6 @@ import re
 import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from merge_core.adapter_config import AdapterConfig, read_config
@@ -18,7 +17,7 @@ from merge_core.folders import names_in, read_json, refused
 from merge_core.layout import TensorSpec
 from merge_core.peft_tuners import tuner_of
 from merge_core.refused_tuners import REFUSED
-from merge_core.stores.location import DEFAULT_ACCESS, Access, Location, locate
+from merge_core.stores.location import DEFAULT_ACCESS, Access, Location, Place, locate
 from merge_core.stores.opening import open_store, read_file
 from merge_core.stores.store import FileIdentity
 from merge_core.trained import Trained, read_trained
@@ -44,9 +43,7 @@ class Adapter:
     notes: tuple[str, ...]
 
 
-def parse_adapter(
-    text: str | Path | Location, access: Access = DEFAULT_ACCESS
-) -> tuple[Location, float]:
+def parse_adapter(text: Place, access: Access = DEFAULT_ACCESS) -> tuple[Location, float]:
     """Split ``path@0.5`` into place and weight; a path that exists as a whole has weight 1.
 
     Raises:

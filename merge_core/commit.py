@@ -52,7 +52,7 @@ class Assembly:
             receipt = self._read_receipt(index) if receipt_name(index) in there else None
             if receipt is not None:
                 self._receipts[index] = receipt
-                with contextlib.suppress(AbsentError):  # its proof will tell
+                with contextlib.suppress(StorageError):  # its proof will tell
                     self._publish_shard(receipt)
 
     @property
@@ -101,8 +101,9 @@ class Assembly:
         try:
             self._publish_shard(receipt)
             self._check_header(receipt, shard)
-        except (AbsentError, _UnlikePlanError):
+        except StorageError:
             self.forget(shard.index)
+            self._store.sweep(shard.name)
             raise
         self._store.sweep(shard.name)
         return True
@@ -185,16 +186,12 @@ class Assembly:
         header = shard.layout().header
         with closing(self._store.open(self._store.look(shard.name))) as reader:
             if bytes(reader.read(0, len(header))) != header:
-                raise _UnlikePlanError("its header is not as planned", _described(receipt, shard))
+                raise StorageError("its header is not as planned", _described(receipt, shard))
 
     def _copy_side_files(self) -> dict[str, str]:
         """sha256 of each, by name."""
         base = self._plan.base
         return {file.name: carry(base, file, self._out) for file in self._plan.side_files}
-
-
-class _UnlikePlanError(RaymeldError):
-    """What was published is not what was planned."""
 
 
 def _described(receipt: Receipt, shard: Shard) -> str:

@@ -9,6 +9,7 @@ needs nothing of the store but "create if absent" and a list of names with their
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import threading
 import time
@@ -87,8 +88,12 @@ class Lease:
         """Let the next merge take it at once."""
         self._ended.set()
         self._thread.join()
-        with contextlib.suppress(StorageError):  # a full disk: it ends by itself, only later
-            _advance(self._store, self._number, None)
+        with contextlib.suppress(OSError):  # it ends by itself, only later
+            try:
+                _advance(self._store, self._number, None)
+            except StorageError:
+                if self._out.is_local:  # on a full disk, times can be changed
+                    os.utime((self._out / _name(self._number)).local, (0, 0))
 
     def _take(self) -> int:
         number = self._await_free()
@@ -192,7 +197,7 @@ def _newest(store: Store) -> tuple[int, Holder | None, float | None]:
 
 def _advance(store: Store, number: int, holder: Holder | None) -> bool:
     """Put ``holder`` behind ``number``, unless somebody else is there or further."""
-    mine = f"{LEASE}/{number + 1:08}.json"
+    mine = _name(number + 1)
     if not store.create(mine, write_holder(holder)):
         return False
     names = {listed.name: _number(listed.name) for listed in store.list(LEASE)}
@@ -203,6 +208,10 @@ def _advance(store: Store, number: int, holder: Holder | None) -> bool:
         if 0 < older <= number:
             store.delete(name)
     return True
+
+
+def _name(number: int) -> str:
+    return f"{LEASE}/{number:08}.json"
 
 
 def _number(name: str) -> int:

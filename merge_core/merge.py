@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_core.commit import Assembly, remove_leftovers
@@ -27,7 +26,7 @@ from merge_core.output import (
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, ProgressFile, Watch, WorkerProgress
 from merge_core.stored_head import check_stored_head
-from merge_core.stores.location import Location, locate
+from merge_core.stores.location import Location, Place, locate
 from merge_core.stores.opening import open_store
 from merge_core.verdict import conclude, unproven, verify_deeper
 from merge_core.verify import (
@@ -67,7 +66,7 @@ class MergeResult:
 
 def merge(
     plan: MergePlan,
-    out: str | Path | Location,
+    out: Place,
     *,
     level: str = "digest",
     device: str = "auto",

@@ -25,7 +25,7 @@ from merge_core.shards import OutputTensor, cut_shards, shard_name
 from merge_core.side_files import CONFIG
 from merge_core.simulated import round_to_nf4
 from merge_core.stages import shards_of
-from merge_core.stores.location import DEFAULT_ACCESS, Access, Location, locate
+from merge_core.stores.location import DEFAULT_ACCESS, Access, Place, locate
 from merge_core.ties import settle_ties, tied_embeddings
 from merge_core.tuning import tune
 from merge_core.updates import Update
@@ -38,8 +38,8 @@ is some 80 files; the hub's own limit is 5 GB for smooth downloads."""
 
 
 def make_plan(  # noqa: PLR0913 - one parameter an option
-    base: str | Path | Location,
-    adapters: Sequence[str | Path | Location],
+    base: Place,
+    adapters: Sequence[Place],
     *,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,

@@ -19,7 +19,7 @@ from merge_core.stores.store import FileIdentity
 SINGLE = "model.safetensors"
 
 HEAD_BYTES = 100_000
-"""Read of a file at first: most headers are shorter, and a second request to a store costs more
+"""Read of a file in a store at first: most headers are shorter, and a second request costs more
 than these bytes."""
 
 _FETCH = "Fetch the checkpoint again; it is incomplete"
@@ -44,7 +44,8 @@ def read_header(folder: Location, name: str) -> WeightFile:
     try:
         identity = store.look(name)
         with closing(store.open(identity)) as reader:
-            head = bytes(reader.read(0, min(HEAD_BYTES, identity.size)))
+            first = 8 if folder.is_local else HEAD_BYTES
+            head = bytes(reader.read(0, min(first, identity.size)))
             end = 8 + header_length(head[:8], identity.size, where)
             if end > len(head):
                 head += bytes(reader.read(len(head), end - len(head)))

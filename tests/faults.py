@@ -57,7 +57,7 @@ class Hangs(Merger):
     def _note(self, done: int) -> None:
         super()._note(done)
         if self._hanging:
-            self._out.with_name("hangs").write_text(str(os.getpid()))
+            self._out.local.with_name("hangs").write_text(str(os.getpid()))
             self._hang()
 
     def _hang(self) -> None:
@@ -86,7 +86,7 @@ class FullOnce(Merger):
         from merge_core.memory import Memory
 
         with contextlib.suppress(FileExistsError):
-            self._out.with_name("full").touch(exist_ok=False)
+            self._out.local.with_name("full").touch(exist_ok=False)
             worker.measure_memory = lambda _: Memory(host=1_000_000, device=None)
         return super().hello()
 
@@ -95,7 +95,7 @@ class OnANodeThatGoes(Merger):
     """On the spot node: has it go in the middle of a shard; elsewhere it waits for that."""
 
     def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
-        mark = self._out.with_name("goes")
+        mark = self._out.local.with_name("goes")
         if _on_spot_node():
             self._notice()
             mark.touch()
@@ -120,7 +120,7 @@ class FinishesInTime(OnANodeThatGoes):
         drain(seconds=1000.0)
 
     def _when_noticed(self) -> None:
-        _until_said(self._out, "its node is going")
+        _until_said(self._out.local, "its node is going")
 
 
 class CannotFinish(OnANodeThatGoes):
@@ -145,7 +145,7 @@ class OnAStoppedNode(OnANodeThatGoes):
     """Stops the raylet of its node, and finishes its part when somebody else has the shard."""
 
     def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
-        late = self._out.with_name("late")
+        late = self._out.local.with_name("late")
         if attempt > 1:
             _until(late.exists)
         receipt = super().merge(shard, attempt, shrink)
@@ -157,14 +157,14 @@ class OnAStoppedNode(OnANodeThatGoes):
         os.kill(os.getppid(), signal.SIGSTOP)
 
     def _when_noticed(self) -> None:
-        _until_said(self._out, "after failure 1 of 20")
+        _until_said(self._out.local, "after failure 1 of 20")
 
 
 class EatsMemory(OnANodeThatGoes):
     """Takes memory until Ray kills it, in its first shard on the spot node."""
 
     def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
-        if self._out.with_name("goes").exists():
+        if self._out.local.with_name("goes").exists():
             return Merger.merge(self, shard, attempt, shrink)
         return super().merge(shard, attempt, shrink)
 
@@ -188,7 +188,7 @@ class UntilANodeLeft(Merger):
     """Begins when two nodes are up, and ends the last shard when one of them has left."""
 
     def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
-        both = self._out.with_name("both")
+        both = self._out.local.with_name("both")
         if not both.exists():
             _until(lambda: len(_nodes()) == 2)
             both.write_text(" ".join(_nodes()))
@@ -201,7 +201,7 @@ class UntilGivenUp(Merger):
     """Begins when the driver waits no longer for workers of the other kind."""
 
     def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
-        _until_said(self._out, "going on without")
+        _until_said(self._out.local, "going on without")
         return super().merge(shard, attempt, shrink)
 
 
@@ -209,8 +209,8 @@ class LosesTheLease(Collector):
     """Another merge takes over before the first part is accepted, and begins a part of its own."""
 
     def accept(self, receipt: Receipt) -> bool:
-        self._successor = take_over(self._out)
-        state = self._out / ".raymeld"
+        self._successor = take_over(self._out.local)
+        state = self._out.local / ".raymeld"
         (state / "progress.json").write_text("the successor's")
         (state / "parts" / "successor.part").touch()
         return super().accept(receipt)
@@ -264,7 +264,7 @@ class StopsAtTheThird(Merger):
     def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
         self._begun = getattr(self, "_begun", 0) + 1
         if self._begun == 3:
-            self._out.with_name("stopped").touch()
+            self._out.local.with_name("stopped").touch()
             threading.Event().wait()
         return super().merge(shard, attempt, shrink)
 
@@ -285,7 +285,7 @@ class FailsInEveryWay(LiesAboutItsWork, FailsTwice):
     """Waits until the driver's side says so; then lies, fails twice, and dies over shard 2."""
 
     def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
-        _until((Path(self._out) / ".raymeld" / "go").exists)
+        _until((self._out.local / ".raymeld" / "go").exists)
         if shard == 2 and attempt == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().merge(shard, attempt, shrink)

@@ -41,11 +41,11 @@ COLLECTOR = (
     "after merge_core.commit:Assembly._publish_shard",
     "after merge_core.commit:Assembly.accept",
     "before merge_core.commit:Assembly.write_record",
-    "before merge_core.commit:write_ledger",
-    "after merge_core.commit:write_ledger",
+    "before merge_core.commit:fold_ledger",
+    "after merge_core.commit:fold_ledger",
     "before merge_core.commit:Assembly.publish",
-    "before merge_core.commit:shutil.rmtree",
-    "after merge_core.commit:shutil.rmtree",
+    "before merge_core.commit:remove_leftovers",
+    "after merge_core.commit:remove_leftovers",
 )
 DRIVER = (
     "before cluster.driver:claim",

@@ -7,7 +7,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from merge_core.lease import LEASE_SECONDS, Lease, lease_directory
+from merge_core.lease import LEASE_SECONDS, Lease
+from merge_core.output import LEASE
+from merge_core.stores.location import locate
 
 
 def unheard(line: str) -> None:
@@ -15,7 +17,11 @@ def unheard(line: str) -> None:
 
 
 def take(out: Path, say: Callable[[str], None] = unheard) -> Lease:
-    return Lease(out, say)
+    return Lease(locate(out), say)
+
+
+def lease_directory(out: Path) -> Path:
+    return out / LEASE
 
 
 def newest(out: Path) -> Path:

@@ -16,6 +16,7 @@ from oracles import Term
 from pyarrow import parquet
 from safetensors.torch import load_file
 
+from merge_core.stores.location import locate
 from merge_core.verify import FileCheck, Finding, check_file, verify
 from merge_core.verify.against_base import Comparison
 from merge_core.verify.header import read_header
@@ -137,12 +138,12 @@ def compare(
         },
     )
     deltas = tuple(
-        Delta(path=str(files[2]), a=f"{n}A", b=f"{n}B", scale=term[2], transposed=False)
+        Delta(path=locate(files[2]), a=f"{n}A", b=f"{n}B", scale=term[2], transposed=False)
         for n, term in enumerate(terms)
     )
-    source = BaseTensor(path=str(files[1]), entry=read_header(files[1])[1])
+    source = BaseTensor(path=locate(files[1]), entry=read_header(locate(files[1]))[1])
     check = FileCheck(
-        path=str(files[0]),
+        file=locate(files[0]),
         level="numeric",
         rows=None,
         comparisons=(Comparison(tensor="w", base=source, updates=deltas),),

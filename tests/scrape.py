@@ -26,6 +26,7 @@ from cluster.workers import ClusterOptions
 from merge_core.merge import MergeResult
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress
+from merge_core.stores.location import locate
 from merge_core.verify import VerifyReport
 
 RAYS_OWN = {"Component", "NodeAddress", "SessionName", "Version", "WorkerId"}
@@ -119,7 +120,7 @@ def merge_in_trouble(
 
 def verify_there(where: Scraped, out: Path) -> VerifyReport:
     options = ClusterOptions(address=where.address, device="cpu")
-    return verify_on_ray(out, "digest", options, watch=lambda _: None, say=lambda _: None)
+    return verify_on_ray(locate(out), "digest", options, watch=lambda _: None, say=lambda _: None)
 
 
 def verify_three_times(where: Scraped, out: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,16 +29,18 @@ from hypothesis import strategies as st
 from leases import take_over, unheard
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from merge_core import commit
 from merge_core.commit import Assembly
 from merge_core.errors import LeaseLostError, RaymeldError, StorageError, VerificationError
 from merge_core.factors import seal
 from merge_core.lease import holder_of
 from merge_core.ledger import Receipt, TensorRecord
 from merge_core.merge import claim, merge
+from merge_core.output import LEASE, PROGRESS, VERIFIED
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.progress import Progress
+from merge_core.stores.local import LocalStore
+from merge_core.stores.location import locate
 from merge_core.worker import ShardWorker
 
 GEOMETRY = Geometry()
@@ -56,17 +57,17 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> MergePlan:
 
 @pytest.fixture
 def worker(sealed: MergePlan, out: Path) -> Iterator[ShardWorker]:
-    with claim(sealed, out, overwrite=False, say=unheard):
-        worker = ShardWorker(sealed, out, "cpu", "worker-0", TWO_LANES)
+    with claim(sealed, locate(out), overwrite=False, say=unheard):
+        worker = ShardWorker(sealed, locate(out), "cpu", "worker-0", TWO_LANES)
         yield worker
         worker.close()
 
 
 def assemble(plan: MergePlan, out: Path) -> Assembly:
     """The assembly of whoever has the lease."""
-    holder = holder_of(out)
+    holder = holder_of(locate(out))
     assert holder is not None
-    return Assembly(plan, out, holder.run)
+    return Assembly(plan, locate(out), holder.run)
 
 
 def part_of(out: Path, receipt: Receipt) -> Path:
@@ -157,10 +158,10 @@ def test_a_part_that_is_not_as_planned_is_refused_with_the_shards_name(
     damaged = {"shorter": content[:-1], "longer": content + b"\0", "another header": other}
     part_of(out, receipt).write_bytes(damaged[damage])
 
-    with pytest.raises(RaymeldError, match="is not as planned") as caught:
+    with pytest.raises(StorageError, match="is not as planned") as caught:
         assemble(sealed, out).accept(receipt)
 
-    assert caught.value.where.startswith(sealed.shards[0].name)
+    assert sealed.shards[0].name in caught.value.where
     assert published(out) == {}
     assert assemble(sealed, out).receipts == {}
 
@@ -198,46 +199,45 @@ def test_the_record_is_not_written_while_shards_are_missing(
 def test_a_lease_that_is_lost_while_the_inputs_are_looked_at_publishes_nothing(
     sealed: MergePlan, worker: ShardWorker, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assembly, write = assemble(sealed, out), commit.write_durably
+    assembly, put = assemble(sealed, out), LocalStore.put
     for shard in sealed.shards:
         assembly.accept(worker.merge(shard.index, 1, ignore_progress))
     assembly.write_record()
 
-    def write_and_lose(path: Path, data: bytes) -> None:
-        write(path, data)
-        if path.name == "verified.json":
+    def write_and_lose(store: LocalStore, name: str, data: bytes, **how: bool) -> None:
+        put(store, name, data, **how)
+        if name == VERIFIED:
             take_over(out).release()
 
-    monkeypatch.setattr(commit, "write_durably", write_and_lose)
+    monkeypatch.setattr(LocalStore, "put", write_and_lose)
     with pytest.raises(LeaseLostError, match="another merge has taken this directory over"):
         assembly.publish({})
     assert not (out / "config.json").exists()
 
 
-def breaking(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, fatal: int) -> Iterator[int]:
-    """Have the ``fatal``-th call of a function raise before it does anything."""
-    calls, real = itertools.count(1), getattr(place, name)
+def breaking(monkeypatch: pytest.MonkeyPatch, name: str, fatal: int) -> Iterator[int]:
+    """Have the ``fatal``-th call of a store's method raise before it does anything."""
+    calls, real = itertools.count(1), getattr(LocalStore, name)
 
-    def call(*args: Any) -> Any:
-        if next(calls) == fatal:
-            raise StorageError("broken disk", str(args[0]))
-        return real(*args)
+    def call(store: LocalStore, what: str, *args: Any, **options: Any) -> Any:
+        counts = what != PROGRESS and not what.startswith(LEASE)  # these come when it is time
+        if counts and next(calls) == fatal:
+            raise StorageError("broken disk", what)
+        return real(store, what, *args, **options)
 
-    monkeypatch.setattr(place, name, call)
+    monkeypatch.setattr(LocalStore, name, call)
     return calls
 
 
-@pytest.mark.parametrize(
-    ("place", "name"), [(commit, "write_durably"), (commit, "copy_durably"), (os, "rename")]
-)
+@pytest.mark.parametrize("name", ["put", "publish", "start"])
 def test_whichever_write_fails_there_is_no_config_json_and_the_same_merge_again_goes_on(
-    sealed: MergePlan, tmp_path: Path, place: Any, name: str
+    sealed: MergePlan, tmp_path: Path, name: str
 ) -> None:
     merge(sealed, tmp_path / "reference", choice=TWO_LANES)
     for fatal in itertools.count(1):
         out = tmp_path / f"out-{fatal}"
         with pytest.MonkeyPatch.context() as patch:
-            calls = breaking(patch, place, name, fatal)
+            calls = breaking(patch, name, fatal)
             try:
                 merge(sealed, out, choice=TWO_LANES)
             except StorageError:
@@ -247,16 +247,12 @@ def test_whichever_write_fails_there_is_no_config_json_and_the_same_merge_again_
         merge(sealed, out, choice=TWO_LANES)
         assert published(out) == published(tmp_path / "reference"), fatal
 
-    # Every one was the one that failed. Written are receipts, index, verified.json, config.json;
-    # renamed are these, the side files, each part, what is staged, and the ledger.
+    # Every one was the one that failed. Put are plan and config to publish, receipts, side files,
+    # index, ledger, verified.json and config.json.
     shards, side_files = len(sealed.shards), len(sealed.side_files)
-    times = {
-        "write_durably": shards + 3,
-        "copy_durably": side_files,
-        "rename": shards + 3 + side_files + shards + 3,
-    }
+    times = {"put": 2 + shards + side_files + 4, "publish": shards, "start": shards}
     assert next(calls) == fatal == 1 + times[name]
-    assert (out / "config.json").read_bytes() == (sealed.base / "config.json").read_bytes()
+    assert (out / "config.json").read_bytes() == (sealed.base / "config.json").local.read_bytes()
     assert not (out / ".raymeld" / "parts").exists()
     assert not (out / ".raymeld" / "receipts").exists()
 

@@ -12,6 +12,7 @@ from cluster import doctor
 from cluster.diagnosis import diagnose
 from cluster.doctor import Checkup, Intent, examine
 from merge_core.plan import MergePlan
+from merge_core.stores.location import locate
 
 
 @pytest.fixture
@@ -24,7 +25,7 @@ def hangs() -> Iterator[Callable[[Path], None]]:
 
 def checkup(plan: MergePlan, out: Path, said: list[str]) -> Checkup:
     adapter = plan.adapters[0].path
-    intent = Intent(base=plan.base, adapters=[str(adapter)], out=out)
+    intent = Intent(base=locate(plan.base), adapters=[str(adapter)], out=locate(out))
     return examine("inline", intent, seconds=0.2, say=said.append)
 
 

@@ -18,6 +18,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from merge_core.decoding.awq import AwqFormat
 from merge_core.decoding.fp8 import Fp8Format, LoadedFp8
 from merge_core.decoding.gptq import GptqFormat
+from merge_core.stores.location import locate
 from merge_core.verify.packed import unpacked
 from merge_core.verify.unpacking import Unpacked
 from merge_core.verify.weights import open_base
@@ -129,7 +130,7 @@ def test_every_float8_has_its_value_in_the_verification_too(tmp_path: Path) -> N
     tensors = {"m.weight": codes, "m.weight_scale_inv": torch.ones(1, 1)}
     save_file(tensors, tmp_path / "model.safetensors")
     said = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [16, 16]}}
-    (tensor,) = unpacked(open_base(tmp_path), said).values()
+    (tensor,) = unpacked(open_base(locate(tmp_path)), said).values()
     assert tensor.packing is not None
 
     raw = Unpacked(tensor, tensor.packing).read(0, 1024, memoryview(b""))

@@ -18,7 +18,8 @@ from merge_core.errors import Problem
 from merge_core.nvidia import Gpu
 from merge_core.plan import MergePlan
 from merge_core.reachable import FileSight, InputSight
-from merge_core.storage import FileIdentity
+from merge_core.stores.location import locate
+from merge_core.stores.store import FileIdentity
 
 DRIVER = Identity(
     host="head",
@@ -38,14 +39,14 @@ FULL, FREE = (
 TORCH = Library(name="torch", wanted=">=2.4", found="2.9.0")
 FOUND = Examination(identity=DRIVER, libraries=(TORCH,), memory=10**11, gpus=(), view=CPU)
 CONFIG = FileSight(
-    identity=FileIdentity(name="config.json", size=2, mtime_ns=1), digest="of the content"
+    identity=FileIdentity(name="config.json", size=2, pin="1"), digest="of the content"
 )
 README = replace(CONFIG, identity=replace(CONFIG.identity, name="README.md"))
-BASE = InputSight(path=Path("/m/base"), files=(CONFIG,), error=None)
+BASE = InputSight(path=locate(Path("/m/base")), files=(CONFIG,), error=None)
 LOOKED = PathSight(inputs=(BASE,), refusal=None)
 LATE = Silence(reason="no answer within 9 s", kind="late")
 TAKEN = Silence(reason="it was taken meanwhile", kind="waiting")
-OUT = Destination(out=Path("/m/out"), place=Path("/m"), free=10**12)
+OUT = Destination(out=locate(Path("/m/out")), place=locate(Path("/m")), free=10**12)
 
 
 def node(name: str = "n1", **changes: Any) -> ExaminedNode:

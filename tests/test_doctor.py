@@ -20,6 +20,7 @@ from actors.identity import Identity
 from cluster.diagnosis import Finding, diagnose
 from cluster.doctor import Checkup, Intent, examine
 from cluster.session import session
+from merge_core.stores.location import locate
 
 PATIENCE = 60.0
 TOOL = """#!/bin/sh
@@ -56,7 +57,7 @@ def looked_at(
     adapters = [f"{paths / 'adapter'}@0.5", *more]
     before = files_below(paths)
     with environment():
-        intent = Intent(base=paths / "base", adapters=adapters, out=out)
+        intent = Intent(base=locate(paths / "base"), adapters=adapters, out=locate(out))
         checkup = examine(address, intent, seconds=seconds, say=lambda _: None)
     assert files_below(paths) == before
     return checkup

@@ -26,7 +26,7 @@ from cluster.tasks import MERGING, VERIFYING
 from merge_core.errors import InputError
 from merge_core.layout import TensorSpec
 from merge_core.plan import AdapterInput, MergePlan, Shard, Source, TensorTask
-from merge_core.storage import FileIdentity
+from merge_core.stores.store import FileIdentity
 from merge_core.updates import DoraUpdate, Factor, LowRankUpdate
 from merge_core.updates.combined import Combination
 
@@ -56,7 +56,7 @@ def plan_of(rows: Sequence[int], rank: int = 0) -> MergePlan:
         updates = (replace(update, b=factor(count, rank)),) if rank else ()
         task = TensorTask(target=tensor, source=Source(tensor=tensor, file=0), updates=updates)
         shards.append(Shard(index=n, name=f"{n}", size=tensor.nbytes, tasks=(task,)))
-    file = FileIdentity(name="adapter", size=50_000_000, mtime_ns=0)
+    file = FileIdentity(name="adapter", size=50_000_000, pin="0")
     adapter = AdapterInput(
         path=Path("lora"), weight=1, file=file, config_file=file, digests={}, peft_type="LORA"
     )

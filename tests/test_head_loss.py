@@ -119,7 +119,7 @@ def test_a_cluster_that_dies_ends_the_merge_in_one_paragraph_and_another_goes_on
 ) -> None:
     out = tmp_path / "out"
     with cluster(cpus=1) as nodes:
-        command = [sys.executable, "-c", DRIVER, small.base, small.adapters[0].path, out]
+        command = [sys.executable, "-c", DRIVER, str(small.base), str(small.adapters[0].path), out]
         driver = subprocess.Popen(
             [*map(str, command), nodes.address],
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},

@@ -15,6 +15,7 @@ from merge_core.adapter import parse_adapter
 from merge_core.errors import InputError
 from merge_core.merge import merge
 from merge_core.planner import make_plan
+from merge_core.stores.location import locate
 
 
 def test_what_is_no_adapter_is_refused(adapter_scene: AdapterScene, tmp_path: Path) -> None:
@@ -51,10 +52,10 @@ def test_a_weight_is_read_behind_the_last_at_sign(tmp_path: Path) -> None:
         ("a@nan", "a@nan", 1.0),
         ("a@", "a@", 1.0),
     ):
-        assert parse_adapter(text) == (Path(path), weight)
+        assert parse_adapter(text) == (locate(path), weight)
     (tmp_path / "a@0.5").mkdir()
-    assert parse_adapter(tmp_path / "a@0.5") == (tmp_path / "a@0.5", 1.0)
-    assert parse_adapter(f"{tmp_path}/a@0.5@0.25") == (tmp_path / "a@0.5", 0.25)
+    assert parse_adapter(tmp_path / "a@0.5") == (locate(tmp_path / "a@0.5"), 1.0)
+    assert parse_adapter(f"{tmp_path}/a@0.5@0.25") == (locate(tmp_path / "a@0.5"), 0.25)
 
 
 def test_problems_of_base_and_adapters_are_told_at_once(

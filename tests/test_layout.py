@@ -17,7 +17,6 @@ from models import assert_same_tensors, make_base, read_tensors
 from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 
-from merge_core.checkpoint import read_header
 from merge_core.errors import InputError
 from merge_core.layout import (
     ALIGNMENT,
@@ -29,6 +28,8 @@ from merge_core.layout import (
     parse_header,
     tensor_bytes,
 )
+from merge_core.stores.location import locate
+from merge_core.weight_files import read_header
 
 TORCH = {
     "BOOL": torch.bool,
@@ -131,7 +132,7 @@ def test_transformers_loads_a_file_that_was_laid_out(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base")
     path = base / "model.safetensors"
     before = {name: tensor.clone() for name, tensor in read_tensors(base).items()}
-    specs = read_header(path).tensors
+    specs = read_header(locate(path.parent), path.name).tensors
     layout = lay_out((t.name, t.dtype, t.shape) for t in specs)
     old, new = path.read_bytes(), bytearray(layout.header.ljust(layout.size))
     sources = {t.name: old[t.offset : t.offset + t.nbytes] for t in specs}
@@ -207,7 +208,7 @@ def test_a_lying_header_is_an_input_error_that_says_what_is_wrong(lie: str, tmp_
     path = write_raw(tmp_path / "lie.safetensors", header, bytes(8))
 
     with pytest.raises(InputError, match=message) as caught:
-        read_header(path)
+        read_header(locate(path.parent), path.name)
 
     assert all("lie.safetensors" in problem.where for problem in caught.value.problems)
     assert len(str(caught.value)) < 2000
@@ -230,7 +231,7 @@ def test_a_file_without_room_for_its_header_is_refused(
     path.write_bytes(content)
 
     with pytest.raises(InputError, match=message):
-        read_header(path)
+        read_header(locate(path.parent), path.name)
 
 
 def test_a_header_of_100_mb_is_refused_before_it_is_read(tmp_path: Path) -> None:
@@ -240,7 +241,7 @@ def test_a_header_of_100_mb_is_refused_before_it_is_read(tmp_path: Path) -> None
         file.truncate(1 << 41)  # sparse: the length would fit
 
     with pytest.raises(InputError, match="100 MB"):
-        read_header(path)
+        read_header(locate(path.parent), path.name)
 
 
 HONEST = save({"a": torch.arange(3), "b": torch.zeros(2, 2), "é": torch.zeros(0)}, {"format": "pt"})

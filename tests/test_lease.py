@@ -18,11 +18,12 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from leases import age, move_elsewhere, take, take_over, unheard
+from leases import age, lease_directory, move_elsewhere, take, take_over, unheard
 
 from merge_core import lease
 from merge_core.errors import InputError, LeaseLostError
-from merge_core.lease import LEASE_SECONDS, Lease, holder_of, lease_directory, live_holder
+from merge_core.lease import LEASE_SECONDS, Lease, holder_of, live_holder
+from merge_core.stores.location import locate
 
 
 @pytest.fixture
@@ -35,21 +36,22 @@ def test_a_second_merge_is_refused_and_told_who_is_at_work(held: Lease, tmp_path
     with pytest.raises(InputError, match=f"process {os.getpid()} on .* is merging into it"):
         take(tmp_path)
 
-    assert holder_of(tmp_path) == live_holder(tmp_path) == held.holder
+    assert holder_of(locate(tmp_path)) == live_holder(locate(tmp_path)) == held.holder
 
 
 def test_a_released_lease_is_free_at_once(tmp_path: Path) -> None:
     for _ in range(3):
         with take(tmp_path) as one:
-            assert holder_of(tmp_path) == one.holder
-        assert holder_of(tmp_path) is None
+            assert holder_of(locate(tmp_path)) == one.holder
+        assert holder_of(locate(tmp_path)) is None
 
     assert len(list(lease_directory(tmp_path).iterdir())) == 1
 
 
 def test_a_merge_that_was_killed_on_this_machine_blocks_nobody(tmp_path: Path) -> None:
-    code = "import sys, time; from pathlib import Path; from merge_core.lease import Lease\n"
-    code += "Lease(Path(sys.argv[1]), print); print('held', flush=True); sys.stdin.read()"
+    code = "import sys; from merge_core.lease import Lease\n"
+    code += "from merge_core.stores.location import locate\n"
+    code += "Lease(locate(sys.argv[1]), print); print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -59,7 +61,7 @@ def test_a_merge_that_was_killed_on_this_machine_blocks_nobody(tmp_path: Path) -
         process.send_signal(signal.SIGKILL)
 
     with take(tmp_path) as one:
-        assert holder_of(tmp_path) == one.holder
+        assert holder_of(locate(tmp_path)) == one.holder
 
 
 def test_a_process_of_the_same_number_is_not_the_one_that_held_it(held: Lease) -> None:
@@ -86,7 +88,7 @@ def test_a_lease_of_another_machine_that_is_old_is_free_at_once(
     with take_over(tmp_path) as later:
         with pytest.raises(LeaseLostError, match="another merge has taken this directory over"):
             held.renew()
-        assert holder_of(tmp_path) == later.holder
+        assert holder_of(locate(tmp_path)) == later.holder
 
 
 def test_one_that_slept_cannot_renew_behind_the_back_of_its_successor(
@@ -99,16 +101,16 @@ def test_one_that_slept_cannot_renew_behind_the_back_of_its_successor(
         with pytest.raises(LeaseLostError, match="taken this directory over"):
             held.renew()
         later.renew()
-        assert holder_of(tmp_path) == later.holder
+        assert holder_of(locate(tmp_path)) == later.holder
         held.release()
-        assert holder_of(tmp_path) == later.holder
+        assert holder_of(locate(tmp_path)) == later.holder
 
 
 def test_a_renewed_lease_is_young_and_leaves_no_files_behind(held: Lease, tmp_path: Path) -> None:
     age(tmp_path, LEASE_SECONDS + 1)
     held.renew()
 
-    assert live_holder(tmp_path) == held.holder
+    assert live_holder(locate(tmp_path)) == held.holder
     assert len(list(lease_directory(tmp_path).iterdir())) == 1
 
 
@@ -121,9 +123,9 @@ def test_it_is_renewed_while_it_is_held(tmp_path: Path, monkeypatch: pytest.Monk
             super().renew()
             renewed.set()
 
-    with Watched(tmp_path, unheard) as one:
+    with Watched(locate(tmp_path), unheard) as one:
         assert renewed.wait(30)
-        assert holder_of(tmp_path) == one.holder
+        assert holder_of(locate(tmp_path)) == one.holder
 
 
 @pytest.fixture
@@ -162,7 +164,7 @@ def test_a_lease_that_nobody_renews_is_waited_for(
     age(tmp_path, LEASE_SECONDS - 20)
 
     with take(tmp_path, heard.append) as later:
-        assert holder_of(tmp_path) == later.holder
+        assert holder_of(locate(tmp_path)) == later.holder
     (waiting,) = heard  # a little less on a machine that is busy
     assert re.fullmatch(
         rf"waiting (1\d|20) s for .* process {os.getpid()} on far to expire", waiting
@@ -193,7 +195,7 @@ def test_whoever_waits_gets_a_lease_that_is_released(
     clock.events[3.0] = held.release
 
     with take(tmp_path) as later:
-        assert holder_of(tmp_path) == later.holder
+        assert holder_of(locate(tmp_path)) == later.holder
     assert clock.now == 3
 
 
@@ -204,7 +206,7 @@ def test_a_lease_from_the_future_counts_as_just_renewed(
     age(tmp_path, -204_337_353)
 
     with take(tmp_path, heard.append) as later:
-        assert holder_of(tmp_path) == later.holder
+        assert holder_of(locate(tmp_path)) == later.holder
     assert heard[0].startswith(f"waiting {LEASE_SECONDS:.0f} s for")
     assert clock.now == LEASE_SECONDS
 
@@ -229,10 +231,10 @@ def test_a_lease_that_cannot_be_read_counts_until_it_is_old(
     lease_directory(tmp_path).mkdir(parents=True)
     (lease_directory(tmp_path) / "00000003.json").write_bytes(content)
     age(tmp_path, 5)
-    seen = live_holder(tmp_path)
+    seen = live_holder(locate(tmp_path))
 
     with take(tmp_path, heard.append) as one:
-        assert holder_of(tmp_path) == one.holder
+        assert holder_of(locate(tmp_path)) == one.holder
     assert str(seen) == "an unknown machine"
     (waiting,) = heard
     assert re.fullmatch(
@@ -250,7 +252,7 @@ def test_a_name_that_cannot_be_opened_blocks_nobody(
     (lease_directory(tmp_path) / "00000009.json").symlink_to("nowhere")
 
     with take(tmp_path, heard.append) as one:
-        assert holder_of(tmp_path) == one.holder
+        assert holder_of(locate(tmp_path)) == one.holder
     (waiting,) = heard
     assert re.fullmatch(r"waiting 4[0-5] s for the lease of an unknown machine to expire", waiting)
     assert len(list(lease_directory(tmp_path).iterdir())) == 1
@@ -268,7 +270,7 @@ def test_a_file_handle_that_is_stale_is_looked_at_anew(
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    assert holder_of(tmp_path) == held.holder
+    assert holder_of(locate(tmp_path)) == held.holder
 
 
 @given(st.integers(2, 6))
@@ -291,6 +293,6 @@ def test_of_several_at_once_exactly_one_gets_it(
     ):
         patch.setattr(lease, "LOOK_SECONDS", 0.001)  # a file that is half written is looked at anew
         winners = [one for one in pool.map(attempt, range(rivals)) if one is not None]
-    assert [holder_of(out)] == [one.holder for one in winners]
+    assert [holder_of(locate(out))] == [one.holder for one in winners]
     for one in winners:
         one.release()

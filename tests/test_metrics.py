@@ -24,6 +24,7 @@ from actors.events import ItemDone
 from cluster.tasks import PROVING, RESULTS, VERIFYING
 from merge_core.ledger import Receipt
 from merge_core.plan import MergePlan
+from merge_core.stores.location import locate
 from merge_core.verify import FileResult
 from merge_core.verify.report import Finding
 
@@ -172,7 +173,7 @@ def test_what_an_earlier_run_left_is_proven_and_not_verified(
         setattr(counter, name, None)
 
     for finding in ((), (Finding(check="digest", where="f", what="differs"),)):
-        check = FileResult(path="f", findings=finding, tensors=1, bytes_read=1, seconds=1)
+        check = FileResult(file=locate("f"), findings=finding, tensors=1, bytes_read=1, seconds=1)
         for rank in (PROVING, VERIFYING):
             counter.count(ItemDone(worker=0, item=0, result=check), "cpu", RESULTS[rank])
 

@@ -27,6 +27,7 @@ from merge_core.errors import RaymeldError
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress
+from merge_core.stores.location import locate
 
 ROOM = 3 << 30
 """Bytes that everything else on this machine may take before Ray's monitor would kill too much."""
@@ -170,7 +171,7 @@ def test_the_collector_is_on_the_drivers_node_whatever_others_there_are(
     small: MergePlan, nodes: Any, tmp_path: Path
 ) -> None:
     with session(nodes.address, use_gpus=False):
-        collector = KeptCollector(small, tmp_path, "run", faults.TellsItsNode)
+        collector = KeptCollector(small, locate(tmp_path), "run", faults.TellsItsNode)
 
         assert collector.call("node") == ray.get_runtime_context().get_node_id()
 

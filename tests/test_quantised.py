@@ -33,6 +33,7 @@ from merge_core.ledger import Receipt
 from merge_core.memory import lane_need
 from merge_core.merge import merge
 from merge_core.planner import make_plan
+from merge_core.stores.location import locate
 from merge_core.verify import verify
 from merge_core.verify.packed import unpacked
 from merge_core.verify.weights import open_base
@@ -121,7 +122,7 @@ def test_a_wrong_value_of_a_decoded_weight_is_found(
         change=lambda tensors: tensors[scales if scales in tensors else up("scales")].mul_(2),
     )
 
-    found = verify(out, "numeric", base=wrong.path).findings
+    found = verify(out, "numeric", base=locate(wrong.path)).findings
     assert {finding.where.split(": ")[1].split(",")[0] for finding in found} == {up("weight")}
 
 
@@ -233,7 +234,7 @@ def test_plan_and_checks_can_be_sent_to_workers(base: QuantisedBase, adapter: Pa
 
     assert pickle.loads(pickle.dumps(plan)) == plan
     config = json.loads((base.path / "config.json").read_text())
-    tensors = unpacked(open_base(base.path), config)
+    tensors = unpacked(open_base(locate(base.path)), config)
     assert pickle.loads(pickle.dumps(tensors)) == tensors
     assert len(set(tensors.values())) == len(GEOMETRY.shapes)
 

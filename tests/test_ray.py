@@ -30,6 +30,7 @@ from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.progress import Progress
 from merge_core.stages import shards_of
+from merge_core.stores.location import locate
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def expected(plan: MergePlan, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """What the inline merge writes; bit-identical to PEFT."""
     out = tmp_path_factory.mktemp("inline") / "out"
     merge(plan, out)
-    assert_same_tensors(read_tensors(out), oracle(plan.base, plan.adapters[0].path))
+    assert_same_tensors(read_tensors(out), oracle(plan.base.local, plan.adapters[0].path.local))
     return published(out)
 
 
@@ -112,7 +113,7 @@ def test_experts_are_merged_to_the_bytes_of_the_inline_merge(
 def test_what_peft_merges_is_merged_by_the_workers_to_the_same_bytes(
     plan: MergePlan, address: str, tmp_path: Path
 ) -> None:
-    adapter = make_tuned(tmp_path / "adapter", plan.base, "VERA")
+    adapter = make_tuned(tmp_path / "adapter", plan.base.local, "VERA")
     tuned = make_plan(plan.base, [adapter], shard_bytes=60_000)
     merge(tuned, tmp_path / "inline")
 
@@ -237,7 +238,7 @@ def test_a_collector_that_never_answers_is_waited_for_as_long_as_the_cluster_is_
     monkeypatch.setattr(Lifeline, "look", look)
     with (
         session(address, use_gpus=False),
-        closing(KeptCollector(plan, tmp_path, "run", faults.NeverAnswers)) as collector,
+        closing(KeptCollector(plan, locate(tmp_path), "run", faults.NeverAnswers)) as collector,
         pytest.raises(RaymeldError, match="the cluster is gone"),
     ):
         collector.call("receipts")
@@ -267,7 +268,7 @@ def test_an_interrupt_while_the_workers_are_ended_ends_the_rest_too(
         run(plan, tmp_path / "out", address)
 
     assert closed == ["collector"]
-    assert not list((tmp_path / "out" / ".raymeld" / "parts").iterdir())
+    assert not (tmp_path / "out" / ".raymeld" / "parts").exists()
 
 
 def test_workers_that_cannot_start_end_the_merge_with_the_reason(

@@ -40,6 +40,7 @@ from merge_core.merge import claim, merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.storage import RangeReader
+from merge_core.stores.location import locate
 from merge_core.verdict import conclude
 from merge_core.verify import verify
 from merge_core.worker import ShardWorker
@@ -156,10 +157,10 @@ def test_any_order_of_shards_gives_the_same_checkpoint(plan: MergePlan, tmp_path
     worker: ShardWorker | None = None
     for number, order in enumerate(itertools.permutations(range(4))):
         out = tmp_path / str(number)
-        with claim(sealed, out, overwrite=False, say=unheard) as run:
+        with claim(sealed, locate(out), overwrite=False, say=unheard) as run:
             assert run is not None
-            assembly = Assembly(sealed, out, run)
-            worker = ShardWorker(sealed, out, "cpu", choice=TWO_LANES)
+            assembly = Assembly(sealed, locate(out), run)
+            worker = ShardWorker(sealed, locate(out), "cpu", choice=TWO_LANES)
             for shard in order:
                 assembly.accept(worker.merge(shard, 1, ignore_progress))
             worker.close()
@@ -179,10 +180,10 @@ def test_a_shard_that_failed_half_way_is_the_same_when_tried_again(
     held: contextlib.ExitStack,
 ) -> None:
     sealed = seal(large)
-    run = held.enter_context(claim(sealed, out, overwrite=False, say=unheard))
+    run = held.enter_context(claim(sealed, locate(out), overwrite=False, say=unheard))
     assert run is not None
-    assembly = Assembly(sealed, out, run)
-    worker = ShardWorker(sealed, out, "cpu", choice=TWO_LANES)
+    assembly = Assembly(sealed, locate(out), run)
+    worker = ShardWorker(sealed, locate(out), "cpu", choice=TWO_LANES)
     (biggest,) = (shard.index for shard in sealed.shards if shard.size > 1_000_000)
     reads = itertools.count()
     read = RangeReader.read_into

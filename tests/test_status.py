@@ -20,6 +20,7 @@ from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, ProgressFile, WorkerProgress
 from merge_core.stages import layers_of
+from merge_core.stores.location import locate
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_a_running_merge_tells_who_does_what(plan: MergePlan, out: Path) -> None
 
     def watch(now: Progress) -> None:
         if now.phase == "merging" and now.done > plan.shards[0].size:
-            seen.append(read_status(out))
+            seen.append(read_status(locate(out)))
 
     merge(plan, out, choice=TWO_LANES, watch=watch)
 
@@ -63,7 +64,7 @@ def test_a_stopped_merge_tells_what_is_done_why_it_ended_and_how_to_go_on(
 
     with pytest.raises(RaymeldError, match="the disk is gone"):
         merge(plan, out, choice=TWO_LANES, watch=watch)
-    status = read_status(out)
+    status = read_status(locate(out))
 
     assert (status.state, status.done, status.holder) == ("stopped", 1, None)
     assert "stopped: worker-0: the disk is gone" in said(status)
@@ -73,7 +74,7 @@ def test_a_stopped_merge_tells_what_is_done_why_it_ended_and_how_to_go_on(
 def test_a_stage_that_is_done_tells_which_layers_are_missing(plan: MergePlan, out: Path) -> None:
     first, *others = (shard.index for shard in plan.shards)
     merge(dataclasses.replace(plan, stage=frozenset({first})), out, choice=TWO_LANES)
-    status = read_status(out)
+    status = read_status(locate(out))
 
     assert (status.state, status.done) == ("stopped", 1)
     assert status.missing == layers_of(plan, others)
@@ -82,7 +83,7 @@ def test_a_stage_that_is_done_tells_which_layers_are_missing(plan: MergePlan, ou
 
 def test_a_finished_merge_is_told_as_finished(plan: MergePlan, out: Path) -> None:
     merge(plan, out, choice=TWO_LANES)
-    status = read_status(out)
+    status = read_status(locate(out))
 
     assert (status.state, status.done) == ("finished", len(plan.shards))
     assert said(status).startswith(f"finished {out}, plan {status.fingerprint[:12]}")
@@ -95,11 +96,11 @@ def test_the_time_left_follows_the_pace_of_this_phase(
     merge(plan, out, choice=TWO_LANES)
     with take(out) as lease, monkeypatch.context() as patch:
         patch.setattr(progress, "time", SimpleNamespace(time=lambda: next(clock)))
-        file = ProgressFile(out, lease.holder.run, lambda _: None, unheard)
+        file = ProgressFile(locate(out), lease.holder.run, lambda _: None, unheard)
         file.watch(progress_of(2_000_000_000))  # what an earlier run has done is no pace
         file.watch(progress_of(3_000_000_000))
     with take(out):
-        status = read_status(out)
+        status = read_status(locate(out))
 
     assert status.seconds_left == pytest.approx(120)
     assert "merging, 3.00 of 5.00 GB, about 2 minutes left" in said(status)
@@ -112,11 +113,11 @@ def test_decisions_are_kept_and_the_last_ones_shown(plan: MergePlan, out: Path) 
     heard: list[str] = []
     with (
         take(out) as lease,
-        ProgressFile(out, lease.holder.run, lambda _: None, heard.append) as file,
+        ProgressFile(locate(out), lease.holder.run, lambda _: None, heard.append) as file,
     ):
         for number in range(60):
             file.say(f"decision {number}")
-    status = read_status(out)
+    status = read_status(locate(out))
 
     assert heard == [f"decision {n}" for n in range(60)]
     kept = [line for _, line in status_document(status)["progress"]["lines"]]
@@ -129,12 +130,17 @@ def test_a_merge_that_lost_its_lease_leaves_its_successors_progress_alone(
     plan: MergePlan, out: Path
 ) -> None:
     merge(plan, out, choice=TWO_LANES)
-    with take(out) as lost, ProgressFile(out, lost.holder.run, lambda _: None, unheard) as file:
+    with (
+        take(out) as lost,
+        ProgressFile(locate(out), lost.holder.run, lambda _: None, unheard) as file,
+    ):
         file.watch(progress_of(1))
         with take_over(out) as later:
-            ProgressFile(out, later.holder.run, lambda _: None, unheard).watch(progress_of(2))
+            ProgressFile(locate(out), later.holder.run, lambda _: None, unheard).watch(
+                progress_of(2)
+            )
 
-    assert read_status(out).progress["done"] == 2
+    assert read_status(locate(out)).progress["done"] == 2
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"shards": 1}'])
@@ -144,7 +150,7 @@ def test_a_directory_without_a_merge_is_refused(tmp_path: Path, content: str | N
         (tmp_path / ".raymeld" / "plan.json").write_text(content)
 
     with pytest.raises(InputError, match="there is no merge"):
-        read_status(tmp_path)
+        read_status(locate(tmp_path))
 
 
 def test_the_command_answers_in_json(plan: MergePlan, out: Path) -> None:

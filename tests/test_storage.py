@@ -17,17 +17,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_core import storage
+from merge_core import carrying, storage
+from merge_core.carrying import carry
 from merge_core.errors import StorageError
 from merge_core.layout import ALIGNMENT
 from merge_core.storage import (
     SLACK,
-    FileIdentity,
     PartFile,
     RangeReader,
-    copy_durably,
     write_durably,
 )
+from merge_core.stores.local import LocalStore
+from merge_core.stores.location import locate
+from merge_core.stores.opening import check_unchanged
 
 SIZE = 5 * ALIGNMENT + 123
 CONTENT = Random(7).randbytes(SIZE)
@@ -93,7 +95,7 @@ def test_any_range_is_what_a_plain_read_gives(
         patch.setattr(storage, "DIRECT_MIN_BYTES", least)
         reader = RangeReader(stored)
         got = bytes(reader.read_into(pages(nbytes + SLACK), offset, nbytes))
-        cached = bytes(reader.read_cached(offset, nbytes))
+        cached = bytes(reader.read(offset, nbytes))
         reader.close()
 
     assert got == CONTENT[offset : offset + nbytes]
@@ -206,24 +208,24 @@ def test_no_space_says_to_free_some() -> None:
 
 
 def test_an_identity_notices_another_size_and_another_time(tmp_path: Path) -> None:
-    path = tmp_path / "file"
+    path, folder = tmp_path / "file", locate(tmp_path)
     path.write_bytes(b"12345")
-    identity = FileIdentity.of(tmp_path, "file")
-    identity.check(tmp_path)
+    identity = LocalStore(folder).look("file")
+    check_unchanged(folder, identity)
 
-    os.utime(path, ns=(0, identity.mtime_ns + 1))
+    os.utime(path, ns=(0, int(identity.pin) + 1))
     with pytest.raises(StorageError, match="changed") as caught:
-        identity.check(tmp_path)
+        check_unchanged(folder, identity)
     assert caught.value.where == str(path)
 
     path.write_bytes(b"123456")
-    os.utime(path, ns=(0, identity.mtime_ns))
+    os.utime(path, ns=(0, int(identity.pin)))
     with pytest.raises(StorageError, match="changed"):
-        identity.check(tmp_path)
+        check_unchanged(folder, identity)
 
     path.unlink()
     with pytest.raises(StorageError, match="No such file"):
-        identity.check(tmp_path)
+        check_unchanged(folder, identity)
 
 
 @pytest.mark.parametrize(
@@ -248,20 +250,24 @@ def test_a_durable_write_that_fails_leaves_the_old_content_or_all_of_the_new(
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"newer"}
 
 
-def test_a_copy_takes_every_byte_and_a_source_that_is_gone_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("size", [0, 10, 25])
+def test_a_side_file_is_carried_whole_and_one_that_is_gone_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    monkeypatch.setattr(storage, "COPY_BYTES", 4)
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.write_bytes(b"0123456789")
+    monkeypatch.setattr(carrying, "BLOCK_BYTES", 12)
+    source, target = locate(tmp_path / "source"), locate(tmp_path / "target")
+    source.local.mkdir()
+    data = bytes(range(size))
+    (source.local / "a.json").write_bytes(data)
+    file = LocalStore(source).look("a.json")
 
-    assert copy_durably(source, target) == (10, hashlib.sha256(b"0123456789").hexdigest())
-    assert target.read_bytes() == b"0123456789"
+    assert carry(source, file, target) == hashlib.sha256(data).hexdigest()
+    assert (target.local / "a.json").read_bytes() == data
 
-    source.unlink()
-    with pytest.raises(StorageError, match=str(source)):
-        copy_durably(source, target)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"target": b"0123456789"}
+    (source.local / "a.json").unlink()
+    with pytest.raises(StorageError, match=f"{source}/a.json"):
+        carry(source, file, target)
+    assert (target.local / "a.json").read_bytes() == data
 
 
 def test_every_descriptor_is_closed(tmp_path: Path, stored: Path, opened: int) -> None:

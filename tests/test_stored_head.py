@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from merge_core.errors import InputError
 from merge_core.merge import merge
 from merge_core.planner import make_plan
+from merge_core.stores.location import locate
 from merge_core.verify import verify
 
 pytestmark = [
@@ -106,7 +107,7 @@ def test_numeric_finds_a_tied_head_that_is_not_the_embeddings(
     both = with_head(base, tmp_path / "both", last_value)
     merge(make_plan(base, [adapter]), out)
 
-    report = verify(out, "numeric", base=both, adapters=[(adapter, 1.0)])
+    report = verify(out, "numeric", base=locate(both), adapters=[(adapter, 1.0)])
 
     told = "the base ties it to the embeddings, and stores other values of it"
     assert told in [finding.what for finding in report.findings]

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from merged_by_hand import naive_digest, write_weights
 
+from merge_core.stores.location import locate
 from merge_core.verify import FileCheck, check_file, digests
 from merge_core.verify.ledger import Row
 from merge_core.verify.reading import Lanes, Reader
@@ -108,7 +109,7 @@ def test_an_unreadable_sector_is_a_finding(tmp_path: Path, monkeypatch: pytest.M
     write_weights(path, {"a": torch.ones(4)})
     monkeypatch.setattr(os, "preadv", fail)
 
-    result = check_file(FileCheck(path=str(path), level="digest", rows=None))
+    result = check_file(FileCheck(file=locate(path), level="digest", rows=None))
 
     assert [(f.check, f.where) for f in result.findings] == [("read", "model.safetensors")]
     assert "Input/output error" in result.findings[0].what
@@ -126,7 +127,7 @@ def test_digests_are_those_of_the_description(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digests, "CELL_BYTES", cell)
-        result = check_file(FileCheck(path=str(path), level="digest", rows=rows))
+        result = check_file(FileCheck(file=locate(path), level="digest", rows=rows))
 
     assert result.findings == ()
 
@@ -145,9 +146,11 @@ def test_files_are_hashed_on_the_8_mib_grid(nbytes: int, tmp_path: Path) -> None
     write_bytes(path, {"t": data})
 
     good = check_file(
-        FileCheck(path=str(path), level="digest", rows=(row("t", nbytes, naive_digest(data)),))
+        FileCheck(file=locate(path), level="digest", rows=(row("t", nbytes, naive_digest(data)),))
     )
-    bad = check_file(FileCheck(path=str(path), level="digest", rows=(row("t", nbytes, "0" * 32),)))
+    bad = check_file(
+        FileCheck(file=locate(path), level="digest", rows=(row("t", nbytes, "0" * 32),))
+    )
 
     assert (good.findings, good.bytes_read, good.tensors) == ((), nbytes, 1)
     assert [(f.check, f.where) for f in bad.findings] == [("digest", "model.safetensors: t")]
@@ -176,7 +179,7 @@ def test_any_flipped_bit_is_found(tmp_path: Path, bit: int) -> None:
     blob[4096 + bit // 8] ^= 1 << bit % 8
     path.write_bytes(blob)
 
-    result = check_file(FileCheck(path=str(path), level="digest", rows=rows))
+    result = check_file(FileCheck(file=locate(path), level="digest", rows=rows))
 
     name = "a" if bit < 8 * 200 else "b"
     assert [(f.check, f.where) for f in result.findings] == [("digest", f"{path.name}: {name}")]

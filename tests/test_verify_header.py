@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors import deserialize
 from safetensors.torch import save
 
+from merge_core.stores.location import locate
 from merge_core.verify import FileCheck, check_file
 from merge_core.verify.header import TensorEntry, parse_header, read_header
 from merge_core.verify.strict_json import MalformedError
@@ -148,7 +149,7 @@ def test_hostile_files_are_findings(story: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(blob)
 
-    result = check_file(FileCheck(path=str(path), level="structure", rows=None))
+    result = check_file(FileCheck(file=locate(path), level="structure", rows=None))
 
     [finding] = result.findings
     assert (finding.check, finding.where) == ("header", "model.safetensors")
@@ -160,7 +161,7 @@ def test_offsets_count_from_the_start_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(file_of(header, b"123456"))
     start = 8 + len(json.dumps(header))
 
-    assert read_header(tmp_path / "x") == (
+    assert read_header(locate(tmp_path / "x")) == (
         TensorEntry(name="early", dtype="U8", shape=(2,), start=start, nbytes=2),
         TensorEntry(name="late", dtype="F32", shape=(), start=start + 2, nbytes=4),
     )
@@ -169,6 +170,6 @@ def test_offsets_count_from_the_start_of_the_file(tmp_path: Path) -> None:
 def test_a_missing_file_is_a_finding(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
 
-    result = check_file(FileCheck(path=str(path), level="digest", rows=()))
+    result = check_file(FileCheck(file=locate(path), level="digest", rows=()))
 
     assert [(f.check, f.where) for f in result.findings] == [("read", "model.safetensors")]

@@ -10,12 +10,13 @@ import torch
 from merged_by_hand import write_weights
 from zero_adapters import BASE, UP, Q, write_adapter
 
+from merge_core.stores.location import locate
 from merge_core.verify.recipe import adapter_recipe
 from merge_core.verify.updates import Delta
 
 
 def deltas(path: Path, weight: float = 1.0, model_type: str = "qwen2") -> dict[str, Delta]:
-    found, findings = adapter_recipe(path, weight, BASE, model_type)
+    found, findings = adapter_recipe(locate(path), weight, BASE, model_type)
     assert findings == []
     return {name: update for name, (update,) in found.updates.items()}  # type: ignore[misc]
 
@@ -76,7 +77,7 @@ def test_scales_follow_peft(story: str, tmp_path: Path) -> None:
         f"{UP}.weight": pytest.approx(up_scale, rel=1e-15),
     }
     assert found[f"{Q}.weight"].a == f"base_model.model.{Q}.lora_A.weight"
-    assert found[f"{Q}.weight"].path == str(tmp_path / "a" / "adapter_model.safetensors")
+    assert found[f"{Q}.weight"].path == locate(tmp_path / "a" / "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_factors_that_fit_nothing_are_findings(story: str, tmp_path: Path) -> No
     ranks, shapes, what = MISFITS[story]
     path = write_adapter(tmp_path / "a", ranks, shapes)
 
-    found, [finding] = adapter_recipe(path, 1.0, BASE, "qwen2")
+    found, [finding] = adapter_recipe(locate(path), 1.0, BASE, "qwen2")
 
     assert found.updates == {}
     assert (finding.check, finding.where) == ("adapter", f"{path}: {next(iter(ranks))}")
@@ -156,7 +157,7 @@ def test_half_a_pair_is_a_finding(tmp_path: Path) -> None:
     key = f"base_model.model.{Q}.lora_B.weight"
     write_weights(path / "adapter_model.safetensors", {key: torch.zeros(6, 8)})
 
-    _, [finding] = adapter_recipe(path, 1.0, BASE, "qwen2")
+    _, [finding] = adapter_recipe(locate(path), 1.0, BASE, "qwen2")
 
     assert finding.what == "A is None, B is (6, 8); the config says rank 8"
 

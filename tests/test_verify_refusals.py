@@ -12,6 +12,7 @@ from models import edit_json, make_adapter
 from zero_adapters import BASE, Q, write_adapter
 
 from merge_core.errors import InputError
+from merge_core.stores.location import locate
 from merge_core.verify import verify
 from merge_core.verify.recipe import adapter_recipe
 
@@ -22,12 +23,12 @@ def test_what_cannot_be_asked_is_refused(finished: Path, base: Path, adapter: Pa
     with pytest.raises(InputError, match="it is no directory"):
         verify(finished / "config.json")
     with pytest.raises(InputError, match="no base: No such file"):
-        verify(finished, "numeric", base=finished / "nowhere")
+        verify(finished, "numeric", base=locate(finished / "nowhere"))
     with pytest.raises(InputError, match="no base: No such file"):
-        verify(finished, "numeric", base=adapter)
+        verify(finished, "numeric", base=locate(adapter))
     (finished / ".raymeld" / "plan.json").unlink()
     with pytest.raises(InputError, match="level numeric needs base and adapters"):
-        verify(finished, "numeric", base=base)
+        verify(finished, "numeric", base=locate(base))
     assert found(finished, "numeric", base=base, adapters=[(adapter, 1.0)]) == []
     assert found(finished, "digest") == []
 
@@ -67,7 +68,7 @@ def test_features_that_cannot_be_checked_are_named(field: str, tmp_path: Path) -
     path = write_adapter(tmp_path / "a", {Q: 8}, **{field: REFUSED[field]})
 
     with pytest.raises(InputError) as caught:
-        adapter_recipe(path, 1.0, BASE, "qwen2")
+        adapter_recipe(locate(path), 1.0, BASE, "qwen2")
 
     [problem] = caught.value.problems
     assert problem.where == str(path)
@@ -90,7 +91,7 @@ def test_tensors_that_cannot_be_checked_are_named(key: str, tmp_path: Path) -> N
     write_weights(path / "adapter_model.safetensors", {key: torch.zeros(8, 6)})
 
     with pytest.raises(InputError) as caught:
-        adapter_recipe(path, 1.0, BASE, "qwen2")
+        adapter_recipe(locate(path), 1.0, BASE, "qwen2")
 
     assert str(caught.value).startswith(f"{path}: cannot check tensor {key!r}")
 
@@ -99,7 +100,7 @@ def test_everything_is_refused_at_once(tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "a", {Q: 8}, use_qalora=True, use_bdlora={"taper": 1})
 
     with pytest.raises(InputError) as caught:
-        adapter_recipe(path, 1.0, BASE, "qwen2")
+        adapter_recipe(locate(path), 1.0, BASE, "qwen2")
 
     assert sorted(p.what for p in caught.value.problems) == [
         "cannot check use_bdlora = {'taper': 1}",
@@ -112,20 +113,20 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
 
     (path / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match="the adapter's config cannot be read"):
-        adapter_recipe(path, 1.0, BASE, "qwen2")
+        adapter_recipe(locate(path), 1.0, BASE, "qwen2")
 
     write_adapter(path, {Q: 8})
     (path / "adapter_model.safetensors").write_bytes(b"\xff" * 20)
     with pytest.raises(InputError, match="the adapter's weights cannot be read"):
-        adapter_recipe(path, 1.0, BASE, "qwen2")
+        adapter_recipe(locate(path), 1.0, BASE, "qwen2")
 
     write_weights(path / "adapter_model.safetensors", {"k": torch.zeros(2, dtype=torch.int64)})
     with pytest.raises(InputError, match="cannot check tensor 'k' of dtype I64"):
-        adapter_recipe(path, 1.0, BASE, "qwen2")
+        adapter_recipe(locate(path), 1.0, BASE, "qwen2")
 
     (path / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match=r"it holds no adapter_model.safetensors or .bin"):
-        adapter_recipe(path, 1.0, BASE, "qwen2")
+        adapter_recipe(locate(path), 1.0, BASE, "qwen2")
 
 
 class Payload:
@@ -149,4 +150,4 @@ def test_a_bin_that_is_no_dictionary_of_tensors_is_refused(
         torch.save(content, target, _use_new_zipfile_serialization=zipped)
 
     with pytest.raises(InputError, match="the adapter's weights cannot be read"):
-        adapter_recipe(path, 1.0, BASE, "qwen2")
+        adapter_recipe(locate(path), 1.0, BASE, "qwen2")

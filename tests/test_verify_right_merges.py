@@ -12,6 +12,7 @@ from models import edit_json, make_adapter, make_base, oracle, read_tensors
 from oracles import Tensors
 from safetensors.torch import load_file
 
+from merge_core.stores.location import locate
 from merge_core.verify import LEVELS, verify
 
 
@@ -22,7 +23,7 @@ def test_peft_s_own_merge_is_right(level: str, finished: Path, wanted: Tensors) 
     assert report.findings == ()
     assert report.ok
     assert (report.out, report.level, report.files, report.tensors) == (
-        finished,
+        locate(finished),
         level,
         2,
         len(wanted),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from merged_by_hand import FIRST, SECOND, found
 
+from merge_core.stores.location import locate
 from merge_core.verify import FileCheck, FileResult, check_file, verify
 
 
@@ -50,7 +51,7 @@ def test_a_base_that_vanishes_under_the_check_is_a_finding(finished: Path, base:
     gone: list[FileCheck] = []
     verify(finished, "numeric", run=lambda work, checks: map(work, gone.extend(checks) or checks))
     comparisons = tuple(
-        dataclasses.replace(c, base=dataclasses.replace(c.base, path=f"{base}/gone"))
+        dataclasses.replace(c, base=dataclasses.replace(c.base, path=locate(base / "gone")))
         for c in gone[0].comparisons
     )
 

@@ -66,14 +66,14 @@ def test_a_file_that_is_not_what_the_merge_wrote_is_found(
 def test_another_base_is_found_by_its_config_and_its_tokenizer(
     finished: Path, plan: MergePlan
 ) -> None:
-    edit_json(plan.base / "config.json", rope_theta=7.0)
-    (plan.base / "tokenizer.json").write_text("another")
+    edit_json(plan.base.local / "config.json", rope_theta=7.0)
+    (plan.base.local / "tokenizer.json").write_text("another")
 
     assert found(finished, "numeric") == [("base", "tokenizer.json"), ("base", "config.json")]
 
 
 def test_a_config_changes_in_its_dtype_alone(plan: MergePlan, out: Path) -> None:
-    edit_json(plan.base / "config.json", dtype="bfloat16", torch_dtype="bfloat16")
+    edit_json(plan.base.local / "config.json", dtype="bfloat16", torch_dtype="bfloat16")
     again = make_plan(plan.base, [plan.adapters[0].path], dtype="float32")
     merge(again, out, choice=TWO_LANES, level="numeric")
 

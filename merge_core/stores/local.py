@@ -109,14 +109,25 @@ class LocalStore:
 
     def sweep(self, name: str | None = None) -> None:
         """See ``Store``."""
-        for part in (self._path / PARTS).glob("*.part"):
-            if name is None or part.name.startswith(f"{name}."):
-                part.unlink(missing_ok=True)
+        with reported(self._path / PARTS):
+            for part in (self._path / PARTS).glob("*.part"):
+                if name is None or part.name.startswith(f"{name}."):
+                    part.unlink(missing_ok=True)
+        if name is None:
+            self._prune(self._path / PARTS)
 
     def delete(self, name: str) -> None:
-        """See ``Store``."""
-        with reported(self._path / name):
-            (self._path / name).unlink(missing_ok=True)
+        """See ``Store``. No empty folder is left either: other stores have none."""
+        path = self._path / name
+        with reported(path):
+            path.unlink(missing_ok=True)
+        self._prune(path.parent)
+
+    def _prune(self, folder: Path) -> None:
+        with contextlib.suppress(OSError):  # the first that is not empty
+            while folder != self._path:
+                folder.rmdir()
+                folder = folder.parent
 
 
 class LocalPart(PartFile):
@@ -130,5 +141,5 @@ def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
 def _refuse_size(path: Path, size: int) -> None:
     found = path.stat().st_size
     if found != size:
-        what = f"has {found} bytes where {size} are planned"
+        what = f"is not as planned: it has {found} bytes, not {size}"
         raise StorageError(what, str(path), "The same command again makes it anew.")

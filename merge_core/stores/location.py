@@ -96,11 +96,14 @@ class Location:
         return Path(self.path)
 
 
+Place = str | Path | Location
+"""What ``locate`` takes."""
+
 Exists = Callable[[str], bool]
 
 
 def locate(
-    text: str | Path | Location, access: Access = DEFAULT_ACCESS, exists: Exists = os.path.lexists
+    text: Place, access: Access = DEFAULT_ACCESS, exists: Exists = os.path.lexists
 ) -> Location:
     """What ``text`` means.
 
@@ -131,7 +134,7 @@ def locate(
     return replace(found, access=access) if scheme == "s3" else found
 
 
-def is_bare_hub_id(text: str | Path | Location, exists: Exists = os.path.lexists) -> bool:
+def is_bare_hub_id(text: Place, exists: Exists = os.path.lexists) -> bool:
     """Whether it is looked for on the hub though it could be a path: worth a word."""
     if not isinstance(text, str) or _URL.match(text):
         return False

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merge_core.errors import InputError, refuse
-from merge_core.stores.location import DEFAULT_ACCESS, Access, Location, locate
+from merge_core.stores.location import DEFAULT_ACCESS, Access, Location, Place, locate
 from merge_core.verify.adapter_fields import REMEDY
 from merge_core.verify.places import read_bytes
 from merge_core.verify.strict_json import MalformedError, parse_object
@@ -53,7 +53,7 @@ def check_method(method: str) -> None:
 
 
 def resolve_sources(
-    out: Location, base: Location | None, adapters: Sequence[WeightedAdapter] | None
+    out: Location, base: Place | None, adapters: Sequence[tuple[Place, float]] | None
 ) -> Sources:
     """Base and adapters to compare with: as given, else as the plan in ``out`` has them.
 
@@ -72,8 +72,8 @@ def resolve_sources(
     if base is None or adapters is None:
         raise AssertionError("the plan has both")
     return Sources(
-        base=base,
-        adapters=tuple(adapters),
+        base=locate(base, out.access),
+        adapters=tuple((locate(place, out.access), weight) for place, weight in adapters),
         keep_tied=planned is not None and planned.keep_tied,
         method=planned.method if planned is not None else "sum",
         simulate_nf4=planned is not None and planned.simulate_nf4,

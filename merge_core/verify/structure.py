@@ -74,9 +74,10 @@ def inspect(out: Location, *, committed: bool, needs_ledger: bool) -> Structure:
 
 
 def is_unfinished(out: Location) -> bool:
-    """Whether a merge began here that was not published: that takes a ledger and a config."""
-    begun = exists(out / f"{RECORD}/plan.json")
-    return begun and not (exists(out / "config.json") and exists(out / LEDGER))
+    """Whether a merge was not published: the publishing removes the receipts of its files."""
+    if exists(out / "config.json") or not exists(out / f"{RECORD}/plan.json"):
+        return False
+    return not exists(out / LEDGER) or bool(names_in(out / f"{RECORD}/receipts"))
 
 
 def config_path(out: Location, *, committed: bool) -> Location:

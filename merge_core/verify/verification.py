@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 
 from merge_core.errors import counted, refuse, some_of
-from merge_core.stores.location import Location, locate
+from merge_core.stores.location import Location, Place, locate
 from merge_core.verify.against_base import Comparison, pair_with_base
 from merge_core.verify.file_check import FileCheck, FileResult, check_file
 from merge_core.verify.load import check_load
@@ -31,11 +30,11 @@ _WORDS = {
 
 
 def verify(
-    out: str | Path | Location,
+    out: Place,
     level: str = "digest",
     *,
-    base: Location | None = None,
-    adapters: Sequence[tuple[Location, float]] | None = None,
+    base: Place | None = None,
+    adapters: Sequence[tuple[Place, float]] | None = None,
     committed: bool = True,
     run: Run = map,
 ) -> VerifyReport:
