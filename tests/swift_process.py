@@ -18,11 +18,15 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from swift.common.ring import RingBuilder
 from swift.common.utils import NullLogger, set_swift_dir
 from swift.common.wsgi import SwiftHttpProtocol, loadapp
+
+App = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 FILTERS = ("catch_errors", "gatekeeper", "healthcheck", "s3api", "tempauth", "bulk", "copy", "slo")
 
@@ -54,7 +58,13 @@ object_chunk_size = 1048576
 client_chunk_size = 1048576
 """
 
-S3API = "s3_acl = no\ncheck_bucket_owner = no\nallow_no_owner = true\nmax_upload_part_num = 10000\n"
+S3API = """
+s3_acl = no
+check_bucket_owner = no
+allow_no_owner = true
+max_upload_part_num = 10000
+min_segment_size = 1
+"""
 
 OPTIONS = {"tempauth": "user_test_tester = testing .admin\n", "s3api": S3API}
 
@@ -72,7 +82,8 @@ def main() -> None:
         _write_ring(etc / f"{kind}.ring.gz", sockets[kind].getsockname()[1])
     for kind, listening in sockets.items():
         (etc / f"{kind}.conf").write_text(_config(kind, etc, devices))
-        _serve(listening, loadapp(str(etc / f"{kind}.conf"), {"log_name": kind}))
+        app = loadapp(str(etc / f"{kind}.conf"), {"log_name": kind})
+        _serve(listening, _atomic(app) if kind == "proxy" else app)
     print(f"http://127.0.0.1:{sockets['proxy'].getsockname()[1]}", flush=True)
     while eventlet.tpool.execute(sys.stdin.read):
         pass
@@ -102,7 +113,20 @@ def _config(kind: str, etc: Path, devices: Path) -> str:
     return text + (PROXY if filters else "") + "\n".join(sections)
 
 
-def _serve(listening: eventlet.greenio.GreenSocket, app: object) -> None:
+def _atomic(app: App) -> App:
+    """Swift looks whether an object is there before it takes the new one; S3 does both at once."""
+    one_at_a_time = eventlet.semaphore.Semaphore()
+
+    def answer(request: dict[str, Any], start: Any) -> Iterable[bytes]:
+        if "HTTP_IF_NONE_MATCH" not in request:
+            return app(request, start)
+        with one_at_a_time:
+            return list(app(request, start))
+
+    return answer
+
+
+def _serve(listening: eventlet.greenio.GreenSocket, app: App) -> None:
     warnings.filterwarnings("ignore", message="capitalize_response_headers is disabled")
     eventlet.spawn(
         eventlet.wsgi.server,

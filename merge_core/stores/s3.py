@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_core.errors import AbsentError, StorageError
+from merge_core.stores.failures import ATTEMPT, gone, incomplete, replaced, taken
 from merge_core.stores.location import Location
 from merge_core.stores.retries import Retries
 from merge_core.stores.s3_client import checksum_of, client_for
-from merge_core.stores.s3_errors import BROKEN, CONFLICT, GONE, TAKEN, code_of, replaced, reported
-from merge_core.stores.s3_parts import ATTEMPT, S3PartWriter, Upload
+from merge_core.stores.s3_errors import BROKEN, CONFLICT, GONE, TAKEN, code_of, reported
+from merge_core.stores.s3_parts import S3PartWriter, Upload
 from merge_core.stores.s3_reader import S3Reader
 from merge_core.stores.store import FileIdentity, Listed
 
@@ -139,9 +140,9 @@ class S3Store:
                 if self._wrote(name, upload.attempt):
                     return
                 if code_of(error) in GONE:
-                    raise _gone(self.location / name, upload) from error
+                    raise gone(self.location / name, upload.attempt) from error
                 if code_of(error) in TAKEN:
-                    raise _taken(self.location / name) from error
+                    raise taken(self.location / name) from error
                 raise
 
     def sweep(self, name: str | None = None) -> None:
@@ -232,20 +233,9 @@ def _prefix(folder: Location) -> str:
 def _check_parts(parts: Sequence[Mapping[str, Any]], size: int, where: Location) -> None:
     numbers, got = [part["PartNumber"] for part in parts], sum(part["Size"] for part in parts)
     if numbers != list(range(1, len(parts) + 1)) or got != size:
-        what = f"the part is not as planned: {len(parts)} pieces of {got} bytes, not {size} bytes"
-        raise StorageError(what, str(where))
+        raise incomplete(where, got, size)
 
 
 def _reference(part: Mapping[str, Any]) -> dict[str, Any]:
     """What completing wants to hear of a part again."""
     return {key: part[key] for key in ("PartNumber", "ETag", "ChecksumCRC32") if key in part}
-
-
-def _gone(where: Location, upload: Upload) -> AbsentError:
-    what = f"the part of attempt {upload.attempt} is gone, and this object is not of it"
-    return AbsentError(what, str(where), "Merge it again.")
-
-
-def _taken(where: Location) -> StorageError:
-    what = "there is an object of that name, which another writer made"
-    return StorageError(what, str(where), "Choose another --out, or remove it.")

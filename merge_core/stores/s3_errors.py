@@ -14,7 +14,8 @@ from typing import Any
 from botocore import exceptions
 from urllib3.exceptions import HTTPError
 
-from merge_core.errors import AbsentError, RaymeldError, StorageError
+from merge_core.errors import RaymeldError, StorageError
+from merge_core.stores.failures import absent, replaced
 from merge_core.stores.location import Location
 
 ABSENT = frozenset(("404", "NoSuchKey"))
@@ -150,18 +151,10 @@ def reported(where: Location) -> Iterator[None]:
         raise _of_failure(error, where) from error
 
 
-def replaced(where: Location) -> StorageError:
-    """The error for an input that changed while it was being merged."""
-    return StorageError(
-        "the file changed while it was being merged", str(where), "Start again with stable input."
-    )
-
-
 def _of_answer(error: Any, where: Location) -> StorageError:
     code = code_of(error)
     if code in ABSENT:
-        what = "there is no such object, or no such bucket"
-        return AbsentError(what, str(where), "Check the name, and that it was not removed.")
+        return absent(where)
     if code in TAKEN:
         return replaced(where)
     message = reprlib.repr(error.response["Error"].get("Message", ""))

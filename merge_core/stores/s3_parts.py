@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any, Self
 
-from merge_core.errors import StorageError
+from merge_core.stores.failures import ATTEMPT, incomplete
 from merge_core.stores.location import Location
 from merge_core.stores.s3_client import checksum_of, client_for, sends_checksums
 from merge_core.stores.s3_errors import reported
@@ -21,9 +21,6 @@ PART_BYTES = 8 << 20
 
 MOST_PARTS = 10_000
 """Of one upload, by S3's own limit: files of more than 84 GB have larger parts."""
-
-ATTEMPT = "raymeld-attempt"
-"""The object's metadata that says which attempt wrote it, so that it is known again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +82,7 @@ class S3PartWriter:
         self._gaps: dict[int, _Filling] = {}
         self._spare: list[bytearray] = []
         self._uploaded: set[int] = set()
+        self._sent = 0
         self._lock = threading.Lock()
         with reported(where):
             self._upload = Upload.begin(where, attempt)
@@ -109,17 +107,13 @@ class S3PartWriter:
         """See ``store.PartWriter``."""
         if self._size == 0:
             self._send(0, bytearray())
-        if len(self._uploaded) < self._count():
-            what = f"{self._count() - len(self._uploaded)} of {self._count()} parts are missing"
-            raise StorageError(what, str(self._where))
+        if self._sent < self._size:
+            raise incomplete(self._where, self._sent, self._size)
         return str(self._upload)
 
     def discard(self) -> None:
         """See ``store.PartWriter``."""
         self._upload.abort(self._where)
-
-    def _count(self) -> int:
-        return max(1, -(-self._size // self._part_bytes))
 
     def _fill(self, number: int, start: int, data: memoryview) -> bytearray | None:
         """Put ``data`` into a part; the part if it is full now."""
@@ -154,6 +148,7 @@ class S3PartWriter:
             )
         with self._lock:
             self._uploaded.add(number)
+            self._sent += len(buffer)
             if len(buffer) == self._part_bytes:
                 self._spare.append(buffer)
 

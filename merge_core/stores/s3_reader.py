@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from merge_core.errors import StorageError
+from merge_core.stores.failures import misplaced, replaced
 from merge_core.stores.location import Location
+from merge_core.stores.ranges import fill, fresh
 from merge_core.stores.retries import Retries
 from merge_core.stores.s3_client import client_for
-from merge_core.stores.s3_errors import BROKEN, TAKEN, code_of, replaced, reported
+from merge_core.stores.s3_errors import BROKEN, TAKEN, code_of, reported
 from merge_core.stores.store import FileIdentity
-
-BLOCK_BYTES = 16 << 20
-"""Of one request at most: long enough that its round trip does not matter, short enough that
-several are in flight for anything that is worth it. AWS advises 8 to 16 MB."""
-
-IN_FLIGHT = 8
-"""Blocks of one read at the same time: S3 gives each connection some 90 MB/s."""
 
 _STEP_BYTES = 512 << 10
 """urllib3 reads into memory of its own and copies: so much of it stays in the cache."""
@@ -44,8 +36,7 @@ class S3Reader:
 
     def read(self, offset: int, nbytes: int) -> memoryview:
         """See ``store.Reader``."""
-        # From the system itself: malloc would keep what is freed, in each thread's own arena.
-        view = memoryview(mmap.mmap(-1, nbytes) if nbytes else b"")
+        view = fresh(nbytes)
         self._fill(view, offset)
         return view
 
@@ -55,18 +46,7 @@ class S3Reader:
     def _fill(self, view: memoryview, offset: int) -> None:
         if not 0 <= offset <= offset + len(view) <= self._file.size:
             raise replaced(self._where)
-        blocks = -(-len(view) // BLOCK_BYTES)
-        if blocks <= 1:
-            return self._fill_block(view, offset)
-        size = -(-len(view) // blocks)
-        starts = range(0, len(view), size)
-        with ThreadPoolExecutor(min(blocks, IN_FLIGHT), "s3-read") as threads:
-            reads = threads.map(
-                lambda start: self._fill_block(view[start : start + size], offset + start), starts
-            )
-            for _ in reads:
-                pass
-        return None
+        fill(view, offset, self._fill_block)
 
     def _fill_block(self, view: memoryview, offset: int) -> None:
         """In one request, or in several where answers break off: each asks for what is left."""
@@ -100,11 +80,7 @@ class S3Reader:
     def _check(self, answer: Any, offset: int, nbytes: int) -> None:
         status = answer["ResponseMetadata"]["HTTPStatusCode"]
         expected = f"bytes {offset}-{offset + nbytes - 1}/{self._file.size}"
-        got = answer.get("ContentRange")
-        if status != 206 or got != expected or answer.get("ContentLength") != nbytes:
-            raise StorageError(
-                f"asked for {expected}, the server answers {status} with {got or 'no range'} "
-                f"and {answer.get('ContentLength')} bytes",
-                str(self._where),
-                "Something between here and S3 does not pass ranges on: reach it another way.",
-            )
+        got, length = answer.get("ContentRange"), answer.get("ContentLength")
+        if status != 206 or got != expected or length != nbytes:
+            said = f"{status} with {got or 'no range'} and {length} bytes"
+            raise misplaced(self._where, expected, said)
