@@ -64,8 +64,9 @@ class Upload:
 
 
 def part_bytes(size: int) -> int:
-    """Bytes of each part but the last of a file of ``size`` bytes; a multiple of 1 MiB."""
-    return max(PART_BYTES, -(-size // MOST_PARTS >> 20 << 20))
+    """Bytes of each part but the last of a file of ``size`` bytes."""
+    least = -(-size // MOST_PARTS)
+    return PART_BYTES if least <= PART_BYTES else -(-least >> 20) << 20
 
 
 class S3PartWriter:
