@@ -14,8 +14,9 @@ from merge_core.stores.s3_client import client_for
 from merge_core.stores.s3_errors import BROKEN, TAKEN, code_of, reported
 from merge_core.stores.store import FileIdentity
 
-_STEP_BYTES = 512 << 10
-"""urllib3 reads into memory of its own and copies: so much of it stays in the cache."""
+_STEP_BYTES = 1 << 20
+"""urllib3 reads into memory of its own and copies. With so much at a time that takes no more of a
+core than reading into ours would, 0.5 s a GB; with 64 KiB it takes 0.8 s."""
 
 
 class S3Reader:
