@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from merge_core.errors import AbsentError, StorageError
-from merge_core.stores import object_parts, ranges, s3_parts
+from merge_core.stores import blocks, object_parts, s3_parts
 from merge_core.stores.location import Location
 from merge_core.stores.objects import ObjectsStore
 from merge_core.stores.s3 import S3Store
@@ -51,7 +51,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3_parts, "PART_BYTES", 64 << 10)
     monkeypatch.setattr(object_parts, "CHUNK_BYTES", 64 << 10)
     monkeypatch.setattr(object_parts, "WINDOW_BYTES", WINDOW)
-    monkeypatch.setattr(ranges, "BLOCK_BYTES", 100_000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 100_000)
 
 
 def content(size: int, seed: int = 0) -> bytes:

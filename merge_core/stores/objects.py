@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import mmap
 import secrets
 import threading
 from collections.abc import Iterator
@@ -18,11 +19,11 @@ import obstore
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import GCSStore, MemoryStore
 
+from merge_core.stores.blocks import fill_in_blocks
 from merge_core.stores.failures import ATTEMPT, gone, incomplete, misplaced, replaced, taken
 from merge_core.stores.location import Location
 from merge_core.stores.object_errors import reported
 from merge_core.stores.object_parts import ObjectPartWriter
-from merge_core.stores.ranges import fill, fresh
 from merge_core.stores.store import PARTS, FileIdentity, Listed
 
 REQUEST_TIME = dt.timedelta(seconds=120)
@@ -67,7 +68,7 @@ class ObjectsStore:
             raise replaced(self.location / file.name)
         return ObjectReader(self._backend, self.location / file.name, file)
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes, *, durable: bool = True) -> None:  # noqa: ARG002 - always is
         """See ``store.Store``."""
         with reported(self.location / name):
             obstore.put(self._backend, self._key(name), data)
@@ -152,22 +153,27 @@ class ObjectReader:
     def read_into(self, buffer: memoryview, offset: int, nbytes: int) -> memoryview:
         """See ``store.Reader``."""
         view = buffer[:nbytes]
-        fill(view, offset, self._fill_block)
+        self._fill(view, offset)
         return view
 
     def read(self, offset: int, nbytes: int) -> memoryview:
         """See ``store.Reader``."""
-        view = fresh(nbytes)
-        fill(view, offset, self._fill_block)
+        # From the system itself: malloc would keep what is freed, in each thread's own arena.
+        view = memoryview(mmap.mmap(-1, nbytes) if nbytes else b"")
+        self._fill(view, offset)
         return view
 
     def close(self) -> None:
         """See ``store.Reader``: it holds nothing."""
 
+    def _fill(self, view: memoryview, offset: int) -> None:
+        if not 0 <= offset <= offset + len(view) <= self._file.size:
+            raise replaced(self._where)
+        if view:
+            fill_in_blocks(view, offset, self._fill_block)
+
     def _fill_block(self, view: memoryview, offset: int) -> None:
         end = offset + len(view)
-        if not 0 <= offset <= end <= self._file.size:
-            raise replaced(self._where)
         with reported(self._where):
             options: obstore.GetOptions = {"range": (offset, end), "if_match": self._file.pin}
             found = obstore.get(self._backend, self._where.path, options=options)

@@ -72,7 +72,7 @@ class S3Store:
             raise replaced(where)
         return S3Reader(where, file)
 
-    def put(self, name: str, data: bytes) -> None:
+    def put(self, name: str, data: bytes, *, durable: bool = True) -> None:  # noqa: ARG002 - always is
         """See ``store.Store``."""
         with reported(self.location / name):
             self._put(name, data)

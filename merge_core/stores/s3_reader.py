@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 from collections.abc import Iterator
 from typing import Any
 
+from merge_core.stores.blocks import fill_in_blocks
 from merge_core.stores.failures import misplaced, replaced
 from merge_core.stores.location import Location
-from merge_core.stores.ranges import fill, fresh
 from merge_core.stores.retries import Retries
 from merge_core.stores.s3_client import client_for
 from merge_core.stores.s3_errors import BROKEN, TAKEN, code_of, reported
@@ -37,7 +38,8 @@ class S3Reader:
 
     def read(self, offset: int, nbytes: int) -> memoryview:
         """See ``store.Reader``."""
-        view = fresh(nbytes)
+        # From the system itself: malloc would keep what is freed, in each thread's own arena.
+        view = memoryview(mmap.mmap(-1, nbytes) if nbytes else b"")
         self._fill(view, offset)
         return view
 
@@ -47,7 +49,8 @@ class S3Reader:
     def _fill(self, view: memoryview, offset: int) -> None:
         if not 0 <= offset <= offset + len(view) <= self._file.size:
             raise replaced(self._where)
-        fill(view, offset, self._fill_block)
+        if view:
+            fill_in_blocks(view, offset, self._fill_block)
 
     def _fill_block(self, view: memoryview, offset: int) -> None:
         """In one request, or in several where answers break off: each asks for what is left."""

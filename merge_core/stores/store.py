@@ -126,8 +126,12 @@ class Store(Protocol):
         """
         ...
 
-    def put(self, name: str, data: bytes) -> None:
-        """Have a file hold ``data``: whoever reads it meanwhile gets the old whole or the new."""
+    def put(self, name: str, data: bytes, *, durable: bool = True) -> None:
+        """Have a file hold ``data``: whoever reads it meanwhile gets the old whole or the new.
+
+        Args:
+            durable: False: a crash of a machine may cost it, where that is faster.
+        """
         ...
 
     def create(self, name: str, data: bytes) -> bool:
