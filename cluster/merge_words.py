@@ -20,7 +20,8 @@ from merge_core.errors import InputError, Problem, gathered
 SPEED = frozenset(
     {
         "address", "workers", "cpu_workers", "gpus_per_worker", "start_timeout", "device",
-        "verify", "overwrite", "layers", "as_json", "quiet", "debug",
+        "verify", "overwrite", "layers", "as_json", "quiet", "debug", "endpoint_url", "region",
+        "anonymous",
     }
 )  # fmt: skip
 """Options of a merge that change no byte of its result. All others belong to the recipe: an option

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shutil
@@ -20,16 +21,21 @@ from hypothesis import settings
 from merged_by_hand import merged_names, write_out
 from models import DTYPES, make_adapter, make_base, oracle
 from moe import make_moe
+from s3_server import ENVIRONMENT, s3_server
 from scenes import AdapterScene, BaseScene
 from transformers.utils.logging import disable_progress_bar
 from tuners import make_tuned
 
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
+from merge_core.stores.location import Access, Location
+from merge_core.stores.s3_client import client_for
 
 disable_progress_bar()
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")
+
+BUCKETS = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -166,3 +172,21 @@ def scene(tmp_path: Path, out: Path) -> BaseScene:
 def adapter_scene(tmp_path: Path, out: Path) -> AdapterScene:
     """A small merge, whose adapter the test spoils."""
     return AdapterScene.make(tmp_path, out)
+
+
+@pytest.fixture(scope="session")
+def s3_address() -> Iterator[str]:
+    """Of an S3 of this worker's own, started for the first test that wants it."""
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def s3(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> Location:
+    """A new bucket in it, with credentials in the environment."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    access = Access(endpoint_url=s3_address)
+    location = Location(scheme="s3", root=f"bucket-{next(BUCKETS)}", access=access)
+    client_for(location.access).create_bucket(Bucket=location.root)
+    return location

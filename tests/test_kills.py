@@ -76,7 +76,7 @@ def collector(place: str, about: str = "") -> Kill:
             collector("after Assembly.accept", "shard=1,"),
             collector("before fold_ledger"),
             collector("after fold_ledger"),
-            collector("before write_durably", "out/config.json"),
+            collector("before check_unchanged", ""),
             collector("after remove_leftovers"),
         ],
     ],

@@ -1,0 +1,205 @@
+"""Google Cloud Storage, and the memory of this process, as stores.
+
+Neither can be told to finish an upload that another process began, so a part is an object of its
+own, which publishing copies: GCS does that without moving data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import mmap
+import secrets
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import obstore
+from obstore.exceptions import AlreadyExistsError
+from obstore.store import GCSStore, MemoryStore
+
+from merge_core.stores.blocks import fill_in_blocks
+from merge_core.stores.failures import ATTEMPT, gone, incomplete, misplaced, replaced, taken
+from merge_core.stores.location import Location
+from merge_core.stores.object_errors import reported
+from merge_core.stores.object_parts import ObjectPartWriter
+from merge_core.stores.store import PARTS, FileIdentity, Listed
+
+REQUEST_TIME = dt.timedelta(seconds=120)
+"""Of one request with its body: a block of 16 MB in it is 0.14 MB/s."""
+
+RETRY_TIME = dt.timedelta(seconds=120)
+"""After which a request is not tried again."""
+
+_backends: dict[tuple[str, str], Any] = {}
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectsStore:
+    """See ``store.Store``. Threads may share it; it holds nothing, so it may be sent anywhere.
+
+    What ``memory://name`` holds is there for everybody in this process, until it ends.
+    """
+
+    location: Location
+
+    def look(self, name: str) -> FileIdentity:
+        """See ``store.Store``."""
+        with reported(self.location / name):
+            head = obstore.head(self._backend, self._key(name))
+        return FileIdentity(name=name, size=head["size"], pin=head["e_tag"] or "")
+
+    def list(self, below: str = "") -> Iterator[Listed]:
+        """See ``store.Store``."""
+        for found in self._found(below):
+            if not found.name.startswith(f"{PARTS}/"):
+                yield found
+
+    def get(self, name: str) -> bytes:
+        """See ``store.Store``."""
+        with reported(self.location / name):
+            return bytes(obstore.get(self._backend, self._key(name)).bytes())
+
+    def open(self, file: FileIdentity) -> ObjectReader:
+        """See ``store.Store``."""
+        if self.look(file.name) != file:
+            raise replaced(self.location / file.name)
+        return ObjectReader(self._backend, self.location / file.name, file)
+
+    def put(self, name: str, data: bytes, *, durable: bool = True) -> None:  # noqa: ARG002 - always is
+        """See ``store.Store``."""
+        with reported(self.location / name):
+            obstore.put(self._backend, self._key(name), data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """See ``store.Store``."""
+        attempt, backend, key = secrets.token_hex(8), self._backend, self._key(name)
+        with reported(self.location / name):
+            try:
+                obstore.put(backend, key, data, mode="create", attributes={ATTEMPT: attempt})
+            except AlreadyExistsError:  # perhaps by a try whose answer was lost
+                return self._wrote(name, attempt)
+        return True
+
+    def start(self, name: str, size: int, attempt: str) -> ObjectPartWriter:
+        """See ``store.Store``."""
+        part = _part(name, attempt)
+        return ObjectPartWriter(self._backend, self.location / part, size, attempt)
+
+    def publish(self, part: str, name: str, size: int) -> None:
+        """See ``store.Store``."""
+        where, key = self.location / name, self._key(_part(name, part))
+        with reported(where):
+            try:
+                got = obstore.head(self._backend, key)["size"]
+            except FileNotFoundError as error:
+                if self._wrote(name, part):
+                    return
+                raise gone(where, part) from error
+            if got != size:
+                raise incomplete(where, got, size)
+            try:
+                obstore.copy(self._backend, key, self._key(name), overwrite=False)
+            except AlreadyExistsError as error:
+                if not self._wrote(name, part):
+                    raise taken(where) from error
+            obstore.delete(self._backend, key)
+
+    def sweep(self, name: str | None = None) -> None:
+        """See ``store.Store``."""
+        for found in list(self._found(PARTS if name is None else f"{PARTS}/{name}")):
+            if name is None or found.name.rpartition("/")[0] == f"{PARTS}/{name}":
+                self.delete(found.name)
+
+    def delete(self, name: str) -> None:
+        """See ``store.Store``."""
+        with reported(self.location / name), contextlib.suppress(FileNotFoundError):
+            obstore.delete(self._backend, self._key(name))
+
+    @property
+    def _backend(self) -> Any:
+        return _backend_of(self.location.scheme, self.location.root)
+
+    def _key(self, name: str) -> str:
+        return (self.location / name).path
+
+    def _found(self, below: str) -> Iterator[Listed]:
+        """Parts as well."""
+        folder = self.location / below if below else self.location
+        with reported(folder):
+            for page in obstore.list(self._backend, prefix=folder.path or None):
+                for found in page:
+                    name = found["path"].removeprefix(self.location.path).removeprefix("/")
+                    modified = found["last_modified"].timestamp()
+                    yield Listed(name=name, size=found["size"], modified=modified)
+
+    def _wrote(self, name: str, attempt: str) -> bool:
+        """Whether the object that is there now was written by that attempt."""
+        try:
+            found = obstore.get(self._backend, self._key(name), options={"head": True})
+        except FileNotFoundError:
+            return False
+        return found.attributes.get(ATTEMPT) == attempt
+
+
+class ObjectReader:
+    """See ``store.Reader``. Every request names the ETag that was pinned."""
+
+    def __init__(self, backend: Any, where: Location, file: FileIdentity) -> None:
+        self._backend, self._where, self._file = backend, where, file
+
+    def read_into(self, buffer: memoryview, offset: int, nbytes: int) -> memoryview:
+        """See ``store.Reader``."""
+        view = buffer[:nbytes]
+        self._fill(view, offset)
+        return view
+
+    def read(self, offset: int, nbytes: int) -> memoryview:
+        """See ``store.Reader``."""
+        # From the system itself: malloc would keep what is freed, in each thread's own arena.
+        view = memoryview(mmap.mmap(-1, nbytes) if nbytes else b"")
+        self._fill(view, offset)
+        return view
+
+    def close(self) -> None:
+        """See ``store.Reader``: it holds nothing."""
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        if not 0 <= offset <= offset + len(view) <= self._file.size:
+            raise replaced(self._where)
+        if view:
+            fill_in_blocks(view, offset, self._fill_block)
+
+    def _fill_block(self, view: memoryview, offset: int) -> None:
+        end = offset + len(view)
+        with reported(self._where):
+            options: obstore.GetOptions = {"range": (offset, end), "if_match": self._file.pin}
+            found = obstore.get(self._backend, self._where.path, options=options)
+            data = memoryview(found.bytes())
+        if found.range != (offset, end) or len(data) != len(view):
+            asked, got = f"bytes {offset}-{end - 1}", f"{found.range} with {len(data)} bytes"
+            raise misplaced(self._where, asked, got)
+        view[:] = data
+
+
+def _part(name: str, attempt: str) -> str:
+    return f"{PARTS}/{name}/{attempt}"
+
+
+def _backend_of(scheme: str, root: str) -> Any:
+    """The store of obstore for a bucket, or for a name in memory; one a process."""
+    with _lock:
+        if (scheme, root) not in _backends:
+            _backends[scheme, root] = MemoryStore() if scheme == "memory" else _bucket(root)
+        return _backends[scheme, root]
+
+
+def _bucket(name: str) -> GCSStore:
+    """Credentials are what Google's own tools find: application default credentials."""
+    return GCSStore(
+        name,
+        client_options={"timeout": REQUEST_TIME},
+        retry_config={"retry_timeout": RETRY_TIME},
+    )
