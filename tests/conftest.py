@@ -16,6 +16,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import pytest
 import torch
 from handmade import small_merge
+from hub_client import HubClient
+from hub_server import Hub
 from hypothesis import settings
 from merged_by_hand import merged_names, write_out
 from models import DTYPES, make_adapter, make_base, oracle
@@ -166,3 +168,19 @@ def scene(tmp_path: Path, out: Path) -> BaseScene:
 def adapter_scene(tmp_path: Path, out: Path) -> AdapterScene:
     """A small merge, whose adapter the test spoils."""
     return AdapterScene.make(tmp_path, out)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """An empty Hugging Face hub on this machine."""
+    with Hub(tmp_path / "cas") as running:
+        yield running
+
+
+@pytest.fixture
+def client(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubClient]:
+    """huggingface_hub, which goes to ``hub``."""
+    made = HubClient(monkeypatch, tmp_path / "hf")
+    made.use(hub.address)
+    yield made
+    made.close()

@@ -194,6 +194,10 @@ class Exchange(BaseHTTPRequestHandler):
         super().setup()
         self.state.open.add(self.connection)
 
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # between two requests
+            super().handle()
+
     def finish(self) -> None:
         self.state.open.discard(self.connection)
         with contextlib.suppress(OSError):

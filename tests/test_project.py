@@ -26,6 +26,7 @@ MODULES = sorted(
     for folder in (
         "merge_core",
         "merge_core/decoding",
+        "merge_core/stores",
         "merge_core/updates",
         "merge_core/verify",
         "actors",
