@@ -15,17 +15,20 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import pytest
 import torch
-from handmade import small_merge
+from fault_proxy import FaultProxy
+from handmade import TWO_LANES, small_merge
 from hub_client import HubClient
 from hub_server import Hub
 from hypothesis import settings
 from merged_by_hand import merged_names, write_out
 from models import DTYPES, make_adapter, make_base, oracle
 from moe import make_moe
+from pushes import TOKEN
 from scenes import AdapterScene, BaseScene
 from transformers.utils.logging import disable_progress_bar
 from tuners import make_tuned
 
+from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 
@@ -184,3 +187,25 @@ def client(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterato
     made.use(hub.address)
     yield made
     made.close()
+
+
+@pytest.fixture
+def before_hub(
+    hub: Hub, client: HubClient, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FaultProxy]:
+    """A proxy before ``hub``, through which ``client`` goes, with a token that may write."""
+    # Between its tries, huggingface_hub waits longer than tests may.
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    hub.tokens[TOKEN] = "me"
+    client.log_in(TOKEN)
+    with FaultProxy(hub.address) as running:
+        client.use(running.address)
+        yield running
+
+
+@pytest.fixture(scope="session")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small finished merge in four shards. Not to be changed: damage a copy."""
+    folder = tmp_path_factory.mktemp("merged")
+    merge(small_merge(folder), folder / "out", device="cpu", choice=TWO_LANES)
+    return folder / "out"

@@ -7,7 +7,6 @@ branch that moves on during a merge changes nothing.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,14 @@ from merge_core import storage
 from merge_core.errors import StorageError
 from merge_core.storage import RangeReader
 from merge_core.stores.hub_errors import HubPlace, absent
-from merge_core.stores.hub_files import HubEntry, HubTree, cached_file, fetch, pin, read_tree
+from merge_core.stores.hub_files import (
+    HubEntry,
+    HubTree,
+    cached_file,
+    fetch,
+    pin,
+    read_tree,
+)
 from merge_core.stores.hub_ranges import HubReader
 from merge_core.stores.hub_retries import PATIENT, Retries
 from merge_core.stores.location import Location
@@ -80,7 +86,7 @@ class HubStore:
                 return path.read_bytes()
         for _ in range(self._retries.attempts):
             data = bytes(HubReader(place, entry, self._retries).read(0, entry.size))
-            if _oid_of(data, entry) == entry.oid:
+            if entry.holds(data):
                 return data
         raise StorageError("what the hub sends is damaged", str(place), "Try again later")
 
@@ -140,13 +146,3 @@ class _Cached:
 
     def close(self) -> None:
         self._reader.close()
-
-
-def _oid_of(data: bytes, entry: HubEntry) -> str:
-    kind = entry.oid.partition(":")[0]
-    if kind == "sha256":
-        return f"sha256:{hashlib.sha256(data).hexdigest()}"
-    if kind == "git":
-        blob = b"blob %d\0" % len(data) + data
-        return f"git:{hashlib.sha1(blob).hexdigest()}"  # noqa: S324 - git's own
-    return entry.oid

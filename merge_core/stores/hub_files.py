@@ -5,6 +5,7 @@ The cache is huggingface_hub's own. It is read, and filled through huggingface_h
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,14 @@ class HubEntry:
     oid: str
     """``sha256:`` of what is stored as LFS, ``git:`` of what is in the repository itself; empty
     where a cache without links does not tell."""
+
+    def holds(self, content: bytes | str) -> bool:
+        """Whether, as far as the oid tells, it is these bytes, or those of that sha256."""
+        kind, _, oid = self.oid.partition(":")
+        if kind == "git":
+            return isinstance(content, bytes) and oid == _git_oid(content)
+        digest = content if isinstance(content, str) else hashlib.sha256(content).hexdigest()
+        return oid in ("", digest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +95,10 @@ def fetch(place: HubPlace) -> Path:
     except RuntimeError as error:  # hf_xet's
         remedy = "Try again; without --cache, or with HF_HUB_DISABLE_XET=1, it is not needed"
         raise StorageError(f"hf_xet failed: {error}", str(place), remedy) from error
+
+
+def _git_oid(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()  # noqa: S324 - git's own
 
 
 def _pinned(location: HubPlace, commit: str) -> HubPlace:
