@@ -163,7 +163,7 @@ def _descriptions(
         "simulate_nf4": plan["simulate_nf4"],
         "verified": verified["level"],
         "sha256": {one.name: one.sha256 for one in sent}
-        | {name: hashlib.sha256(data).hexdigest() for name, data in small.items()},
+        | {n: hashlib.sha256(d).hexdigest() for n, d in small.items() if n != RECIPE},
     }
     return {CARD: card.encode(), RECIPE: json.dumps(recipe, indent=1).encode() + b"\n"}
 

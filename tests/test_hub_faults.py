@@ -26,6 +26,7 @@ from network_faults import (
 )
 
 from merge_core.errors import StorageError
+from merge_core.stores import blocks
 from merge_core.stores.hub import HubStore
 from merge_core.stores.hub_requests import PassingError
 from merge_core.stores.hub_retries import Retries
@@ -125,6 +126,41 @@ def test_an_address_that_expired_is_asked_for_again(proxy: FaultProxy, hub: Hub)
     assert read(reader) == WEIGHTS[FIRST : FIRST + COUNT]
     assert [one.status for one in proxy.seen()] == [403, 302, 206]
     assert "authorization" not in proxy.seen(path="^/cdn/")[0].headers
+
+
+def test_an_address_that_never_serves_is_an_error(proxy: FaultProxy) -> None:
+    reader = opened()
+    proxy.faults(Fault(say(403), path="^/cdn/", times=None))
+    with pytest.raises(StorageError, match="address that the hub gave has expired, 3 times in a r"):
+        read(reader)
+
+
+def test_a_long_read_is_several_requests(
+    proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 30_000)
+    reader = opened()
+    proxy.faults(Fault(drop_within(100), path="^/cdn/", skip=1, times=2))
+    assert read(reader) == WEIGHTS[FIRST : FIRST + COUNT]
+    asked = [one.headers["range"].removeprefix("bytes=") for one in proxy.seen(path="^/cdn/")]
+    starts = sorted(int(one.partition("-")[0]) for one in asked)
+    size = -(-COUNT // 7)
+    assert len(asked) == 7 + 2
+    assert {FIRST + n * size for n in range(7)} < set(starts)
+    proxy.faults(Fault(drop, path="^/cdn/", skip=3, times=None))
+    with pytest.raises(StorageError, match="3 times in a row"):
+        read(reader)
+
+
+def test_what_cannot_be_fetched_into_the_cache_is_said(proxy: FaultProxy) -> None:
+    cached = HubStore(locate("hf://org/base"), cache=True, retries=QUICK)
+    pinned = cached.look("model.safetensors")
+    proxy.faults(Fault(drop, method="HEAD", times=None))
+    with pytest.raises(StorageError, match=r"cannot be reached .*HF_HUB_OFFLINE=1 takes what is"):
+        cached.open(pinned)
+    proxy.faults(Fault(say(403), path="^/cdn/", times=None))
+    with pytest.raises(StorageError, match="the hub answered 403"):
+        cached.open(pinned)
 
 
 @pytest.mark.parametrize("route", ["/api/models/org/base/revision/", "/tree/", "/resolve/"])

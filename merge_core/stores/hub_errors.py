@@ -69,9 +69,7 @@ def in_words(error: Exception, place: HubPlace) -> StorageError:
     for kinds, words in _MEANINGS:
         if isinstance(error, kinds):
             return words(error, place)
-    what = f"{constants.ENDPOINT} cannot be reached ({type(error).__name__})"
-    remedy = "Check the network, proxies and HF_ENDPOINT; HF_HUB_OFFLINE=1 takes what is cached"
-    return StorageError(what, str(place), remedy)
+    return _unreachable(error, place)
 
 
 def not_cached(place: HubPlace) -> AbsentError:
@@ -93,8 +91,14 @@ def _page(place: HubPlace) -> str:
     return f"{constants.ENDPOINT}/{place.repo}"
 
 
-def _offline(_: Any, place: HubPlace) -> StorageError:
-    return not_cached(place)
+def _not_cached(error: Any, place: HubPlace) -> StorageError:
+    return not_cached(place) if constants.is_offline_mode() else _unreachable(error, place)
+
+
+def _unreachable(error: Exception, place: HubPlace) -> StorageError:
+    what = f"{constants.ENDPOINT} cannot be reached ({type(error).__name__})"
+    remedy = "Check the network, proxies and HF_ENDPOINT; HF_HUB_OFFLINE=1 takes what is cached"
+    return StorageError(what, str(place), remedy)
 
 
 def _gated(_: Any, place: HubPlace) -> StorageError:
@@ -135,7 +139,7 @@ _REMEDIES: Mapping[int, str] = {
 }
 
 _MEANINGS: Sequence[tuple[tuple[type[Exception], ...], Callable[[Any, HubPlace], StorageError]]] = (
-    ((OfflineModeIsEnabled, LocalEntryNotFoundError), _offline),
+    ((OfflineModeIsEnabled, LocalEntryNotFoundError), _not_cached),
     ((GatedRepoError,), _gated),
     ((DisabledRepoError,), _disabled),
     ((RevisionNotFoundError,), _no_revision),

@@ -16,6 +16,7 @@ from huggingface_hub import get_session, hf_hub_url
 
 from merge_core.errors import StorageError
 from merge_core.storage import DIRECT_MIN_BYTES
+from merge_core.stores.blocks import fill_in_blocks
 from merge_core.stores.hub_errors import HubPlace
 from merge_core.stores.hub_files import HubEntry
 from merge_core.stores.hub_requests import (
@@ -101,9 +102,12 @@ class HubReader:
         if offset + len(target) > self._entry.size:
             what = f"has {self._entry.size} bytes, and {offset + len(target)} are needed"
             raise StorageError(what, str(self._place), "Plan again")
-        block = _Block(target, offset)  # what an attempt got is not asked for again
         if target:
-            persistently(lambda: self._ask(block), self._place, self._retries)
+            fill_in_blocks(target, offset, self._fill_block)
+
+    def _fill_block(self, target: memoryview, offset: int) -> None:
+        block = _Block(target, offset)  # what an attempt got is not asked for again
+        persistently(lambda: self._ask(block), self._place, self._retries)
 
     def _ask(self, block: _Block) -> None:
         signed = self._signed
@@ -114,12 +118,14 @@ class HubReader:
             "GET", signed or self._url, headers=headers, timeout=timeout(), follow_redirects=True
         )
         with request as response:
-            if signed and response.status_code in _EXPIRED:
+            elsewhere = urlsplit(str(response.url))[:2] != urlsplit(self._url)[:2]
+            if elsewhere and response.status_code in _EXPIRED:
                 self._signed = None
                 raise PassingError("the address that the hub gave has expired")
             check_status(response)
             if not signed:
                 self._check_origin(response)
+                self._signed = str(response.url) if elsewhere else None
             self._check_range(response, block)
             for data in response.iter_raw():
                 block.take(data)
@@ -127,15 +133,14 @@ class HubReader:
             raise PassingError("the answer ended early")
 
     def _check_origin(self, response: Any) -> None:
-        """That the hub speaks of the file that was pinned; keep the address that it gives."""
+        """That the hub speaks of the file that was pinned."""
         said = (response.history or [response])[0].headers
-        commit, linked = said.get("x-repo-commit"), said.get("x-linked-etag", "").strip('"')
+        commit = said.get("x-repo-commit")
+        linked = said.get("x-linked-etag", "").removeprefix("W/").strip('"')
         pinned = self._entry.oid.removeprefix("sha256:")
         if commit not in (None, self._place.revision) or linked not in ("", pinned):
             what = "the hub has another file there than the one that was planned with"
             raise StorageError(what, str(self._place), "Start again with stable input.")
-        if urlsplit(str(response.url))[:2] != urlsplit(self._url)[:2]:
-            self._signed = str(response.url)
 
     def _check_range(self, response: Any, block: _Block) -> None:
         first, count, size = block.offset, len(block.target), self._entry.size
