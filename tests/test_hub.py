@@ -199,6 +199,17 @@ def test_offline_what_is_not_cached_is_said(client: HubClient, text: str) -> Non
     assert "`hf download org/base`" in str(raised.value)
 
 
+def test_offline_a_commit_that_was_fetched_without_its_branch_is_named(
+    client: HubClient, repo: Repo
+) -> None:
+    store(cache=True).get("config.json")
+    client.go_offline()
+    commit = repo.refs["main"]
+    with pytest.raises(AbsentError, match=f"of commits, {commit} can be named"):
+        store().get("config.json")
+    assert store(f"hf://org/base@{commit}").get("config.json") == CONFIG
+
+
 def test_offline_a_file_that_was_pinned_and_is_not_cached_is_said(
     client: HubClient, repo: Repo
 ) -> None:

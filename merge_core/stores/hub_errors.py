@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from merge_core.errors import AbsentError, StorageError
+from merge_core.errors import AbsentError, StorageError, some_of
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """What the HTTP library of huggingface_hub raises; which library that is differs by version."""
@@ -72,10 +72,16 @@ def in_words(error: Exception, place: HubPlace) -> StorageError:
     return _unreachable(error, place)
 
 
-def not_cached(place: HubPlace) -> AbsentError:
-    """For what HF_HUB_OFFLINE keeps from being asked for."""
+def not_cached(place: HubPlace, commits: Sequence[str] = ()) -> AbsentError:
+    """For what HF_HUB_OFFLINE keeps from being asked for.
+
+    Args:
+        commits: of the model, of which something is cached.
+    """
     what = f"is not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE forbids to ask"
     remedy = f"Unset HF_HUB_OFFLINE, or fetch it first with `hf download {place.repo}`"
+    if commits:
+        remedy += f"; of commits, {some_of(commits)} can be named"
     return AbsentError(what, str(place), remedy)
 
 

@@ -130,10 +130,17 @@ def _cached_commit(location: HubPlace) -> str:
         try:
             commit = (_folder(location) / "refs" / commit).read_text().strip()
         except OSError:
-            raise not_cached(location) from None
+            raise not_cached(location, _snapshots(location)) from None
     if not (_folder(location) / "snapshots" / commit).is_dir():
-        raise not_cached(location)
+        raise not_cached(location, _snapshots(location))
     return commit
+
+
+def _snapshots(location: HubPlace) -> list[str]:
+    """Commits of which the cache has files. Not all have a branch: what was fetched by its commit
+    alone has none.
+    """
+    return sorted(path.name for path in (_folder(location) / "snapshots").glob("*"))
 
 
 def _cached_files(place: HubPlace, below: str) -> dict[str, HubEntry]:
