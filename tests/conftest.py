@@ -16,16 +16,21 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import pytest
 import torch
-from handmade import small_merge
+from fault_proxy import FaultProxy
+from handmade import TWO_LANES, small_merge
+from hub_client import HubClient
+from hub_server import Hub
 from hypothesis import settings
 from merged_by_hand import merged_names, write_out
 from models import DTYPES, make_adapter, make_base, oracle
 from moe import make_moe
+from pushes import TOKEN
 from s3_server import ENVIRONMENT, s3_server
 from scenes import AdapterScene, BaseScene
 from transformers.utils.logging import disable_progress_bar
 from tuners import make_tuned
 
+from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.stores.location import Access, Location
@@ -190,3 +195,41 @@ def s3(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> Location:
     location = Location(scheme="s3", root=f"bucket-{next(BUCKETS)}", access=access)
     client_for(location.access).create_bucket(Bucket=location.root)
     return location
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """An empty Hugging Face hub on this machine."""
+    with Hub(tmp_path / "cas") as running:
+        yield running
+
+
+@pytest.fixture
+def client(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubClient]:
+    """huggingface_hub, which goes to ``hub``."""
+    made = HubClient(monkeypatch, tmp_path / "hf")
+    made.use(hub.address)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def before_hub(
+    hub: Hub, client: HubClient, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FaultProxy]:
+    """A proxy before ``hub``, through which ``client`` goes, with a token that may write."""
+    # Between its tries, huggingface_hub waits longer than tests may.
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    hub.tokens[TOKEN] = "me"
+    client.log_in(TOKEN)
+    with FaultProxy(hub.address) as running:
+        client.use(running.address)
+        yield running
+
+
+@pytest.fixture(scope="session")
+def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small finished merge in four shards. Not to be changed: damage a copy."""
+    folder = tmp_path_factory.mktemp("merged")
+    merge(small_merge(folder), folder / "out", device="cpu", choice=TWO_LANES)
+    return folder / "out"

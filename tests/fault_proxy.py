@@ -138,7 +138,7 @@ class FaultProxy:
         self.port = self._server.server_port
         self.address = f"http://127.0.0.1:{self.port}"
         self.faults(*faults)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -193,6 +193,10 @@ class Exchange(BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.state.open.add(self.connection)
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # between two requests
+            super().handle()
 
     def finish(self) -> None:
         self.state.open.discard(self.connection)

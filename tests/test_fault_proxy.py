@@ -68,7 +68,7 @@ class Echo(BaseHTTPRequestHandler):
 def server() -> Iterator[ThreadingHTTPServer]:
     kind = type("Kept", (Echo,), {"kept": []})
     running = ThreadingHTTPServer(("127.0.0.1", 0), kind)
-    thread = threading.Thread(target=running.serve_forever, args=(0.05,))
+    thread = threading.Thread(target=running.serve_forever, args=(0.01,))
     thread.start()
     yield running
     running.shutdown()

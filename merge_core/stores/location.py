@@ -24,7 +24,8 @@ _BUCKET = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,221}$")
 _HUB_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _HUB_ID = re.compile(rf"^{_HUB_PART}/{_HUB_PART}$")
 _HUB = re.compile(
-    rf"^(?P<id>{_HUB_PART}/{_HUB_PART})(@(?P<revision>[^/@]+(/[^/@]+)*?))?(/(?P<path>.+))?$"
+    rf"^(?P<id>{_HUB_PART}/{_HUB_PART})"
+    r"(@(?P<revision>refs/(pr|convert)/[^/@]+|[^/@]+))?(/(?P<path>.+))?$"
 )
 _REMEDY = "Give a path, s3://bucket/key, gs://bucket/key or hf://org/name[@revision][/subfolder]"
 

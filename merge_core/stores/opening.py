@@ -20,11 +20,21 @@ def open_store(location: Location) -> Store:
     Raises:
         StorageError: there are no credentials for it, or it is no store that can be reached.
     """
-    from merge_core.stores.local import LocalStore
-
     if location.is_local:
+        from merge_core.stores.local import LocalStore
+
         return LocalStore(location)
-    raise StorageError("cannot be reached yet", str(location))
+    if location.scheme == "s3":
+        from merge_core.stores.s3 import S3Store
+
+        return S3Store(location)
+    if location.scheme == "hf":
+        from merge_core.stores.hub import HubStore
+
+        return HubStore(location)
+    from merge_core.stores.objects import ObjectsStore
+
+    return ObjectsStore(location)
 
 
 def parted(file: Location) -> tuple[Store, str]:

@@ -1,0 +1,187 @@
+"""A finished merge onto the Hugging Face hub, in one commit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from merge_core.errors import AbsentError, RaymeldError, refuse, some_of
+from merge_core.model_card import Lineage, Origin, model_card
+from merge_core.output import read_plan, state_directory
+from merge_core.side_files import CONFIG, INDEX
+from merge_core.storage import reported
+from merge_core.stores.hub import HubStore
+from merge_core.stores.hub_files import HubEntry
+from merge_core.stores.hub_push import HubPush, Sent
+from merge_core.stores.hub_retries import PATIENT, Retries
+from merge_core.stores.location import locate
+
+RECIPE = "raymeld.json"
+"""In the model: what it was made of, and the sha256 of its files."""
+
+CARD = "README.md"
+
+_NEW = frozenset({".gitattributes", CARD})
+"""All that the hub puts into a new model."""
+
+
+def push(
+    out: Path,
+    repo: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    say: Callable[[str], None],
+    retries: Retries = PATIENT,
+) -> str:
+    """Put the finished merge in ``out`` onto the hub; returns the address of its commit.
+
+    Calling it again sends nothing that the hub holds, and commits nothing that it has.
+
+    Args:
+        repo: ``org/name``; is made if there is no such model.
+        private: nobody else may see it.
+        revision: a branch that exists; None: the main one.
+        say: told what is done.
+
+    Raises:
+        InputError: ``out`` is no finished merge, or the model there is none of raymeld's.
+        StorageError: the hub cannot be reached, or refuses, or somebody else has committed.
+        VerificationError: what the hub has afterwards is not what was sent.
+    """
+    plan = _finished(out)
+    small, shards = _small_files(out, plan), [shard["name"] for shard in plan["shards"]]
+    target = HubPush.begin(repo, revision, private=private, retries=retries)
+    before = target.files()
+    _check_usable(repo, before)
+    sent = [_send(target, out, name, say) for name in shards]
+    contents = small | _descriptions(repo, out, plan, sent, small, say)
+    wanted: dict[str, str | bytes] = {**{one.name: one.sha256 for one in sent}, **contents}
+    leftovers = [name for name in before if _is_weights(name) and name not in wanted]
+    if not leftovers and all(n in before and before[n].holds(w) for n, w in wanted.items()):
+        say(f"{repo} has all of it already")
+        return target.url
+    return target.commit(sent, contents, f"Merge by raymeld {plan['raymeld']}", leftovers)
+
+
+def _finished(out: Path) -> dict[str, Any]:
+    """plan.json of the merge.
+
+    Raises:
+        InputError: it is none, or not finished.
+    """
+    plan = read_plan(out)
+    if plan is None:
+        raise refuse("is no merge of raymeld's", str(out), "Give the OUT of one")
+    sizes = {shard["name"]: shard["size"] for shard in plan["shards"]}
+    absent = [
+        name
+        for name, size in sizes.items()
+        if not (out / name).is_file() or (out / name).stat().st_size != size
+    ]
+    unverified = not (state_directory(out) / "verified.json").is_file()
+    if absent or unverified or not (out / CONFIG).is_file():
+        what = "is an unfinished merge" + (f": {some_of(absent)} missing" if absent else "")
+        remedy = "Give the same merge command again, which goes on where it stopped"
+        raise refuse(what, str(out), remedy)
+    return plan
+
+
+def _small_files(out: Path, plan: Mapping[str, Any]) -> dict[str, bytes]:
+    """Config, index and side files, which must be as the merge wrote them."""
+    digests = _ledger(out)["files"]
+    names = [CONFIG, *([INDEX] if len(plan["shards"]) > 1 else []), *plan["side_files"]]
+    contents = {}
+    for name in names:
+        with reported(out / name):
+            contents[name] = (out / name).read_bytes()
+    changed = [n for n, d in contents.items() if hashlib.sha256(d).hexdigest() != digests[n]]
+    if changed:
+        what, remedy = f"{some_of(changed)} changed since the merge", "Merge again"
+        raise refuse(what, str(out), f"{remedy}, or upload the folder as it is with `hf upload`")
+    return contents
+
+
+def _ledger(out: Path) -> Any:
+    """What the ledger says of the whole merge."""
+    import pyarrow.parquet as pq
+
+    path = state_directory(out) / "ledger.parquet"
+    with reported(path):
+        return json.loads(pq.read_schema(path).metadata[b"raymeld"])
+
+
+def _check_usable(repo: str, files: Mapping[str, HubEntry]) -> None:
+    """Refuse a model that is none of raymeld's: git keeps what is replaced, but nobody asked."""
+    if RECIPE not in files and (others := sorted(set(files) - _NEW)):
+        what = f"the model holds something else already: {some_of(others)}"
+        raise refuse(what, f"hf://{repo}", "Choose another name, or a branch made for it")
+
+
+def _send(target: HubPush, out: Path, name: str, say: Callable[[str], None]) -> Sent:
+    sent = target.send(out / name, name)
+    say(f"the hub holds {name} ({sent.size / 1e9:.2f} GB)")
+    return sent
+
+
+def _descriptions(
+    repo: str,
+    out: Path,
+    plan: Mapping[str, Any],
+    sent: list[Sent],
+    small: Mapping[str, bytes],
+    say: Callable[[str], None],
+) -> dict[str, bytes]:
+    """Model card and recipe."""
+    base = Origin.of(plan["base"])
+    adapters = tuple(Origin.of(each["path"], each["weight"]) for each in plan["adapters"])
+    with reported(state_directory(out)):
+        verified = json.loads((state_directory(out) / "verified.json").read_bytes())
+    lineage = Lineage(
+        base=base,
+        adapters=adapters,
+        method=plan["combination"]["method"],
+        raymeld=plan["raymeld"],
+        level=verified["level"],
+    )
+    if not base.is_on_hub:
+        say("the model card names no base on the hub: BASE was none")
+    card = model_card(repo.partition("/")[2], lineage, _base_card(plan["base"], say))
+    recipe = {
+        "raymeld": plan["raymeld"],
+        "fingerprint": plan["fingerprint"],
+        "base": {"name": base.name, "revision": base.revision},
+        "adapters": [
+            {"name": each.name, "revision": each.revision, "weight": each.weight}
+            for each in adapters
+        ],
+        "combination": plan["combination"],
+        "keep_tied": plan["keep_tied"],
+        "simulate_nf4": plan["simulate_nf4"],
+        "verified": verified["level"],
+        "sha256": {one.name: one.sha256 for one in sent}
+        | {n: hashlib.sha256(d).hexdigest() for n, d in small.items() if n != RECIPE},
+    }
+    return {CARD: card.encode(), RECIPE: json.dumps(recipe, indent=1).encode() + b"\n"}
+
+
+def _base_card(base: str, say: Callable[[str], None]) -> str | None:
+    """README.md of the base, if it can be read."""
+    location = locate(base)
+    try:
+        if location.scheme == "hf":
+            return HubStore(location).get(CARD).decode(errors="replace")
+        if location.is_local and (location.local / CARD).is_file():
+            return (location.local / CARD).read_text(errors="replace")
+    except AbsentError:
+        return None
+    except (RaymeldError, OSError) as error:
+        say(f"the model card says nothing of licence and language: {error}")
+    return None
+
+
+def _is_weights(name: str) -> bool:
+    return "/" not in name and name.endswith((".safetensors", INDEX))

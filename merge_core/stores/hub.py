@@ -1,0 +1,148 @@
+"""Models on the Hugging Face hub, read where they lie: from the cache, else by ranges.
+
+A location means a commit from the moment when it is first looked at, and every pin names it: a
+branch that moves on during a merge changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import NoReturn
+
+from merge_core import storage
+from merge_core.errors import StorageError
+from merge_core.storage import RangeReader
+from merge_core.stores.hub_errors import HubPlace, absent
+from merge_core.stores.hub_files import (
+    HubEntry,
+    HubTree,
+    cached_file,
+    fetch,
+    pin,
+    read_tree,
+)
+from merge_core.stores.hub_ranges import HubReader
+from merge_core.stores.hub_retries import PATIENT, Retries
+from merge_core.stores.location import Location
+from merge_core.stores.store import FileIdentity, Listed, Reader
+
+_MAIN = "main"
+
+
+class HubStore:
+    """A folder of a model, to read from; nothing can be written.
+
+    Args:
+        location: its revision is a branch, a tag or a commit; None: the main branch.
+        cache: fetch whole files into the cache instead of reading ranges of them.
+    """
+
+    def __init__(
+        self, location: Location, *, cache: bool = False, retries: Retries = PATIENT
+    ) -> None:
+        self._location, self._cache, self._retries = location, cache, retries
+
+    def __repr__(self) -> str:
+        return f"HubStore({str(self._location)!r})"
+
+    @property
+    def location(self) -> Location:
+        """Of the folder, as it was given."""
+        return self._location
+
+    @property
+    def pinned(self) -> Location:
+        """The same at the commit that it means: who opens that sees the same files."""
+        return dataclasses.replace(self._location, revision=self._tree.place.revision)
+
+    def look(self, name: str) -> FileIdentity:
+        """Identity of a file; its pin names the commit, and what it holds."""
+        path = self._path(name)
+        entry = self._tree.files.get(path)
+        if entry is None:
+            raise absent(self._tree.place.at(path))
+        return FileIdentity(
+            name=name, size=entry.size, pin=f"{self._tree.place.revision} {entry.oid}".rstrip()
+        )
+
+    def list(self, below: str = "") -> Iterator[Listed]:
+        """The files below ``below``, in folders in there too; when offline, those cached."""
+        folder = self._path(below)
+        for path, entry in self._tree.files.items():
+            if not folder or path.startswith(f"{folder}/"):
+                name = path.removeprefix(f"{self._location.path}/")
+                yield Listed(name=name, size=entry.size, modified=self._tree.modified)
+
+    def get(self, name: str) -> bytes:
+        """All of a small file, which is checked against what the hub says of it."""
+        file = self.look(name)
+        place, entry = self._pinned(file)
+        path = self._cached(place)
+        if path is not None:
+            with storage.reported(path):
+                return path.read_bytes()
+        for _ in range(self._retries.attempts):
+            data = bytes(HubReader(place, entry, self._retries).read(0, entry.size))
+            if entry.holds(data):
+                return data
+        raise StorageError("what the hub sends is damaged", str(place), "Try again later")
+
+    def open(self, file: FileIdentity) -> Reader:
+        """Open the file that was pinned, at the commit that its pin names."""
+        place, entry = self._pinned(file)
+        path = self._cached(place)
+        return HubReader(place, entry, self._retries) if path is None else _Cached(path, file)
+
+    @cached_property
+    def _tree(self) -> HubTree:
+        given = HubPlace(repo=self._location.root, revision=self._location.revision or _MAIN)
+        place, modified = pin(given, self._retries)
+        return read_tree(place, self._location.path, modified, self._retries)
+
+    def _path(self, name: str) -> str:
+        return "/".join(part for part in (self._location.path, name) if part)
+
+    def _pinned(self, file: FileIdentity) -> tuple[HubPlace, HubEntry]:
+        """What a pin says, which may come from another machine's look."""
+        commit, _, oid = file.pin.partition(" ")
+        place = HubPlace(repo=self._location.root, revision=commit, path=self._path(file.name))
+        return place, HubEntry(size=file.size, oid=oid)
+
+    def _cached(self, place: HubPlace) -> Path | None:
+        return fetch(place) if self._cache else cached_file(place)
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        what = "a model on the hub is written in one commit, not file by file"
+        remedy = "Merge to a path or an object store, and push the result"
+        raise StorageError(what, str(self._location), remedy)
+
+    put = create = start = publish = sweep = delete = _refuse
+
+
+def sha256_of(file: FileIdentity) -> str | None:
+    """What the hub says of the content, in hexadecimal; None: the file is in git, not in LFS."""
+    kind, _, digest = file.pin.partition(" ")[2].partition(":")
+    return digest if kind == "sha256" else None
+
+
+class _Cached:
+    """A file of the cache, through the reader of local files."""
+
+    def __init__(self, path: Path, file: FileIdentity) -> None:
+        if storage.FileIdentity.of(path.parent, path.name).size != file.size:
+            what = f"has not the {file.size} bytes that the hub has"
+            remedy = "Remove it from the cache, and fetch it again"
+            raise StorageError(what, str(path), remedy)
+        self._reader = RangeReader(path)
+
+    def read_into(self, buffer: memoryview, offset: int, nbytes: int) -> memoryview:
+        return self._reader.read_into(buffer, offset, nbytes)
+
+    def read(self, offset: int, nbytes: int) -> memoryview:
+        return self._reader.read_cached(offset, nbytes)
+
+    def close(self) -> None:
+        self._reader.close()
