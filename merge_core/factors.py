@@ -16,6 +16,7 @@ from merge_core.digest import CELL_BYTES, bytes_digest, cell_digest, tensor_dige
 from merge_core.errors import InputError, Problem
 from merge_core.layout import DTYPE_BYTES, TensorSpec
 from merge_core.plan import AdapterInput, MergePlan
+from merge_core.read_ahead import Range, ReadAhead
 from merge_core.storage import replaced
 from merge_core.stores.location import Location
 from merge_core.stores.opening import check_unchanged, open_store
@@ -39,6 +40,9 @@ _INTEGERS = {"U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64":
 _COMPARED = 4 << 20
 """Elements of twins that are compared at a time: 16 MB each, where a whole one may have 5 GB."""
 
+BLOCKS_AHEAD = 2
+"""Of factors: some megabytes a layer, where the base has hundreds."""
+
 
 def seal(plan: MergePlan) -> MergePlan:
     """Read every factor once: returns the plan with their digests, which fixes its fingerprint.
@@ -53,10 +57,12 @@ def seal(plan: MergePlan) -> MergePlan:
         sources = [opened.enter_context(closing(FactorSource(one))) for one in plan.adapters]
         for index, (adapter, source) in enumerate(zip(plan.adapters, sources, strict=True)):
             digests = {}
-            for tensor in _used_of(plan, index):
-                digests[tensor.name], bad = _examine(source, tensor)
-                if bad is not None:
-                    problems.append(bad_factor(tensor, bad, adapter.path))
+            used = _used_of(plan, index)
+            with source.fetched_ahead(used):
+                for tensor in used:
+                    digests[tensor.name], bad = _examine(source, tensor)
+                    if bad is not None:
+                        problems.append(bad_factor(tensor, bad, adapter.path))
             adapters.append(dataclasses.replace(adapter, digests=digests))
         problems += _unequal(plan, sources)
     if problems:
@@ -98,6 +104,24 @@ class FactorSource:
             return memoryview(_as_bytes(self._state[tensor.name]))[first:behind]
         return self._reader.read(tensor.offset + first, behind - first)
 
+    @contextlib.contextmanager
+    def fetched_ahead(self, tensors: Iterable[TensorSpec]) -> Iterator[None]:
+        """Have ``tensors`` fetched before they are asked for, while inside, if it lies in a store.
+
+        Their order is that in which they will be asked for.
+        """
+        reader = self._reader
+        if reader is None or self._adapter.path.is_local:
+            yield
+            return
+        ranges = [Range(0, one.offset, one.offset + one.nbytes) for one in tensors]
+        with closing(ReadAhead([reader], ranges, BLOCKS_AHEAD)) as ahead:
+            self._reader = ahead.reader(0)
+            try:
+                yield
+            finally:
+                self._reader = reader
+
     def load(self, factor: TensorSpec, device: torch.device) -> torch.Tensor:
         """The factor on ``device``, proven to be the one that was sealed: in float32, or integers
         as they are.
@@ -121,21 +145,17 @@ class FactorSource:
             self._reader.close()
 
 
-def _used_of(plan: MergePlan, adapter: int) -> Iterable[TensorSpec]:
-    """Every tensor of an adapter that some task reads, once."""
+def _used_of(plan: MergePlan, adapter: int) -> list[TensorSpec]:
+    """Every tensor of an adapter that some task reads, once, as they lie in its file."""
     used: dict[str, TensorSpec] = {}
     for task in plan.tasks:
-        if task.source.adapter == adapter:
-            used[task.source.tensor.name] = task.source.tensor
-        for update in task.parts:
-            if update.adapter == adapter:
-                used |= {tensor.name: tensor for tensor in update.tensors}
+        used |= {tensor.name: tensor for tensor in task.read_of(adapter)}
     tuning = plan.adapters[adapter].tuning
     if tuning is not None:
         used |= {tensor.name: tensor for tensor in tuning.shared}
     for twins in plan.twins:
         used |= {t.name: t for number, t in (twins.one, twins.other) if number == adapter}
-    return used.values()
+    return sorted(used.values(), key=lambda tensor: tensor.offset)
 
 
 def _examine(source: FactorSource, tensor: TensorSpec) -> tuple[str, int | None]:

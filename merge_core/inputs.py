@@ -18,9 +18,11 @@ from merge_core.factors import FactorSource
 from merge_core.lanes import TORCH_DTYPES, aligned
 from merge_core.layout import TensorSpec
 from merge_core.plan import MergePlan, Shard, Source, TensorTask
+from merge_core.read_ahead import Range, ReadAhead
 from merge_core.storage import SLACK
 from merge_core.stores.location import Location
 from merge_core.stores.opening import check_unchanged, open_store
+from merge_core.stores.store import Reader
 from merge_core.updates.factor import KEPT_TENSORS, Factor
 from merge_core.updates.tuning import Tuning
 
@@ -39,7 +41,9 @@ class Inputs:
             opened = inputs.enter_context
             self.factors = [opened(closing(FactorSource(one))) for one in plan.adapters]
             base = open_store(plan.base)
-            self._readers = [opened(closing(base.open(file))) for file in plan.base_files]
+            self._readers: list[Reader] = [
+                opened(closing(base.open(file))) for file in plan.base_files
+            ]
             self._opened = inputs.pop_all()
         self._kept = _Kept(KEPT_TENSORS * len(plan.adapters))
 
@@ -69,6 +73,23 @@ class Inputs:
             loaded = task.source.decoding.load(partial(fetch_from, self._readers))
         return TaskInputs(self, task, device, loaded)
 
+    @contextlib.contextmanager
+    def fetched_ahead(self, shard: Shard) -> Iterator[None]:
+        """Have what a shard needs of files in stores fetched before it is asked for, while inside.
+
+        On a local disk there is nothing to gain.
+        """
+        with contextlib.ExitStack() as inside:
+            for number, source in enumerate(self.factors):
+                used = (tensor for task in shard.tasks for tensor in task.read_of(number))
+                inside.enter_context(source.fetched_ahead(used))
+            if not self.plan.base.is_local:
+                ranges = [one for task in shard.tasks for one in _ranges(task.source)]
+                ahead = inside.enter_context(closing(ReadAhead(self._readers, ranges)))
+                inside.callback(setattr, self, "_readers", self._readers)
+                self._readers = [ahead.reader(number) for number in range(len(self._readers))]
+            yield
+
     def check(self, shard: Shard) -> None:
         """Make sure that what a shard was made from is still what was planned with.
 
@@ -85,6 +106,16 @@ class Inputs:
     def close(self) -> None:
         """Close the files."""
         self._opened.close()
+
+
+def _ranges(source: Source) -> Iterator[Range]:
+    """What is read of the base's files for it."""
+    places = [(source.file, source.tensor)]
+    if source.decoding is not None:
+        places = [(stored.file, stored.tensor) for stored in source.decoding.stored]
+    for file, tensor in places:
+        if file is not None:
+            yield Range(file, tensor.offset, tensor.offset + tensor.nbytes)
 
 
 class _Kept:

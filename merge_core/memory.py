@@ -15,6 +15,7 @@ from merge_core.errors import DeviceMemoryError, counted
 from merge_core.layout import DTYPE_BYTES
 from merge_core.nvidia import GpuProcess
 from merge_core.plan import MergePlan, TensorTask
+from merge_core.read_ahead import MOST_BYTES
 from merge_core.storage import SLACK
 from merge_core.updates import LowRankUpdate, StackedUpdate, Update
 from merge_core.updates.factor import KEPT_TENSORS
@@ -73,10 +74,14 @@ class LaneNeed:
     alone: int = 0
     """For the largest tensor that is worked out as a whole, of which there is one at a time."""
 
+    ahead: int = 0
+    """Host memory for what is fetched of a base in a store before a lane asks for it."""
+
     def on_host(self, lanes: int, device: str) -> int:
         """Host memory for that many lanes, without the runtime."""
         each = self.inbox + self.outbox + (4 * self.scratch * self.block if device == "cpu" else 0)
-        return lanes * (each + self.decoded) + (lanes + 1) * self.factors + self.kept + self.alone
+        shared = self.kept + self.alone + self.ahead
+        return lanes * (each + self.decoded) + (lanes + 1) * self.factors + shared
 
     def on_device(self, lanes: int) -> int:
         """VRAM for that many lanes."""
@@ -124,6 +129,7 @@ def lane_need(plan: MergePlan, device: str, read_bytes: int) -> LaneNeed:
         kept=_kept(plan),
         decoded=decoded,
         alone=alone,
+        ahead=0 if plan.base.is_local else MOST_BYTES,
     )
 
 

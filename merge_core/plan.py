@@ -88,6 +88,14 @@ class TensorTask:
         for update in self.updates:
             yield from update.parts if update.kind == "combined" else (update,)
 
+    def read_of(self, adapter: int) -> Iterator[TensorSpec]:
+        """The tensors of one adapter that it reads; some may come twice."""
+        if self.source.adapter == adapter:
+            yield self.source.tensor
+        for update in self.parts:
+            if update.adapter == adapter:
+                yield from update.tensors
+
     @property
     def whole_rows(self) -> bool:
         """Whether rows are made anew, each of them as a whole."""

@@ -30,11 +30,10 @@ IN_FLIGHT = 8
 
 AHEAD = 8
 """Blocks that are fetched before a lane wants them, so that no lane waits where the store is fast
-enough."""
+enough. About as many more are held that lanes are in the middle of."""
 
-MOST = 2 * AHEAD
-"""Blocks that are held: those that lanes are at, and those ahead. More only while more lanes than
-that are each in the middle of one."""
+MOST_BYTES = 2 * AHEAD * 2 * BLOCK_BYTES
+"""That are held at a time; about half of it where what is read is long."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -113,10 +112,13 @@ class ReadAhead:
         readers: of the files.
         ranges: what will be read, about in that order. Anything else is read when it is asked for,
             and so is what is asked for again after it was taken.
+        ahead: blocks that are fetched before they are asked for.
     """
 
-    def __init__(self, readers: Sequence[Reader], ranges: Sequence[Range]) -> None:
-        self._readers = readers
+    def __init__(
+        self, readers: Sequence[Reader], ranges: Sequence[Range], ahead: int = AHEAD
+    ) -> None:
+        self._readers, self._ahead = readers, ahead
         self._wanted = blocks_of(ranges)
         self._order, self._sorted = list(self._wanted), sorted(self._wanted)
         self._number = {block: number for number, block in enumerate(self._order)}
@@ -185,7 +187,7 @@ class ReadAhead:
     def _start(self, number: int) -> None:
         """Have a block fetched, and those that come next while there is room."""
         self._begin(number)
-        for ahead in range(number + 1, min(number + 1 + AHEAD, len(self._order))):
+        for ahead in range(number + 1, min(number + 1 + self._ahead, len(self._order))):
             if not self._has_room(number):
                 return
             self._begin(ahead)
@@ -201,11 +203,11 @@ class ReadAhead:
 
     def _has_room(self, number: int) -> bool:
         """Also makes it: what is wanted of a block may be asked for late, or never."""
-        if len(self._there) >= MOST:
+        if len(self._there) >= 2 * self._ahead:
             oldest = next(iter(self._there))
-            if self._number[oldest] < number - AHEAD:
+            if self._number[oldest] < number - self._ahead:
                 self._let_go(oldest)
-        return len(self._there) < MOST
+        return len(self._there) < 2 * self._ahead
 
     def _let_go(self, block: Range) -> None:
         fetched = self._there.get(block)

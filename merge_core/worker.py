@@ -105,7 +105,8 @@ class ShardWorker:
         if shrink:
             self._take_lanes(max(1, self._most_lanes // 3**shrink))  # 8, 2, 1 in three attempts
         try:
-            records = self._stream(shard, part, watch)
+            with self._inputs.fetched_ahead(shard):
+                records = self._stream(shard, part, watch)
             self._inputs.check(shard)
             finished = part.finish()
         except BaseException:
