@@ -1,0 +1,150 @@
+"""How fast a merge is whose base and result lie in S3, against the client library alone.
+
+    make bench-storage
+    python benchmarks/storage.py --model 1.8B --rounds 3 --results
+
+A real S3 server (OpenStack Swift) on this machine keeps base and result. Each row is a process of
+its own; the plain ones make requests of the size and number at a time that raymeld has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import machine
+from measure import drop_page_cache
+from models import FAMILY, config, make_adapter, make_checkpoint
+from report import Page
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "tests"))  # whose server this is
+
+from s3_server import ENVIRONMENT, s3_server  # noqa: E402
+
+TITLES = {
+    "download": "client library, download",
+    "upload": "client library, upload",
+    "copy": "client library, download and upload at once",
+    "merge": "raymeld merge, --verify structure",
+}
+HEADINGS = ("", "median s", "MB/s", "x slower", "x copy", "peak memory", "requests", "read")
+
+
+def main() -> None:
+    options = _options()
+    place = options.dir / f"raymeld-bench-storage-{options.model}"
+    place.mkdir(parents=True, exist_ok=True)
+    base, adapter = place / "base", place / "adapter"
+    if not base.exists():
+        make_checkpoint(config(options.model), base)
+        make_adapter(config(options.model), adapter)
+    sizes = [file.stat().st_size for file in sorted(base.glob("*.safetensors"))]
+    facts = machine.describe(place)
+    with s3_server() as address:
+        os.environ |= {**ENVIRONMENT, "AWS_ENDPOINT_URL": address}
+        _fill(base)
+        runs = [_round(number, adapter, sizes) for number in range(options.rounds)]
+    shutil.rmtree(place)
+    page = Page(
+        title=f"Qwen1.5-{options.model} from S3 to S3",
+        machine=facts,
+        table=_table(runs, sum(sizes)),
+        notes=_notes(runs, sum(sizes)),
+        runs=runs,
+    )
+    page.show(keep_as=f"storage-{options.model}" if options.results else None)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=FAMILY, default="1.8B")
+    parser.add_argument("--dir", type=Path, default=Path("/tmp/raymeld-bench"), help="on the disk")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--results", action="store_true", help="keep them in benchmarks/results")
+    return parser.parse_args()
+
+
+def _fill(base: Path) -> None:
+    from merge_core.carrying import carry
+    from merge_core.stores.location import DEFAULT_ACCESS, locate
+    from merge_core.stores.opening import open_store
+    from merge_core.stores.s3_client import client_for
+
+    client_for(DEFAULT_ACCESS).create_bucket(Bucket="bench")
+    source = locate(base)
+    for file in base.iterdir():
+        carry(source, open_store(source).look(file.name), locate("s3://bench/base"))
+
+
+def _round(number: int, adapter: Path, sizes: list[int]) -> dict[str, dict[str, Any]]:
+    """Every row once."""
+    base, out = "s3://bench/base", f"s3://bench/out-{number}"
+    merge = ["merge", base, str(adapter), "--out", out, "--address", "inline"]
+    words = {
+        "download": ["download", base],
+        "upload": ["upload", f"s3://bench/up-{number}", *map(str, sizes)],
+        "copy": ["copy", base, f"s3://bench/copy-{number}"],
+        "merge": ["raymeld", *merge, "--verify", "structure", "--quiet"],
+    }
+    names = list(words)
+    found = {}
+    for name in names[number % 4 :] + names[: number % 4]:
+        os.sync()
+        drop_page_cache()
+        command = [sys.executable, str(HERE / "storage_client.py"), *words[name]]
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found[name] = json.loads(said.splitlines()[-1])
+        print(f"round {number + 1}: {found[name]['seconds']:6.2f} s  {TITLES[name]}", flush=True)
+    return found
+
+
+def _table(runs: list[dict[str, dict[str, Any]]], size: int) -> list[str]:
+    lines = ["| " + " | ".join(HEADINGS) + " |", "|---|" + "--:|" * (len(HEADINGS) - 1)]
+    for name, title in TITLES.items():
+        mine = [run[name] for run in runs]
+        seconds = median(one["seconds"] for one in mine)
+        slower = median(
+            max(run["download"]["seconds"], run["upload"]["seconds"]) / run[name]["seconds"]
+            for run in runs
+        )
+        copy = median(run["copy"]["seconds"] / run[name]["seconds"] for run in runs)
+        cells = (
+            title,
+            f"{seconds:.2f}",
+            f"{size / 1e6 / seconds:.0f}",
+            f"{slower:.2f}",
+            f"{copy:.2f}",
+            f"{max(one['peak_memory'] for one in mine) / 1e6:,.0f} MB",
+            f"{sum(mine[0]['requests'].values()):,}",
+            f"{mine[0]['bytes_read'] / 1e9:.3f} GB",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _notes(runs: list[dict[str, dict[str, Any]]], size: int) -> list[str]:
+    merge = runs[0]["merge"]
+    beyond = merge["bytes_read"] / size - 1
+    listed = ", ".join(f"{count:,} {name}" for name, count in sorted(merge["requests"].items()))
+    return [
+        f"rounds: {len(runs)}; weights: {size / 1e9:.3f} GB; page cache dropped before each run",
+        "x slower: throughput over that of the slower of plain download and plain upload",
+        "x copy: throughput over that of both at once; medians of the rounds' ratios",
+        f"requests of a merge: {listed}",
+        f"read beyond the need: {beyond:.2%}",
+        "the server runs on the same cores",
+    ]
+
+
+if __name__ == "__main__":
+    main()

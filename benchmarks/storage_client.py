@@ -1,0 +1,148 @@
+"""What one row of ``benchmarks/storage.py`` runs, in a process of its own.
+
+    python benchmarks/storage_client.py download s3://bucket/base
+    python benchmarks/storage_client.py upload s3://bucket/out BYTES...
+    python benchmarks/storage_client.py copy s3://bucket/base s3://bucket/out
+    python benchmarks/storage_client.py raymeld merge s3://bucket/base ADAPTER --out s3://bucket/out
+
+The first three are the client library alone, in requests of the same size and as many at a time as
+raymeld has. Prints seconds, requests and bytes as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from merge_core.stores.location import Location, locate
+from merge_core.stores.opening import open_store
+from merge_core.stores.s3_client import checksum_of, client_for
+
+REQUEST_BYTES = 8 << 20
+CONNECTIONS = 8
+
+_own = threading.local()
+
+
+class Requests:
+    """Counts what passes through a client of botocore."""
+
+    def __init__(self, client: Any) -> None:
+        self.by_name: Counter[str] = Counter()
+        self.read = 0
+        client.meta.events.register("request-created.s3", self._sent)
+        client.meta.events.register("after-call.s3.GetObject", self._got)
+
+    def _sent(self, operation_name: str, **_: Any) -> None:
+        self.by_name[operation_name] += 1
+
+    def _got(self, parsed: dict[str, Any], **_: Any) -> None:
+        self.read += parsed.get("ContentLength", 0)
+
+
+def main() -> None:
+    what, *words = sys.argv[1:]
+    store = next(locate(word) for word in words if word.startswith("s3://"))
+    requests = Requests(client_for(store.access))
+    clock = time.perf_counter()
+    {"download": download, "upload": upload, "copy": copy, "raymeld": raymeld}[what](words)
+    said = {
+        "seconds": time.perf_counter() - clock,
+        "requests": dict(requests.by_name),
+        "bytes_read": requests.read,
+        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+        "cpu_seconds": time.process_time(),
+    }
+    print(json.dumps(said))
+
+
+def download(words: Sequence[str]) -> None:
+    """Read every weight file, and keep nothing."""
+    folder = locate(words[0])
+    with ThreadPoolExecutor(CONNECTIONS) as threads:
+        for _ in threads.map(lambda block: _read(folder, *block), _blocks(folder)):
+            pass
+
+
+def upload(words: Sequence[str]) -> None:
+    """Write files of so many bytes."""
+    folder, sizes = locate(words[0]), [int(word) for word in words[1:]]
+    data = bytearray(REQUEST_BYTES)
+    for number, size in enumerate(sizes):
+        _upload(folder / f"file-{number}", size, lambda _first, nbytes: memoryview(data)[:nbytes])
+
+
+def copy(words: Sequence[str]) -> None:
+    """Both at once: what is read is written."""
+    source, target = map(locate, words)
+    for file in _weights(source):
+
+        def read(first: int, nbytes: int, name: str = file.name) -> memoryview:
+            return _read(source, name, first, nbytes)
+
+        _upload(target / file.name, file.size, read)
+
+
+def raymeld(words: Sequence[str]) -> None:
+    """The command itself; its requests are of this process where it merges inline."""
+    from cluster.cli import main as command
+
+    sys.argv = ["raymeld", *words]
+    try:
+        command()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+
+
+def _weights(folder: Location) -> list[Any]:
+    return [file for file in open_store(folder).list() if file.name.endswith(".safetensors")]
+
+
+def _blocks(folder: Location) -> Iterator[tuple[str, int, int]]:
+    for file in _weights(folder):
+        for first in range(0, file.size, REQUEST_BYTES):
+            yield file.name, first, min(REQUEST_BYTES, file.size - first)
+
+
+def _read(folder: Location, name: str, first: int, nbytes: int) -> memoryview:
+    """Into the thread's own buffer."""
+    if not hasattr(_own, "buffer"):
+        _own.buffer = bytearray(REQUEST_BYTES)
+    where, view, got = folder / name, memoryview(_own.buffer)[:nbytes], 0
+    answer = client_for(where.access).get_object(
+        Bucket=where.root, Key=where.path, Range=f"bytes={first}-{first + nbytes - 1}"
+    )
+    while got < nbytes:
+        got += answer["Body"].readinto(view[got:])
+    return view
+
+
+def _upload(where: Location, size: int, read: Any) -> None:
+    client = client_for(where.access)
+    named = {"Bucket": where.root, "Key": where.path}
+    named["UploadId"] = client.create_multipart_upload(**named, ChecksumAlgorithm="CRC32")[
+        "UploadId"
+    ]
+
+    def send(first: int) -> dict[str, Any]:
+        body = bytearray(read(first, min(REQUEST_BYTES, size - first)))
+        number = first // REQUEST_BYTES + 1
+        checked = checksum_of(body, client)
+        answer = client.upload_part(**named, PartNumber=number, Body=body, **checked)
+        return {"PartNumber": number, "ETag": answer["ETag"]}
+
+    with ThreadPoolExecutor(CONNECTIONS) as threads:
+        parts = list(threads.map(send, range(0, size, REQUEST_BYTES)))
+    client.complete_multipart_upload(**named, MultipartUpload={"Parts": parts})
+
+
+if __name__ == "__main__":
+    main()
