@@ -16,7 +16,8 @@ from merge_core.digest import CELL_BYTES, bytes_digest, cell_digest, tensor_dige
 from merge_core.errors import InputError, Problem
 from merge_core.layout import DTYPE_BYTES, TensorSpec
 from merge_core.plan import AdapterInput, MergePlan
-from merge_core.read_ahead import Range, ReadAhead
+from merge_core.read_ahead import ReadAhead
+from merge_core.read_blocks import Range
 from merge_core.storage import replaced
 from merge_core.stores.location import Location
 from merge_core.stores.opening import check_unchanged, open_store

@@ -18,7 +18,8 @@ from merge_core.factors import FactorSource
 from merge_core.lanes import TORCH_DTYPES, aligned
 from merge_core.layout import TensorSpec
 from merge_core.plan import MergePlan, Shard, Source, TensorTask
-from merge_core.read_ahead import Range, ReadAhead
+from merge_core.read_ahead import ReadAhead
+from merge_core.read_blocks import Range
 from merge_core.storage import SLACK
 from merge_core.stores.location import Location
 from merge_core.stores.opening import check_unchanged, open_store

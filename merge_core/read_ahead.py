@@ -7,23 +7,15 @@ always under way, and each is asked for once, however small the pieces are that 
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import mmap
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from merge_core.read_blocks import BLOCK_BYTES, KEPT_BYTES, Range, blocks_of, overlapping
 from merge_core.storage import SLACK
 from merge_core.stores.store import Reader
-
-GAP_BYTES = 128 << 10
-"""Read over rather than asking again: at most 1.6 % of the shortest block that is followed by one.
-The time of a request is that of some MB."""
-
-BLOCK_BYTES = 8 << 20
-"""Of a block of what is long, up to twice that: see ``stores.blocks.BLOCK_BYTES``."""
 
 IN_FLIGHT = 8
 """Requests at the same time, beside the uploads that as many lanes are waiting for."""
@@ -34,64 +26,6 @@ enough. About as many more are held that lanes are in the middle of."""
 
 MOST_BYTES = 2 * AHEAD * 2 * BLOCK_BYTES
 """That are held at a time; about half of it where what is read is long."""
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Range:
-    """Bytes of a file, from one to behind another."""
-
-    file: int
-    """Number of its reader."""
-    first: int
-    behind: int
-
-    @property
-    def nbytes(self) -> int:
-        """How many."""
-        return self.behind - self.first
-
-
-def blocks_of(ranges: Sequence[Range]) -> dict[Range, int]:
-    """The requests that bring ``ranges``, in the order in which these come first, each with the
-    bytes of it that are wanted.
-    """
-    blocks = []
-    for run in _runs(ranges, GAP_BYTES):
-        count = max(1, run.nbytes // BLOCK_BYTES)
-        borders = [run.first + run.nbytes * n // count for n in range(count + 1)]
-        blocks += [Range(run.file, *pair) for pair in itertools.pairwise(borders)]
-    order = {block: 0 for wanted in ranges for block in _overlapping(blocks, wanted)}
-    for wanted in _runs(ranges, 0):
-        for block in _overlapping(blocks, wanted):
-            order[block] += min(block.behind, wanted.behind) - max(block.first, wanted.first)
-    return order
-
-
-def _runs(ranges: Iterable[Range], gap: int) -> Iterator[Range]:
-    """What lies no further apart than ``gap`` bytes, as one, sorted."""
-    run: Range | None = None
-    for each in sorted(one for one in ranges if one.nbytes):
-        if run and each.file == run.file and each.first <= run.behind + gap:
-            run = Range(run.file, run.first, max(run.behind, each.behind))
-            continue
-        if run:
-            yield run
-        run = each
-    if run:
-        yield run
-
-
-def _overlapping(blocks: Sequence[Range], wanted: Range) -> Iterator[Range]:
-    """Those of the sorted ``blocks`` that hold bytes of ``wanted``, which has no gap."""
-    start = bisect.bisect_right(
-        blocks, (wanted.file, wanted.first), key=lambda block: (block.file, block.behind)
-    )
-    for number in range(start, len(blocks)):
-        block = blocks[number]
-        if block.file != wanted.file or block.first >= wanted.behind:
-            return
-        if block.behind > wanted.first:
-            yield block
 
 
 @dataclass(slots=True)
@@ -123,6 +57,8 @@ class ReadAhead:
         self._order, self._sorted = list(self._wanted), sorted(self._wanted)
         self._number = {block: number for number, block in enumerate(self._order)}
         self._largest = max((block.nbytes for block in self._order), default=0)
+        self._small = self._small_of(ranges)
+        self._kept: dict[Range, memoryview] = {}
         self._begun: set[int] = set()
         self._there: dict[Range, _Fetched] = {}
         self._spare: list[memoryview] = []
@@ -139,8 +75,11 @@ class ReadAhead:
         Raises:
             StorageError: as the file's reader does.
         """
+        if self._is_kept(wanted):
+            target[:] = self._kept[wanted]
+            return
         done = wanted.first
-        for block in _overlapping(self._sorted, wanted):
+        for block in overlapping(self._sorted, wanted):
             until = max(done, block.first)
             self._read(target[done - wanted.first :], Range(wanted.file, done, until))
             part = Range(wanted.file, until, min(wanted.behind, block.behind))
@@ -154,6 +93,7 @@ class ReadAhead:
         """Wait for what is under way, and let go of everything."""
         self._threads.shutdown(cancel_futures=True)
         self._there.clear()
+        self._kept.clear()
         self._spare.clear()
 
     def _read(self, target: memoryview, part: Range) -> None:
@@ -183,6 +123,27 @@ class ReadAhead:
                 if fetched.left <= 0:
                     self._let_go(block)
         return True
+
+    def _small_of(self, ranges: Iterable[Range]) -> dict[Range, list[Range]]:
+        """What to keep of each block."""
+        small: dict[Range, list[Range]] = {}
+        for each in {one for one in ranges if 0 < one.nbytes <= KEPT_BYTES}:
+            block = next(overlapping(self._sorted, each))
+            if block.first <= each.first and each.behind <= block.behind:
+                small.setdefault(block, []).append(each)
+        return small
+
+    def _is_kept(self, wanted: Range) -> bool:
+        """Waits for its block, if it is one of those that are."""
+        block = next(overlapping(self._sorted, wanted), None)
+        if block is None or wanted not in self._small.get(block, ()):
+            return False
+        with self._lock:
+            self._start(self._number[block])
+            fetched = self._there.get(block)
+        if fetched is not None:
+            fetched.data.result()
+        return wanted in self._kept
 
     def _start(self, number: int) -> None:
         """Have a block fetched, and those that come next while there is room."""
@@ -219,7 +180,11 @@ class ReadAhead:
         return memoryview(mmap.mmap(-1, self._largest + SLACK))
 
     def _fetch(self, block: Range, buffer: memoryview) -> memoryview:
-        return self._readers[block.file].read_into(buffer, block.first, block.nbytes)
+        data = self._readers[block.file].read_into(buffer, block.first, block.nbytes)
+        for small in self._small.get(block, ()):
+            some = data[small.first - block.first : small.behind - block.first]
+            self._kept[small] = memoryview(bytes(some))
+        return data
 
 
 class _Reader:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import closing
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_core.errors import StorageError
-from merge_core.read_ahead import AHEAD, BLOCK_BYTES, GAP_BYTES, Range, ReadAhead, blocks_of
+from merge_core.read_ahead import AHEAD, ReadAhead
+from merge_core.read_blocks import BLOCK_BYTES, GAP_BYTES, Range, blocks_of
 
 MIB = 1 << 20
 
@@ -154,10 +156,33 @@ def test_whatever_was_planned_what_is_asked_for_is_read(
         for file, first, count in asked:
             found = read(ahead, file, first, first + count)
             assert found == content(first, first + count)
+    blocks = sorted(blocks_of(ranges))
+    assert all(a.file < b.file or a.behind <= b.first for a, b in pairwise(blocks))
+    for each in ranges:
+        held = (
+            min(b.behind, each.behind) - max(b.first, each.first)
+            for b in blocks
+            if b.file == each.file
+        )
+        assert sum(max(0, nbytes) for nbytes in held) == each.nbytes
 
-    wanted = {(r.file, byte) for r in ranges for byte in range(r.first, r.behind)}
-    blocks = blocks_of(ranges)
-    assert sum(blocks.values()) == len(wanted)
-    assert all(
-        any(b.file == file and b.first <= byte < b.behind for b in blocks) for file, byte in wanted
-    )
+
+def test_small_tensors_that_are_written_last_are_not_asked_for_again() -> None:
+    """As a layer's norms and biases."""
+    file, weight = Recorded(), 12 * MIB
+    places = [n * (weight + 4096) for n in range(40)]
+    large = [Range(0, place, place + weight) for place in places]
+    small = [Range(0, place + weight, place + weight + 4096) for place in places]
+
+    with closing(ReadAhead([file], [*large, *small])) as ahead:
+        for each in [*large, *small]:
+            assert read(ahead, 0, each.first, each.behind) == content(each.first, each.behind)
+
+    assert sum(nbytes for _, nbytes in file.asked) == small[-1].behind
+
+
+def test_what_lies_close_together_but_is_read_apart_are_blocks_of_their_own() -> None:
+    """As layers 1 and 10, which lie side by side where names are sorted."""
+    one, ten, two = (Range(0, n * MIB, (n + 1) * MIB) for n in range(3))
+
+    assert list(blocks_of([one, two, ten])) == [one, two, ten]
