@@ -154,7 +154,6 @@ def reading(store: S3Store) -> bytes:
         pytest.param(drop_within(100_000), id="cut"),
         pytest.param(say(503), id="503"),
         pytest.param(say(500), id="500"),
-        pytest.param(say(429), id="429"),
     ],
 )
 def test_a_read_that_fails_once_is_tried_again(store: S3Store, proxy: FaultProxy, how: Any) -> None:
