@@ -40,9 +40,10 @@ from cluster.backlog import Item
 from cluster.crew import WorkerKind
 from cluster.loop import Loop
 from cluster.tasks import MERGING, VERIFYING, Task
+from cluster.timing import Timing
 from cluster.workers import Fleet
+from merge_core.history import recorded
 from merge_core.lease import Lease
-from merge_core.progress import ProgressFile
 
 SIZE = 2_000_000_000
 SECONDS = {MERGING: 4.0, VERIFYING: 2.0}
@@ -179,9 +180,10 @@ def run(shards: int, workers: int, stretch: int, out: Path) -> dict[str, Any]:
     with (
         mock.patch.object(loop_module, "time", pool),
         Lease(out, say) as lease,
-        ProgressFile(out, lease.holder.run, _ignore, say) as progress,
+        recorded(out, lease.holder, {}, _ignore, say) as history,
     ):
-        loop = Loop(pool, fleet, 1800.0, settle, progress.say, progress.watch)  # type: ignore[arg-type]
+        timing = Timing(history.attempt)
+        loop = Loop(pool, fleet, 1800.0, settle, history.say, history.watch, timing)  # type: ignore[arg-type]
         pool.tasks = loop.tasks
         clock = time.process_time()
         loop.add([_task(n, MERGING, "merge") for n in range(shards)])

@@ -14,6 +14,7 @@ from actors.pool import Pool, node_resources
 from cluster.loop import Loop
 from cluster.session import session
 from cluster.tasks import VERIFYING, checking
+from cluster.timing import Timing
 from cluster.workers import ClusterOptions, size_fleet
 from merge_core.progress import Watch
 from merge_core.verify import FileCheck, FileResult, VerifyReport, verify
@@ -69,7 +70,8 @@ def _run(
     for line in fleet.lines:
         say(line)
     pool = Pool(identify(), fleet.workers, Checker)
-    loop = Loop(pool, fleet, options.start_timeout, settle, say, watch)
+    timing = Timing(lambda _: None)  # OUT keeps the history of merges alone
+    loop = Loop(pool, fleet, options.start_timeout, settle, say, watch, timing)
     loop.add([checking(check, _size(check), VERIFYING) for check in checks])
     try:
         loop.run()

@@ -71,7 +71,17 @@ class Receipt:
     peak_memory: int
     """See ``Peaks``; in bytes, like the next."""
     peak_vram: int | None
+    memory_limit: int | None = None
+    """What the process held and found free before its first shard; in bytes, like the next. None
+    in receipts of versions that did not look."""
+    vram_limit: int | None = None
     tensors: tuple[TensorRecord, ...]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """All but the tensors."""
+        fields = (field.name for field in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in fields if name != "tensors"}
 
     def to_json(self) -> bytes:
         """The receipt as it is kept on disk."""
@@ -93,18 +103,17 @@ def write_ledger(
 
     Args:
         files: name of each shard's file, by shard index.
-        about: what holds for the whole merge; kept as JSON in the file's metadata.
+        about: what holds for the whole merge; kept as JSON in the file's metadata, beside
+            ``shards``: of each receipt all but its tensors.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = [
-        _row(receipt, files[receipt.shard], record)
-        for receipt in sorted(receipts, key=lambda r: r.shard)
-        for record in receipt.tensors
-    ]
+    ordered = sorted(receipts, key=lambda r: r.shard)
+    rows = [_row(one, files[one.shard], record) for one in ordered for record in one.tensors]
+    shards = [{**one.about, "file": files[one.shard]} for one in ordered]
     table = pa.Table.from_pylist(rows, schema=_schema())
-    table = table.replace_schema_metadata({"raymeld": json.dumps(about)})
+    table = table.replace_schema_metadata({"raymeld": json.dumps({**about, "shards": shards})})
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_durably(path, buffer.getvalue())

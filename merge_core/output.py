@@ -7,6 +7,7 @@ OUT/.raymeld/lease/                    who is at work
 OUT/.raymeld/plan.json                 what is being done
 OUT/.raymeld/parts/                    unfinished files of workers
 OUT/.raymeld/receipts/                 one small file a finished shard
+OUT/.raymeld/runs/                     how each run went
 OUT/.raymeld/config.json               the config that will be published
 OUT/.raymeld/ledger.parquet            one row a tensor
 OUT/.raymeld/verified.json             what was checked
@@ -24,7 +25,7 @@ from typing import Any
 from merge_core import __version__
 from merge_core.errors import InputError, Problem, StorageError, refuse
 from merge_core.json_text import parse_object
-from merge_core.plan import MergePlan
+from merge_core.plan import AdapterInput, MergePlan
 from merge_core.side_files import CONFIG, INDEX, TEMPLATES
 from merge_core.storage import replaced, reported, sync_directory, write_durably
 from merge_core.verify import LEVELS
@@ -182,13 +183,26 @@ def describe(plan: MergePlan) -> dict[str, Any]:
         "fingerprint": plan.fingerprint,
         "base": str(plan.base),
         "inputs": _inputs(plan),
-        "adapters": [{"path": str(a.path), "weight": a.weight} for a in plan.adapters],
+        "architectures": plan.config.get("architectures"),
+        "adapters": [_describe_adapter(adapter) for adapter in plan.adapters],
         "config_changes": dict(plan.config_changes),
         "keep_tied": plan.keep_tied,
         "combination": dataclasses.asdict(plan.combination),
         "simulate_nf4": plan.simulates_nf4,
         "side_files": [file.name for file in plan.side_files],
+        "header_digests": list(plan.header_digests),
+        "notes": list(plan.notes),
         "shards": [dataclasses.asdict(shard) for shard in plan.shards],
+    }
+
+
+def _describe_adapter(adapter: AdapterInput) -> dict[str, Any]:
+    return {
+        "path": str(adapter.path),
+        "weight": adapter.weight,
+        "peft_type": adapter.peft_type,
+        "file": dataclasses.asdict(adapter.file),
+        "tensors": dict(adapter.digests),
     }
 
 

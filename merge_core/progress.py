@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -107,11 +107,17 @@ class ProgressFile:
             "written": time.time(),
             "lines": list(self._lines),
         }
-        temporary = self._path.with_suffix(".tmp")
-        with contextlib.suppress(OSError):  # a full disk ends the merge where it matters
-            if is_held(self._out, self._run):
-                temporary.write_text(json.dumps(content))
-                os.replace(temporary, self._path)
+        keep_json(self._path, content, self._out, self._run)
+
+
+def keep_json(path: Path, content: Mapping[str, Any], out: Path, run: str) -> None:
+    """Replace ``path`` while ``run`` has the lease of ``out``; not durable, and never an error."""
+    temporary = path.with_suffix(".tmp")
+    with contextlib.suppress(OSError):  # a full disk ends the merge where it matters
+        if is_held(out, run):
+            path.parent.mkdir(exist_ok=True)
+            temporary.write_text(json.dumps(content))
+            os.replace(temporary, path)
 
 
 def read_progress(out: Path) -> dict[str, Any] | None:
