@@ -9,7 +9,13 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from cluster import doctor_commands, jobs_commands, plan_commands, result_commands
+from cluster import (
+    doctor_commands,
+    jobs_commands,
+    plan_commands,
+    report_commands,
+    result_commands,
+)
 from cluster.answering import answering
 from cluster.options import (
     Adapters,
@@ -190,6 +196,7 @@ def spot_notice(
 
 plan_commands.register(app)
 result_commands.register(app)
+report_commands.register(app)
 jobs_commands.register(app)
 doctor_commands.register(app)
 app.command()(spot_notice)

@@ -32,7 +32,7 @@ and ``progress.json`` has the last ones."""
 MOST_SAMPLES = 600
 """Of the pace; when there are as many, every second one is forgotten. No chart shows more."""
 
-SAMPLE_SECONDS = 1.0
+SAMPLE_SECONDS = 0.2
 """Between two samples at first."""
 
 WRITE_SECONDS = 15.0

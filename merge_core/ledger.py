@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,13 +110,35 @@ def write_ledger(
     import pyarrow.parquet as pq
 
     ordered = sorted(receipts, key=lambda r: r.shard)
-    rows = [_row(one, files[one.shard], record) for one in ordered for record in one.tensors]
+    rows = [row for one in ordered for row in rows_of(one, files[one.shard])]
     shards = [{**one.about, "file": files[one.shard]} for one in ordered]
     table = pa.Table.from_pylist(rows, schema=_schema())
     table = table.replace_schema_metadata({"raymeld": json.dumps({**about, "shards": shards})})
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_durably(path, buffer.getvalue())
+
+
+def read_ledger(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows that ``write_ledger`` wrote, in their order, and what holds for the whole merge.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is no ledger.
+    """
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    about = json.loads((table.schema.metadata or {})[b"raymeld"])
+    return table.to_pylist(), about
+
+
+def rows_of(receipt: Receipt, file: str) -> Iterator[dict[str, Any]]:
+    """What the ledger says of each tensor of a shard.
+
+    Args:
+        file: name of the shard's file.
+    """
+    return (_row(receipt, file, record) for record in receipt.tensors)
 
 
 def _row(receipt: Receipt, file: str, record: TensorRecord) -> dict[str, Any]:
