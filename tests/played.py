@@ -75,12 +75,13 @@ def play(plan: MergePlan, out: Path, workers: int, *, finished: bool = True) -> 
 
 
 def _receipts(plan: MergePlan, workers: int, draw: random.Random) -> Iterator[Receipt]:
+    fingerprint = plan.fingerprint
     free = [BEGAN + 20 + draw.random() * 30 for _ in range(workers)]
     for shard in plan.shards:
         worker = min(range(workers), key=free.__getitem__)
         seconds = shard.size / 1e8 * (0.8 + draw.random())
         yield Receipt(
-            fingerprint=plan.fingerprint,
+            fingerprint=fingerprint,
             shard=shard.index,
             attempt=1 + (shard.index % 9 == 3),
             part=f"{shard.name}.part",

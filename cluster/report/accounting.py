@@ -88,13 +88,19 @@ def _read(task: Mapping[str, Any]) -> Iterator[tuple[int, str, str]]:
         singles = update["parts"] if update["kind"] == "combined" else [update]
         for single in singles:
             adapter, kind = _adapter_of(single), KINDS.get(single["kind"], single["kind"])
-            for key in _tensors(single):
-                yield adapter, key, kind
+            if adapter is not None:
+                yield from ((adapter, key, kind) for key in _tensors(single))
 
 
-def _adapter_of(update: Mapping[str, Any]) -> int:
-    number = update.get("adapter")
-    return int(update["parts"][0][1]["adapter"] if number is None else number)
+def _adapter_of(update: Any) -> int | None:
+    """The number of its adapter, which some updates leave to what they are made of."""
+    if isinstance(update, Mapping):
+        if "adapter" in update:
+            return int(update["adapter"])
+        update = update.values()
+    elif not isinstance(update, list):
+        return None
+    return next((n for inner in update if (n := _adapter_of(inner)) is not None), None)
 
 
 def _tensors(value: Any) -> Iterator[str]:

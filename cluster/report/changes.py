@@ -16,6 +16,8 @@ from merge_core.shards import layer_of
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 """One column for all experts of a layer: a heat map of sixty times as many shows nothing."""
 
+_LAYER = re.compile(r"\.\d+\.")
+
 
 @dataclass(slots=True)
 class Cell:
@@ -92,7 +94,7 @@ def heat_map(tensors: Iterable[Row]) -> HeatMap:
 def module_of(tensor: str) -> str:
     """What a tensor is called in every layer: ``self_attn.q_proj``, ``mlp.experts.*.up_proj``."""
     name = _EXPERT.sub(".experts.*.", tensor)
-    return name.split(f".{layer_of(tensor)}.", 1)[1].removesuffix(".weight")
+    return _LAYER.split(name, maxsplit=1)[-1].removesuffix(".weight")
 
 
 def tensor_table(tensors: Sequence[Row]) -> Table:
