@@ -99,6 +99,7 @@ class Loop:
                     self._handle(event)
                 if time.monotonic() - self._looked >= LOOK_SECONDS:
                     self._look()
+            self._report_end()
         finally:  # Ray would go on reporting what was shown last
             idle = dict.fromkeys((kind.name for kind in self.fleet.kinds), 0)
             self._metrics.show(idle, idle)
@@ -181,6 +182,13 @@ class Loop:
         busy = Counter(self.schedule.at_work(worker) for worker in self.pool.assigned)
         up = {kind: self.pool.count(kind)[0] for kind in kinds}
         self._metrics.show({kind: busy[kind] for kind in kinds}, up)
+
+    def _report_end(self) -> None:
+        """All is done: who looks once a second has not seen that yet."""
+        rank = max(self._size, default=None)
+        if rank is not None:
+            size = self._size[rank]
+            self.watch(Progress(phase=PHASES[rank], done=size, total=size, workers=()))
 
     def _report(self) -> None:
         """The phase is that of the most urgent task that is not done."""

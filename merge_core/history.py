@@ -140,6 +140,8 @@ class History:
         """Keep when a phase began and how fast it goes, and pass the progress on."""
         now, phases = time.time(), self._record["phases"]
         if not phases or phases[-1]["phase"] != progress.phase:
+            if phases:  # the next one begins when all of it is done
+                phases[-1] |= {"ended": now, "done": phases[-1]["total"]}
             phases.append({"phase": progress.phase, "began": now, "before": progress.done})
             self._sampled = 0.0
         phases[-1] |= {"ended": now, "done": progress.done, "total": progress.total}

@@ -37,6 +37,7 @@ def test_a_finished_merge_keeps_its_run(small: MergePlan, out: Path) -> None:
     assert (run["outcome"], run["error"]) == ("done", "")
     assert run["options"] == {"address": "inline", "device": "auto", "verify": "digest"}
     assert [phase["phase"] for phase in run["phases"]] == ["merging", "verifying"]
+    assert run["phases"][0]["done"] == sum(shard.size for shard in small.shards)
     assert run["began"] <= run["phases"][0]["began"] <= run["phases"][1]["began"] <= run["ended"]
     assert result.verified is not None
     assert run["verification"]["checks"] == list(result.verified.checks)
