@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cluster.answering import answering, end
 from cluster.options import Debug, Json, Level, Quiet, StartTimeout, Workers, refuse_workers
-from merge_core.errors import VerificationError, counted
+from merge_core.errors import InterruptedMergeError, VerificationError, counted, refuse
+
+if TYPE_CHECKING:
+    from cluster.status import Status
 
 
 def register(app: typer.Typer) -> None:
@@ -82,13 +85,35 @@ def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
 
 def status(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The --out of a merge.")],
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Show it as it happens, until it ends.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a running or stopped merge has done; reads OUT alone."""
+    """Say what a running or stopped merge has done; reads OUT alone.
+
+    With --watch: exit code 0 when the merge has ended, however it did; Ctrl-C leaves it alone.
+    """
     with answering(as_json=as_json, debug=debug):
         from cluster import console
         from cluster.status import read_status, status_document, status_lines
 
-        found = read_status(out.absolute())
+        if watch and as_json:
+            remedy = "Ask for one of them"
+            raise refuse("an answer in JSON is given once", "--json with --watch", remedy)
+        found = _watched(out.absolute()) if watch else read_status(out.absolute())
         console.answer(status_lines(found), status_document(found), as_json=as_json)
+
+
+def _watched(out: Path) -> Status:
+    from rich.console import Console
+
+    from cluster.status_watch import watch_status
+    from cluster.stderr import Stderr
+
+    try:
+        return watch_status(out, Console(highlight=False))
+    except KeyboardInterrupt:
+        Stderr().print("left; the merge goes on")
+        raise typer.Exit(InterruptedMergeError.exit_code) from None
