@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -141,11 +142,7 @@ def _run(
         "outcome": "done" if finished else "stopped",
         "error": "" if finished else "worker-3: the disk is gone. Mend it",
         "phases": phases,
-        "samples": [
-            (phase["began"] + step, number, phase["total"] * (step + draw.random()) / 60)
-            for number, phase in enumerate(phases)
-            for step in range(1, int(phase["ended"] - phase["began"]))
-        ],
+        "samples": [sample for number in range(len(phases)) for sample in _pace(phases, number)],
         "attempts": list(_attempts(plan, done, end if finished else None, draw)),
         "lines": [(BEGAN + 20 + n, f"worker-{n} is NVIDIA H200 on somewhere") for n in range(64)],
         "verification": _verification(plan) if finished else None,
@@ -155,6 +152,15 @@ def _run(
 def _phase(name: str, began: float, ended: float, done: int, total: int) -> dict[str, Any]:
     times = {"began": began, "ended": ended}
     return {"phase": name, **times, "before": 0, "done": done, "total": total}
+
+
+def _pace(phases: list[dict[str, Any]], number: int) -> Iterator[tuple[float, int, float]]:
+    """A sample a second, slower and faster by turns."""
+    phase = phases[number]
+    seconds = phase["ended"] - phase["began"]
+    for step in range(1, int(seconds)):
+        share = (step + 0.4 * math.sin(step)) / seconds
+        yield phase["began"] + step, number, share * phase["done"]
 
 
 def _attempts(

@@ -212,7 +212,7 @@
     return {
       width: 640, height: 130 + 22 * rows.length, count: flat.length, points: flat, describe: (at) => flat[at][2],
       option: {
-        legend: legend(), grid: { left: 190, right: 24, top: 36, bottom: 76 },
+        legend: legend(), grid: { left: 190, right: 40, top: 36, bottom: 76 },
         xAxis: timeAxis(seconds || 1, "since the run began"),
         yAxis: axis({ axisLabel: { formatter: (name) => shortened(name, 28) }, rest: { type: "category", data: rows, inverse: true, splitLine: { show: true, lineStyle: { color: color("grid") } } } }),
         dataZoom: [{ type: "slider", height: 18, bottom: 8, filterMode: "weakFilter", labelFormatter: clock, borderColor: color("line"), textStyle: { color: color("faint") } }],
@@ -231,7 +231,7 @@
     return {
       width: 480, height: 260, count: points.length, points, describe: (at) => points[at][2],
       option: {
-        legend: legend(), grid: { left: 90, right: 24, top: 36, bottom: 52 },
+        legend: legend(), grid: { left: 90, right: 40, top: 36, bottom: 52 },
         xAxis: timeAxis(seconds || 1, "since the run began"),
         yAxis: axis({ axisLabel: { formatter: (v) => scaled(v, "B/s") }, rest: { type: "value", min: 0 } }),
         tooltip: { formatter: ({ seriesName, value }) => tip(...describe(seriesName, value)) },
