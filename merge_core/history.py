@@ -114,6 +114,9 @@ class History:
         self._every, self._sampled, self._written = SAMPLE_SECONDS, 0.0, 0.0
 
     def __enter__(self) -> Self:
+        with contextlib.suppress(OSError):
+            for left in runs_directory(self._out).glob("*.tmp"):  # of a run that was killed
+                left.unlink(missing_ok=True)
         self._write()
         return self
 

@@ -157,6 +157,15 @@ def test_a_run_that_lost_its_lease_writes_no_more(small: MergePlan, out: Path) -
     assert (last["outcome"], last["lines"]) == ("running", [])
 
 
+def test_what_a_killed_run_was_writing_is_removed_by_the_next(small: MergePlan, out: Path) -> None:
+    merge(dataclasses.replace(small, stage=frozenset({0})), out, choice=TWO_LANES)
+    (runs_directory(out) / "killed.tmp").touch()
+    merge(small, out, choice=TWO_LANES)
+
+    assert {path.suffix for path in runs_directory(out).iterdir()} == {".json"}
+    assert len(read_runs(out)) == 2
+
+
 def test_what_cannot_be_read_is_left_out(small: MergePlan, out: Path) -> None:
     merge(small, out, choice=TWO_LANES)
     for name, text in {"a": "", "b": "[]", "c": '{"began": "today"}'}.items():
