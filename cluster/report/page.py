@@ -22,6 +22,9 @@ from cluster.report.evidence import Evidence
 from cluster.report.spectrum import Spectrum
 from cluster.report.tables import Column, Table, rounded
 
+SCRIPTS = ("tables.js", "charts.js")
+"""One script of the page, in this order."""
+
 LIBRARY = "echarts.min.js.gz"
 """``dist/echarts.min.js`` of the npm package echarts 6.1.0, as it is, through ``gzip -9n``."""
 
@@ -35,7 +38,8 @@ def page(evidence: Evidence, spectra: list[Spectrum]) -> str:
     Args:
         spectra: singular values, as far as they were asked for.
     """
-    script, library = _file("page.js").decode(), _file(LIBRARY)
+    script = "".join(_file(name).decode() for name in SCRIPTS)
+    library = _file(LIBRARY)
     environment = Environment(
         loader=PackageLoader("cluster.report", "page"),
         autoescape=select_autoescape(default=True),
