@@ -20,6 +20,19 @@ class Stored:
     tensor: TensorSpec
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AsItLies:
+    """What the decodings share of weights whose rows and columns lie as they are."""
+
+    weight: Stored
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]"""
+        out, width = self.weight.tensor.shape
+        return out, width
+
+
 class Fetch(Protocol):
     """Reads a stored tensor."""
 
