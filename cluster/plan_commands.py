@@ -82,7 +82,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
         from cluster.estimate import Machines, estimate
         from cluster.estimate_report import estimate_documents, estimate_lines
         from cluster.pools import find_pools
-        from merge_core.destination import check_destination, notes_on
+        from merge_core.destination import check_destination, notes_on, shards_there
 
         counts = node_counts(nodes)
         machines = Machines(
@@ -109,18 +109,20 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
             dequantize=dequantize,
             simulate_nf4=simulate_nf4,
         )
+        there: frozenset[int] = frozenset()
         if out is not None:
             check_destination(out.absolute(), planned)
+            there = shards_there(out.absolute(), planned)
             notes = map(str, notes_on(out.absolute()))
             planned = replace(planned, notes=(*planned.notes, *notes))
         pools = find_pools(planned)
         estimates = {n: estimate(planned, replace(machines, nodes=n), verify) for n in counts}
         console.answer(
             [
-                *console.plan_lines(planned, pools),
+                *console.plan_lines(planned, pools, there),
                 *estimate_lines(estimates, machines, verify),
             ],
-            console.plan_document(planned, pools)
+            console.plan_document(planned, pools, there)
             | {"estimates": estimate_documents(estimates, machines, verify)},
             as_json=as_json,
         )

@@ -45,6 +45,14 @@ def receipts_directory(out: Path) -> Path:
     return state_directory(out) / "receipts"
 
 
+def accepted_shards(out: Path) -> frozenset[int]:
+    """Those that have a receipt in OUT, by their index in the plan that it holds."""
+    numbers = (
+        path.stem.rpartition("-")[2] for path in receipts_directory(out).glob("shard-*.json")
+    )
+    return frozenset(int(number) for number in numbers if number.isdecimal())
+
+
 def check_location(out: Path, base: Path, adapters: tuple[Path, ...]) -> list[Problem]:
     """Problems of where OUT lies: it may share no directory with what is read."""
     problems = []
