@@ -189,6 +189,22 @@ def test_modules_that_gptqmodel_packed_otherwise_are_decoded_as_they_are(
     assert "12 weights of the base decoded from GPTQ, 4 bits, others by module" in plan.notes
 
 
+def test_gptqmodel_calls_the_zeros_of_gemv_fast_otherwise(
+    tmp_path: Path, adapter: Path, out: Path
+) -> None:
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".scaled_zeros")]:
+            tensors[name.replace("scaled_zeros", "qzeros")] = tensors.pop(name)
+
+    how, said = AwqGemv(group=64, fast=True), {"format": "gemv_fast", "pack_dtype": "int16"}
+    base = write_quantised(tmp_path / "b", how, GEOMETRY, change=rename, version=None, **said)
+
+    merge(make_plan(base.path, [adapter], dequantize=True), out, choice=TWO_LANES)
+
+    assert_within_contract(read_tensors(out), base.weights, deltas_of(FACTORS, 2.0), HALF)
+    assert verify(out, "numeric").findings == ()
+
+
 def test_the_biases_of_zeros_that_gptq_wrote_are_left_out(
     tmp_path: Path, adapter: Path, out: Path
 ) -> None:

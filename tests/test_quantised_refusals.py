@@ -109,6 +109,15 @@ def test_what_is_wrong_with_several_modules_is_told_at_once(
     assert f"module {DOWN}:" in said
 
 
+def test_zeros_that_are_there_under_two_names_are_named(refusal: Callable[..., str]) -> None:
+    def add(tensors: Tensors) -> None:
+        tensors[f"{UP}.qzeros"] = tensors[f"{UP}.scaled_zeros"].clone()
+
+    said = refusal(AwqGemv(fast=True), add)
+
+    assert f"{UP} has both qzeros and scaled_zeros" in said
+
+
 def test_a_weight_that_is_there_beside_its_packed_parts_is_named(
     refusal: Callable[..., str],
 ) -> None:

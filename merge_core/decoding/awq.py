@@ -37,7 +37,7 @@ _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 _PARTS = {
     "gemm": frozenset({"qweight", "qzeros", "scales"}),
     "gemv": frozenset({"qweight", "qzeros", "scales"}),
-    "gemv_fast": frozenset({"qweight", "scales", "scaled_zeros"}),
+    "gemv_fast": frozenset({"qweight", "scales", "scaled_zeros", "qzeros"}),
 }
 """By the layout, which is named after the kernel."""
 
@@ -61,7 +61,9 @@ _FIELDS = {
         )
         for name, said in dict.fromkeys(_LAYOUT_FIELDS, "gemm, gemv or gemv_fast").items()
     },
-    "pack_dtype": Field(default="int32", allowed=one_of("int32"), expected="int32"),
+    "pack_dtype": Field(
+        default="int32", allowed=one_of("int32", "int16"), expected="int32, or int16 of gemv_fast"
+    ),
 }
 _NEUTRAL = frozenset(
     {

@@ -12,7 +12,7 @@ For ``gemv_fast``, after the packer of llm-awq:
 
     qweight       int16 [out / 4, in]        four columns in a word, eight apart from each other
     scales        float [8 words, out]
-    scaled_zeros  float [8 words, out]       -scale * zero, rounded
+    scaled_zeros  float [8 words, out]       -scale * zero, rounded; GPTQModel calls them qzeros
 
 W[o, i] = scales[g, o] * q[o, i] + scaled_zeros[g, o]. Each row of qweight holds four of the weight,
 64 columns of one after 64 of another; of 32 columns, word m of eight has m, m + 8, m + 16, m + 24.
@@ -185,14 +185,17 @@ def gemv_fast_decoding(module: PackedModule, group_size: int) -> GemvFastDecodin
     Raises:
         InputError: some are missing, or do not fit one another.
     """
-    module.require("qweight", "scales", "scaled_zeros")
+    zeros = "qzeros" if "qzeros" in module.parts else "scaled_zeros"
+    module.require("qweight", "scales", zeros)
     rows, width = module.matrix("qweight")
     groups, room = _groups(module, width, group_size)
     module.expect("qweight", ["I16"], (rows, width))
-    for part in ("scales", "scaled_zeros"):
+    for part in ("scales", zeros):
         module.expect(part, ["F16", "BF16"], (room, rows * _ROWS))
-    if module.parts["scales"].tensor.dtype != module.parts["scaled_zeros"].tensor.dtype:
-        module.wrong("scales and scaled_zeros are of two dtypes")
+    if module.parts["scales"].tensor.dtype != module.parts[zeros].tensor.dtype:
+        module.wrong(f"scales and {zeros} are of two dtypes")
+    if len(module.parts) > 3:
+        module.wrong(f"{module.path} has both qzeros and scaled_zeros")
     if width % _COLUMNS:
         module.wrong(f"{width} inputs are no multiple of {_COLUMNS}")
     module.check()
@@ -200,7 +203,7 @@ def gemv_fast_decoding(module: PackedModule, group_size: int) -> GemvFastDecodin
     return GemvFastDecoding(
         qweight=parts["qweight"],
         scales=parts["scales"],
-        scaled_zeros=parts["scaled_zeros"],
+        scaled_zeros=parts[zeros],
         groups=groups,
     )
 

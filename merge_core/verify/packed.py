@@ -29,7 +29,7 @@ _ENDINGS = {
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
     "awq": ("qweight", "qzeros", "scales"),
     "awq gemv": ("qweight", "qzeros", "scales"),
-    "awq gemv_fast": ("qweight", "scales", "scaled_zeros"),
+    "awq gemv_fast": ("qweight", "scales", "scaled_zeros", "qzeros"),
     "4bit": _FOUR_BIT,
     "8bit": ("weight", "SCB", "weight_format"),
     "fp8": ("weight", "weight_scale_inv"),
@@ -192,9 +192,8 @@ def _awq_gemv(parts: Mapping[str, BaseTensor], said: Mapping[str, Any]) -> _Read
 
 def _awq_fast(parts: Mapping[str, BaseTensor], said: Mapping[str, Any]) -> _Read:
     (rows, width), size = parts["qweight"].entry.shape, said.get("group_size") or 128
-    wanted: dict[str, Shape] = dict.fromkeys(
-        ("scales", "scaled_zeros"), (_room(width, size), 4 * rows)
-    )
+    (zeros,) = parts.keys() & {"scaled_zeros", "qzeros"}
+    wanted: dict[str, Shape] = dict.fromkeys(("scales", zeros), (_room(width, size), 4 * rows))
     if width % 64:
         raise ValueError(f"{width} columns are no multiple of 64")
     return (4 * rows, width), parts["scales"].entry.dtype, wanted, {"group": size}

@@ -113,7 +113,8 @@ def _awq_fast(parts: Mapping[str, Array], packing: Packing, tensor: BaseTensor) 
     word = column // 64 * 64 + column % 64 // 32 * 8 + column % 8
     shift = (column % 32 // 8 * 4).astype(np.int16)
     groups = column // packing.settings["group"]
-    scales, zeros = (_floats(parts, packing, name) for name in ("scales", "scaled_zeros"))
+    (name,) = parts.keys() & {"scaled_zeros", "qzeros"}
+    scales, zeros = (_floats(parts, packing, part) for part in ("scales", name))
 
     def rows(top: int, bottom: int) -> Values:
         row = np.arange(top, bottom)[:, None]
