@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import edit_json, read_tensors
+from models import Saved, changed, edit_json, read_tensors
 from moe import BOTH, PREFIX, apart, write_expert_adapter, write_fused_adapter
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cluster.explain import adapter_lines, counts_of
 from merge_core.errors import InputError
@@ -20,7 +20,6 @@ from merge_core.merge import merge
 from merge_core.planner import make_plan
 
 Bases = Callable[..., Path]
-Saved = dict[str, torch.Tensor]
 TARGETS = ["gate_proj", "up_proj", "down_proj", "gate"]
 
 
@@ -30,16 +29,6 @@ def adapter(request: pytest.FixtureRequest, moe: Bases, tmp_path_factory: Any) -
     if request.param == "of each expert":
         return write_expert_adapter(path, moe(), TARGETS, lora_alpha=6)
     return write_fused_adapter(path, moe(), swapped=False, peft_version="0.21.0")
-
-
-def changed(adapter: Path, path: Path, change: Callable[[Saved], Any], **fields: Any) -> Path:
-    """A copy of an adapter, with other tensors and other fields."""
-    shutil.copytree(adapter, path, dirs_exist_ok=True)
-    saved = load_file(adapter / "adapter_model.safetensors")
-    change(saved)
-    save_file(saved, path / "adapter_model.safetensors")
-    edit_json(path / "adapter_config.json", **fields)
-    return path
 
 
 def refusal(base: Path, adapter: Path) -> str:

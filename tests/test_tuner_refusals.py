@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import edit_json, make_gpt2
+from models import Saved, changed, edit_json, make_gpt2
 from safetensors.torch import load_file, save_file
 from tuners import make_tuned
 
@@ -154,12 +154,11 @@ def test_clusters_that_peft_makes_of_another_base_are_refused(
 def test_clusters_of_a_decomposition_that_is_not_that_of_the_file_are_refused(
     base: Path, tuned: Callable[..., Path], tmp_path: Path
 ) -> None:
-    adapter = shutil.copytree(tuned("ADAMSS"), tmp_path / "adapter")
-    file = adapter / "adapter_model.safetensors"
-    saved = load_file(file)
-    key = min(key for key in saved if key.endswith("adamss_newB"))
-    saved[key][3] *= -1  # as another device may find it
-    save_file(saved, file)
+    def flip(saved: Saved) -> None:
+        key = min(key for key in saved if key.endswith("adamss_newB"))
+        saved[key][3] *= -1  # as another device may find it
+
+    adapter = changed(tuned("ADAMSS"), tmp_path / "adapter", flip)
 
     with pytest.raises(InputError, match="newB is not what PEFT makes of this base"):
         merge(make_plan(base, [adapter]), tmp_path / "out")

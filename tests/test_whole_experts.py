@@ -12,7 +12,9 @@ import torch
 from merged_by_hand import found
 from models import (
     DTYPES,
+    Saved,
     assert_same_tensors,
+    changed,
     deltas_of_adapter,
     edit_json,
     make_adapter,
@@ -33,7 +35,6 @@ from merge_core.planner import make_plan
 from merge_core.verify import verify
 
 Bases = Callable[..., Path]
-Saved = dict[str, torch.Tensor]
 LAYOUTS = {"a tensor for each expert": False, "fused": True}
 BOTH_LAYOUTS = pytest.mark.parametrize("fused", LAYOUTS.values(), ids=LAYOUTS)
 DOWN = f"{PREFIX}model.layers.0.mlp.experts.down_proj"
@@ -48,16 +49,6 @@ def adapter(moe: Bases, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(path: Path, base: Path, **options: Any) -> Path:
     fields = {"modules_to_save": ["experts"], "target_modules": ["q_proj"], **options}
     return make_adapter(path, base, **fields)
-
-
-def changed(adapter: Path, path: Path, change: Callable[[Saved], Any], **fields: Any) -> Path:
-    """A copy of an adapter, with other tensors and other fields."""
-    shutil.copytree(adapter, path)
-    saved = load_file(adapter / "adapter_model.safetensors")
-    change(saved)
-    save_file(saved, path / "adapter_model.safetensors")
-    edit_json(path / "adapter_config.json", **fields)
-    return path
 
 
 @BOTH_LAYOUTS

@@ -23,7 +23,7 @@ from merge_core.decoding.awq_gemv import (
 )
 from merge_core.decoding.fields import Field, is_size, one_of, read_fields
 from merge_core.decoding.module import FETCH, SCALES, PackedModule
-from merge_core.decoding.stored import Fetch, Stored
+from merge_core.decoding.stored import Fetch, Scaled, Stored
 from merge_core.decoding.words import dequantise, unpack
 from merge_core.errors import refuse
 
@@ -74,12 +74,11 @@ _NEUTRAL = frozenset(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AwqDecoding:
+class AwqDecoding(Scaled):
     """Decodes the weight of one module."""
 
     qweight: Stored
     qzeros: Stored
-    scales: Stored
     kind: Literal["awq"] = "awq"
 
     @property
@@ -92,11 +91,6 @@ class AwqDecoding:
         """[out, in]"""
         width, words = self.qweight.tensor.shape
         return words * _A_WORD, width
-
-    @property
-    def dtype(self) -> str:
-        """Of the scales."""
-        return self.scales.tensor.dtype
 
     def load(self, fetch: Fetch) -> LoadedAwq:
         """Its tensors."""

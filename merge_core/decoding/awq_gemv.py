@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from merge_core.decoding.module import SCALES, PackedModule
-from merge_core.decoding.stored import Fetch, Stored
+from merge_core.decoding.stored import Fetch, Scaled, Stored
 from merge_core.decoding.words import dequantise, unpack
 
 if TYPE_CHECKING:
@@ -40,12 +40,11 @@ padded, and other sizes are not packed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GemvDecoding:
+class GemvDecoding(Scaled):
     """Decodes the weight of one module."""
 
     qweight: Stored
     qzeros: Stored
-    scales: Stored
     groups: int
     """In use, of those that there is room for."""
     kind: Literal["awq_gemv"] = "awq_gemv"
@@ -60,11 +59,6 @@ class GemvDecoding:
         """[out, in]"""
         out, words = self.qweight.tensor.shape
         return out, words * _A_WORD
-
-    @property
-    def dtype(self) -> str:
-        """Of the scales."""
-        return self.scales.tensor.dtype
 
     def load(self, fetch: Fetch) -> LoadedGemv:
         """Its tensors."""
@@ -92,11 +86,10 @@ class LoadedGemv:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GemvFastDecoding:
+class GemvFastDecoding(Scaled):
     """Decodes the weight of one module."""
 
     qweight: Stored
-    scales: Stored
     scaled_zeros: Stored
     groups: int
     """In use, of those that there is room for."""
@@ -112,11 +105,6 @@ class GemvFastDecoding:
         """[out, in]"""
         rows, width = self.qweight.tensor.shape
         return rows * _ROWS, width
-
-    @property
-    def dtype(self) -> str:
-        """Of the scales."""
-        return self.scales.tensor.dtype
 
     def load(self, fetch: Fetch) -> LoadedGemvFast:
         """Its tensors."""

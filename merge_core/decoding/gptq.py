@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from merge_core.config_values import is_regex
 from merge_core.decoding.fields import Field, is_size, one_of, read_fields
 from merge_core.decoding.module import FETCH, SCALES, PackedModule
-from merge_core.decoding.stored import Fetch, Stored
+from merge_core.decoding.stored import Fetch, Scaled, Stored
 from merge_core.decoding.words import dequantise, unpack
 from merge_core.errors import refuse, shortened
 
@@ -72,12 +72,11 @@ _NEUTRAL = frozenset(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GptqDecoding:
+class GptqDecoding(Scaled):
     """Decodes the weight of one module."""
 
     qweight: Stored
     qzeros: Stored
-    scales: Stored
     g_idx: Stored | None
     bits: int
     less: int
@@ -95,11 +94,6 @@ class GptqDecoding:
         """[out, in]"""
         words, out = self.qweight.tensor.shape
         return out, words * 32 // self.bits
-
-    @property
-    def dtype(self) -> str:
-        """Of the scales."""
-        return self.scales.tensor.dtype
 
     def load(self, fetch: Fetch) -> LoadedGptq:
         """Its tensors.

@@ -33,6 +33,18 @@ class AsItLies:
         return out, width
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaled:
+    """What the decodings share of weights that come out in the dtype of their scales."""
+
+    scales: Stored
+
+    @property
+    def dtype(self) -> str:
+        """Of the scales."""
+        return self.scales.tensor.dtype
+
+
 class Fetch(Protocol):
     """Reads a stored tensor."""
 
