@@ -9,7 +9,7 @@ from pathlib import Path
 from actors.checker import Checker
 from actors.events import ItemDone
 from actors.identity import identify
-from actors.metrics import driver_id
+from actors.metrics import driver_line
 from actors.pool import Pool, node_resources
 from cluster.loop import Loop
 from cluster.session import session
@@ -65,7 +65,7 @@ def _run(
         results.append(event.result)
         return event
 
-    say(f"its metrics are those of driver {driver_id()}")
+    say(driver_line())
     fleet = size_fleet(options, node_resources(), len(checks))
     for line in fleet.lines:
         say(line)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from actors.identity import identify
 from actors.kept_collector import KeptCollector
-from actors.metrics import driver_id
+from actors.metrics import driver_line
 from actors.pool import Pool, node_resources
 from cluster.checking import verify_on_ray
 from cluster.loop import Loop
@@ -56,7 +56,7 @@ def merge_on_ray(
     say("starting Ray" if options.address == LOCAL else f"connecting to {options.address}")
     with session(options.address, use_gpus=options.device != "cpu"):
         if options.address != LOCAL:
-            say(f"its metrics are those of driver {driver_id()}")
+            say(driver_line())
         fleet = size_fleet(options, node_resources(), len(plan.stage), plan.pinned)
         with claim(plan, target, overwrite=overwrite, say=say) as holder:
             if holder is None:  # somebody else has finished it in between

@@ -13,7 +13,7 @@ from cluster.estimate_report import duration
 from merge_core.errors import refuse
 from merge_core.holder import Holder
 from merge_core.lease import live_holder
-from merge_core.output import receipts_directory, state_directory
+from merge_core.output import accepted_shards, state_directory
 from merge_core.progress import read_progress
 from merge_core.side_files import CONFIG
 from merge_core.stages import layers_among
@@ -71,8 +71,8 @@ def read_status(out: Path) -> Status:
             "there is no merge", str(out), "Name the --out of a merge that was started"
         ) from None
     holder, finished = live_holder(out), (out / CONFIG).exists()
-    accepted = {path.name for path in receipts_directory(out).glob("shard-*.json")}
-    left = [names for n, names in enumerate(tensors) if f"shard-{n:05}.json" not in accepted]
+    accepted = accepted_shards(out)
+    left = [names for n, names in enumerate(tensors) if n not in accepted]
     return Status(
         out=out,
         state="running" if holder else "finished" if finished else "stopped",

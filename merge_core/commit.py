@@ -21,12 +21,12 @@ from merge_core.errors import RaymeldError
 from merge_core.lease import is_held, taken_over
 from merge_core.ledger import Receipt, TensorRecord, write_ledger
 from merge_core.output import (
-    config_to_publish,
     parts_directory,
     receipts_directory,
     state_directory,
 )
 from merge_core.plan import MergePlan, Shard
+from merge_core.published_config import config_to_publish
 from merge_core.side_files import CONFIG, INDEX
 from merge_core.storage import copy_durably, replaced, reported, sync_directory, write_durably
 from merge_core.verify import FileCheck, Row

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 from merge_core.errors import InputError, Problem
 from merge_core.lease import live_holder
 from merge_core.output import (
+    accepted_shards,
     check_location,
     check_space,
     is_new,
@@ -44,6 +47,21 @@ def check_ownership(out: Path) -> None:
     with reported(out):
         if not is_new(out) and read_plan(out) is None:
             raise InputError([not_ours(out)])
+
+
+def shards_there(out: Path, plan: MergePlan) -> frozenset[int]:
+    """The shards that OUT holds of the same merge, as far as headers tell; ``merge`` proves them.
+
+    Raises:
+        StorageError: it may not be looked at.
+    """
+    with reported(out):
+        earlier = read_plan(out)
+        mine = json.loads(json.dumps([dataclasses.asdict(shard) for shard in plan.shards]))
+        if earlier is None or earlier["shards"] != mine:
+            return frozenset()
+        everything = frozenset(range(len(plan.shards)))
+        return everything if (out / CONFIG).exists() else everything & accepted_shards(out)
 
 
 def notes_on(out: Path) -> list[Problem]:

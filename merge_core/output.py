@@ -24,10 +24,10 @@ from typing import Any
 
 from merge_core import __version__
 from merge_core.errors import InputError, Problem, StorageError, refuse
-from merge_core.json_text import parse_object
 from merge_core.plan import AdapterInput, MergePlan
+from merge_core.published_config import config_to_publish
 from merge_core.side_files import CONFIG, INDEX, TEMPLATES
-from merge_core.storage import replaced, reported, sync_directory, write_durably
+from merge_core.storage import reported, sync_directory, write_durably
 from merge_core.verify import LEVELS
 
 
@@ -44,6 +44,14 @@ def parts_directory(out: Path) -> Path:
 def receipts_directory(out: Path) -> Path:
     """Where the collector records what it accepted."""
     return state_directory(out) / "receipts"
+
+
+def accepted_shards(out: Path) -> frozenset[int]:
+    """Those that have a receipt in OUT, by their index in the plan that it holds."""
+    numbers = (
+        path.stem.rpartition("-")[2] for path in receipts_directory(out).glob("shard-*.json")
+    )
+    return frozenset(int(number) for number in numbers if number.isdecimal())
 
 
 def check_location(out: Path, base: Path, adapters: tuple[Path, ...]) -> list[Problem]:
@@ -149,31 +157,6 @@ def check_space(out: Path, plan: MergePlan, freed: int = 0) -> None:
             str(out),
             "Free space there, or choose another --out.",
         )
-
-
-def config_to_publish(plan: MergePlan) -> bytes:
-    """The result's config.json: the base's bytes, unless the merge changed a field."""
-    data = read_planned_config(plan)
-    if not plan.config_changes:
-        return data
-    changes = plan.config_changes
-    fields = {**plan.config, **changes}
-    kept = {key: value for key, value in fields.items() if key not in changes or value is not None}
-    return json.dumps(kept, indent=2).encode() + b"\n"
-
-
-def read_planned_config(plan: MergePlan) -> bytes:
-    """The base's config.json, if it still says what was planned with.
-
-    Raises:
-        StorageError: it changed.
-    """
-    path = plan.base / CONFIG
-    with reported(path):
-        data = path.read_bytes()
-    if parse_object(data, str(path), "Fetch it again") != plan.config:
-        raise replaced(path)
-    return data
 
 
 def describe(plan: MergePlan) -> dict[str, Any]:
