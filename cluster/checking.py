@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from actors.checker import Checker
 from actors.events import ItemDone
 from actors.identity import identify
-from actors.metrics import driver_id
+from actors.metrics import driver_line
 from actors.pool import Pool, node_resources
 from cluster.loop import Loop
 from cluster.session import session
 from cluster.tasks import VERIFYING, checking
+from cluster.timing import Timing
 from cluster.workers import ClusterOptions, size_fleet
 from merge_core.errors import StorageError
 from merge_core.progress import Watch
@@ -65,12 +66,13 @@ def _run(
         results.append(event.result)
         return event
 
-    say(f"its metrics are those of driver {driver_id()}")
+    say(driver_line())
     fleet = size_fleet(options, node_resources(), len(checks))
     for line in fleet.lines:
         say(line)
     pool = Pool(identify(), fleet.workers, Checker)
-    loop = Loop(pool, fleet, options.start_timeout, settle, say, watch)
+    timing = Timing(lambda _: None)  # OUT keeps the history of merges alone
+    loop = Loop(pool, fleet, options.start_timeout, settle, say, watch, timing)
     loop.add([checking(check, _size(check), VERIFYING) for check in checks])
     try:
         loop.run()

@@ -126,7 +126,8 @@ def _used_of(plan: MergePlan, adapter: int) -> Iterable[TensorSpec]:
     used: dict[str, TensorSpec] = {}
     for task in plan.tasks:
         if task.source.adapter == adapter:
-            used[task.source.tensor.name] = task.source.tensor
+            stored = task.source.within or task.source.tensor
+            used[stored.name] = stored
         for update in task.parts:
             if update.adapter == adapter:
                 used |= {tensor.name: tensor for tensor in update.tensors}

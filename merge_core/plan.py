@@ -32,6 +32,8 @@ class Source:
     """Index into ``MergePlan.base_files``; None: one of the two below."""
     adapter: int | None = None
     """Index into ``MergePlan.adapters`` of the one that brings the whole tensor."""
+    within: TensorSpec | None = None
+    """The adapter's tensor, where ``tensor`` is a part of it: its bytes lie together in there."""
     decoding: Decoding | None = None
     """How it comes out of other tensors of the base."""
 

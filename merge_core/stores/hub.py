@@ -12,9 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
-from merge_core import storage
 from merge_core.errors import StorageError
-from merge_core.storage import RangeReader
+from merge_core.storage import RangeReader, reported
 from merge_core.stores.hub_errors import HubPlace, absent
 from merge_core.stores.hub_files import (
     HubEntry,
@@ -82,7 +81,7 @@ class HubStore:
         place, entry = self._pinned(file)
         path = self._cached(place)
         if path is not None:
-            with storage.reported(path):
+            with reported(path):
                 return path.read_bytes()
         for _ in range(self._retries.attempts):
             data = bytes(HubReader(place, entry, self._retries).read(0, entry.size))
@@ -132,7 +131,9 @@ class _Cached:
     """A file of the cache, through the reader of local files."""
 
     def __init__(self, path: Path, file: FileIdentity) -> None:
-        if storage.FileIdentity.of(path.parent, path.name).size != file.size:
+        with reported(path):
+            size = path.stat().st_size
+        if size != file.size:
             what = f"has not the {file.size} bytes that the hub has"
             remedy = "Remove it from the cache, and fetch it again"
             raise StorageError(what, str(path), remedy)
@@ -142,7 +143,7 @@ class _Cached:
         return self._reader.read_into(buffer, offset, nbytes)
 
     def read(self, offset: int, nbytes: int) -> memoryview:
-        return self._reader.read_cached(offset, nbytes)
+        return self._reader.read(offset, nbytes)
 
     def close(self) -> None:
         self._reader.close()

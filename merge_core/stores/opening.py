@@ -9,9 +9,6 @@ from merge_core.storage import replaced
 from merge_core.stores.location import Location
 from merge_core.stores.store import FileIdentity, Reader, Store
 
-SIDE_BYTES = 64 << 20
-"""A side file up to here is carried in one piece."""
-
 
 @functools.lru_cache(maxsize=64)
 def open_store(location: Location) -> Store:
