@@ -16,6 +16,7 @@ from cluster.timing import Timing
 from cluster.workers import ClusterOptions, size_fleet
 from merge_core.errors import StorageError
 from merge_core.progress import Watch
+from merge_core.reachable import refuse_private
 from merge_core.stores.location import Location, Place
 from merge_core.stores.opening import parted
 from merge_core.verify import FileCheck, FileResult, VerifyReport, verify
@@ -44,6 +45,7 @@ def verify_on_ray(
         InputError: as ``verify`` does.
         RaymeldError: the cluster cannot be reached, or its workers failed too often.
     """
+    refuse_private(out)
 
     def spread(
         _check_file: Callable[[FileCheck], FileResult], checks: Sequence[FileCheck]

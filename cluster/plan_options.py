@@ -65,7 +65,7 @@ class PlanOptions:
     def plan(self) -> MergePlan:
         """See ``make_plan``."""
         return make_plan(
-            self.locate(self.base),
+            self.base,
             self.adapters,
             access=self.access,
             dtype=self.dtype,

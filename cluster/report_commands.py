@@ -47,7 +47,7 @@ def report(
         access = Access(endpoint_url=endpoint_url, region=region, anonymous=anonymous)
         place = locate(out, access)
         evidence = read_evidence(place)
-        text = page(evidence, spectra(evidence, spectrum, access) if spectrum else []).encode()
+        text = page(evidence, spectra(evidence, spectrum) if spectrum else []).encode()
         target = output or Path(f"{place.name}-report.html")
         with reported(target):
             target.write_bytes(text)

@@ -95,7 +95,7 @@ def merge(
         RaymeldError: the merge failed; nothing that loads as a checkpoint is left.
     """
     clock, watch, say = time.perf_counter(), watch or _unwatched, say or _unheard
-    target = locate(out)
+    target = locate(out, plan.base.access)
     _check_device(plan, device)
     with ThreadPoolExecutor(1) as pool:
         importing = pool.submit(importlib.import_module, "merge_core.worker")  # torch takes seconds

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
-from merge_core.stores import blocks, object_parts, s3_parts
+from merge_core.stores import object_parts, s3_parts
 from merge_core.stores.location import Location
 from merge_core.stores.objects import ObjectsStore
 from merge_core.stores.s3 import S3Store
@@ -30,12 +30,11 @@ WINDOW = 256 << 10
 """Bytes within which the writes of a test come in any order."""
 
 
-def make_pieces_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts, blocks and windows of which a small file has several."""
+def make_parts_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have what is written be several parts, however small."""
     monkeypatch.setattr(s3_parts, "PART_BYTES", 64 << 10)
     monkeypatch.setattr(object_parts, "CHUNK_BYTES", 64 << 10)
     monkeypatch.setattr(object_parts, "WINDOW_BYTES", WINDOW)
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 100_000)
 
 
 def content(size: int, seed: int = 0) -> bytes:

@@ -17,7 +17,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import pytest
 import torch
-from backends import BACKENDS, make_pieces_small
+from backends import BACKENDS, make_parts_small
 from fault_proxy import FaultProxy
 from handmade import TWO_LANES, small_merge
 from hub_client import HubClient
@@ -35,7 +35,7 @@ from tuners import make_tuned
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
-from merge_core.stores import retries
+from merge_core.stores import blocks, retries
 from merge_core.stores.location import Access, Location
 from merge_core.stores.s3 import S3Store
 from merge_core.stores.s3_client import client_for
@@ -211,7 +211,7 @@ def s3_proxy(s3: Location, s3_address: str) -> Iterator[FaultProxy]:
 @pytest.fixture
 def s3_store(s3: Location, s3_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> S3Store:
     """Reached through the proxy, by a client of its own that hardly pauses between tries."""
-    make_pieces_small(monkeypatch)
+    make_parts_small(monkeypatch)
     monkeypatch.setattr(retries, "FIRST_PAUSE", 0.001)
     backoff = "botocore.retries.standard.ExponentialBackoff.delay_amount"
     monkeypatch.setattr(backoff, lambda *_: 0.001)
@@ -223,7 +223,8 @@ def make_store(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[], Store]:
     """Makes stores that hold nothing, of each kind."""
-    make_pieces_small(monkeypatch)
+    make_parts_small(monkeypatch)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 100_000)
     return BACKENDS[request.param](request)
 
 

@@ -104,8 +104,8 @@ def test_a_file_that_was_replaced_is_not_copied(s3_store: S3Store) -> None:
     assert uploads(s3_store.location) == []
 
 
-def test_a_writer_takes_about_two_parts_a_lane(s3: Location) -> None:
-    part = S3Store(s3).start("model", 16 * len(DATA), "1-a")
+def test_a_writer_takes_about_two_parts_a_lane(s3_store: S3Store) -> None:
+    part = s3_store.start("model", 16 * len(DATA), "1-a")
     lanes, piece = 4, 30_000
     starts = iter(range(0, 16 * len(DATA), piece))
     data = memoryview(DATA * 16)
@@ -126,10 +126,7 @@ def test_a_writer_takes_about_two_parts_a_lane(s3: Location) -> None:
 @pytest.mark.parametrize(
     ("size", "expected"), [(1, 8 << 20), (80 << 30, 9 << 20), (5 << 40, 525 << 20)]
 )
-def test_parts_are_as_many_as_s3_takes(
-    monkeypatch: pytest.MonkeyPatch, size: int, expected: int
-) -> None:
-    monkeypatch.undo()
+def test_parts_are_as_many_as_s3_takes(size: int, expected: int) -> None:
     assert s3_parts.part_bytes(size) == expected
     assert -(-size // expected) <= s3_parts.MOST_PARTS
     assert expected >= 5 << 20, "less only of the last"

@@ -18,7 +18,7 @@ from merge_core.errors import RaymeldError
 from merge_core.factors import FactorSource
 from merge_core.layout import TensorSpec
 from merge_core.plan import AdapterInput
-from merge_core.stores.location import DEFAULT_ACCESS, Access, locate
+from merge_core.stores.location import Access, locate
 from merge_core.stores.store import FileIdentity
 from merge_core.updates.factor import Factor
 
@@ -44,15 +44,13 @@ class Spectrum:
         return sum(v * v for v in self.values) / self.values[0] ** 2 if self.values[0] else 0.0
 
 
-def spectra(evidence: Evidence, most: int, access: Access = DEFAULT_ACCESS) -> list[Spectrum]:
+def spectra(evidence: Evidence, most: int) -> list[Spectrum]:
     """Of the ``most`` tensors that changed most.
 
     The adapters must still lie where they were merged from, and be what was merged.
-
-    Args:
-        access: how object stores are reached.
     """
     tasks = {task["target"]["name"]: task for task in evidence.tasks}
+    access = evidence.status.out.access
     wanted = [tasks[row["tensor"]] for row in changed(evidence.tensors)[:most]]
     with ExitStack() as opened:
         try:

@@ -55,7 +55,7 @@ class HubStore:
     @property
     def pinned(self) -> Location:
         """The same at the commit that it means: who opens that sees the same files."""
-        return dataclasses.replace(self._location, revision=self._tree.place.revision)
+        return dataclasses.replace(self._location, revision=self._pin[0].revision)
 
     def look(self, name: str) -> FileIdentity:
         """Identity of a file; its pin names the commit, and what it holds."""
@@ -96,9 +96,14 @@ class HubStore:
         return HubReader(place, entry, self._retries) if path is None else _Cached(path, file)
 
     @cached_property
-    def _tree(self) -> HubTree:
+    def _pin(self) -> tuple[HubPlace, float]:
+        """The commit, and when the model last changed."""
         given = HubPlace(repo=self._location.root, revision=self._location.revision or _MAIN)
-        place, modified = pin(given, self._retries)
+        return pin(given, self._retries)
+
+    @cached_property
+    def _tree(self) -> HubTree:
+        place, modified = self._pin
         return read_tree(place, self._location.path, modified, self._retries)
 
     def _path(self, name: str) -> str:

@@ -34,6 +34,19 @@ def open_store(location: Location) -> Store:
     return ObjectsStore(location)
 
 
+def pinned(folder: Location) -> Location:
+    """The folder as it is now, where its store keeps older versions: at a commit of the hub.
+
+    Raises:
+        StorageError: the hub cannot be reached, or has no such model.
+    """
+    if folder.scheme != "hf":
+        return folder
+    from merge_core.stores.hub import HubStore
+
+    return HubStore(folder).pinned  # not the store that is kept: a branch may have moved since
+
+
 def parted(file: Location) -> tuple[Store, str]:
     """The store of the folder that a file lies in, and its name there."""
     return open_store(file.parent), file.name
