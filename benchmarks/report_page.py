@@ -21,6 +21,7 @@ from played import QWEN_72B, hollow_plan, play  # noqa: E402
 
 from cluster.report.evidence import read_evidence  # noqa: E402
 from cluster.report.page import page  # noqa: E402
+from merge_core.stores.location import locate  # noqa: E402
 
 ROUNDS = 5
 
@@ -33,7 +34,7 @@ def main() -> None:
         written, drawn = [], []
         for _ in range(ROUNDS):
             clock = time.perf_counter()
-            path.write_text(page(read_evidence(out), []), encoding="utf-8")
+            path.write_text(page(read_evidence(locate(out)), []), encoding="utf-8")
             written.append(time.perf_counter() - clock)
             clock = time.perf_counter()
             with shown(chromium, path):

@@ -18,10 +18,12 @@ from cluster.timing import Timing
 from merge_core import history
 from merge_core import merge as merge_module
 from merge_core.errors import DeviceMemoryError, RaymeldError, VerificationError
-from merge_core.history import MOST_LINES, MOST_SAMPLES, Attempt, History, read_runs, runs_directory
+from merge_core.history import MOST_LINES, MOST_SAMPLES, Attempt, History, read_runs
 from merge_core.merge import merge
+from merge_core.output import RUNS
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress
+from merge_core.stores.location import locate
 from merge_core.verify import FileCheck, Finding
 from merge_core.worker import ShardWorker
 
@@ -32,7 +34,7 @@ def at(done: int, phase: str = "merging") -> Progress:
 
 def test_a_finished_merge_keeps_its_run(small: MergePlan, out: Path) -> None:
     result = merge(small, out, choice=TWO_LANES)
-    (run,) = read_runs(out)
+    (run,) = read_runs(locate(out))
 
     assert (run["outcome"], run["error"]) == ("done", "")
     assert run["options"] == {"address": "inline", "device": "auto", "verify": "digest"}
@@ -65,7 +67,7 @@ def test_a_merge_that_stops_and_goes_on_keeps_both_runs(small: MergePlan, out: P
     with pytest.raises(RaymeldError, match="the disk is gone"):
         merge(small, out, choice=TWO_LANES, watch=watch)
     merge(small, out, choice=TWO_LANES)
-    first, second = read_runs(out)
+    first, second = read_runs(locate(out))
 
     assert (first["outcome"], first["error"]) == ("stopped", "worker-0: the disk is gone")
     assert second["outcome"] == "done"
@@ -76,7 +78,7 @@ def test_an_overwritten_merge_leaves_no_runs(small: MergePlan, out: Path) -> Non
     merge(small, out, choice=TWO_LANES)
     merge(small, out, choice=TWO_LANES, overwrite=True)
 
-    assert len(read_runs(out)) == 1
+    assert len(read_runs(locate(out))) == 1
 
 
 def test_a_shard_that_ran_out_of_memory_is_kept_and_changes_no_byte(
@@ -92,7 +94,7 @@ def test_a_shard_that_ran_out_of_memory_is_kept_and_changes_no_byte(
 
     monkeypatch.setattr(ShardWorker, "merge", fail_once)
     merge(small, out, choice=TWO_LANES)
-    (attempt,) = read_runs(out)[0]["attempts"]
+    (attempt,) = read_runs(locate(out))[0]["attempts"]
 
     assert (attempt["worker"], attempt["outcome"], attempt["why"]) == (
         "inline",
@@ -116,7 +118,7 @@ def test_a_failed_verification_is_kept(
     monkeypatch.setattr(merge_module, "verify", spoiled)
     with pytest.raises(VerificationError):
         merge(small, out, choice=TWO_LANES)
-    (run,) = read_runs(out)
+    (run,) = read_runs(locate(out))
 
     assert run["verification"]["findings"] == [dataclasses.asdict(finding)]
     assert "1 check failed" in run["error"]
@@ -130,12 +132,12 @@ def test_the_pace_is_thinned_and_the_first_decisions_are_kept(
     clock.time = lambda: clock.now
     with take(out) as lease:
         monkeypatch.setattr(history, "time", clock)
-        with History(out, lease.holder, {}, lambda _: None, unheard) as kept:
+        with History(locate(out), lease.holder, {}, lambda _: None, unheard) as kept:
             for second in range(5000):
                 clock.now += 1
                 kept.watch(at(second))
                 kept.say(f"decision {second}")
-        run = read_runs(out)[0]
+        run = read_runs(locate(out))[0]
 
     times = [when for when, _, _ in run["samples"]]
     assert MOST_SAMPLES / 2 <= len(times) <= MOST_SAMPLES
@@ -148,30 +150,30 @@ def test_a_run_that_lost_its_lease_writes_no_more(small: MergePlan, out: Path) -
     merge(small, out, choice=TWO_LANES)
     with (
         take(out) as lost,
-        History(out, lost.holder, {}, lambda _: None, unheard) as kept,
+        History(locate(out), lost.holder, {}, lambda _: None, unheard) as kept,
         take_over(out),
     ):
         kept.say("too late")
 
-    last = read_runs(out)[-1]
+    last = read_runs(locate(out))[-1]
     assert (last["outcome"], last["lines"]) == ("running", [])
 
 
 def test_what_a_killed_run_was_writing_is_removed_by_the_next(small: MergePlan, out: Path) -> None:
     merge(dataclasses.replace(small, stage=frozenset({0})), out, choice=TWO_LANES)
-    (runs_directory(out) / "killed.tmp").touch()
+    (out / RUNS / "killed.tmp").touch()
     merge(small, out, choice=TWO_LANES)
 
-    assert {path.suffix for path in runs_directory(out).iterdir()} == {".json"}
-    assert len(read_runs(out)) == 2
+    assert {path.suffix for path in (out / RUNS).iterdir()} == {".json"}
+    assert len(read_runs(locate(out))) == 2
 
 
 def test_what_cannot_be_read_is_left_out(small: MergePlan, out: Path) -> None:
     merge(small, out, choice=TWO_LANES)
     for name, text in {"a": "", "b": "[]", "c": '{"began": "today"}'}.items():
-        (runs_directory(out) / f"{name}.json").write_text(text)
+        (out / RUNS / f"{name}.json").write_text(text)
 
-    assert len(read_runs(out)) == 1
+    assert len(read_runs(locate(out))) == 1
 
 
 def test_attempts_without_a_receipt_are_timed(small: MergePlan) -> None:

@@ -35,6 +35,7 @@ from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.progress import Progress
+from merge_core.stores.location import locate
 from merge_core.verify import Finding
 
 ECHARTS = "b66b25aeb4df84e33199dc21694014d336d222cbd9deb0e5a7c14bd6aa0d0fd0"
@@ -45,7 +46,7 @@ ECHARTS = "b66b25aeb4df84e33199dc21694014d336d222cbd9deb0e5a7c14bd6aa0d0fd0"
 def finished(small: MergePlan, tmp_path_factory: pytest.TempPathFactory) -> Evidence:
     out = tmp_path_factory.mktemp("report") / "out"
     merge(small, out, choice=TWO_LANES)
-    return read_evidence(out)
+    return read_evidence(locate(out))
 
 
 def stopped(plan: MergePlan, out: Path) -> Evidence:
@@ -57,7 +58,7 @@ def stopped(plan: MergePlan, out: Path) -> Evidence:
 
     with pytest.raises(RaymeldError, match="the disk is gone"):
         merge(plan, out, choice=TWO_LANES, watch=watch)
-    return read_evidence(out)
+    return read_evidence(locate(out))
 
 
 def test_a_finished_merge_is_told_with_its_numbers(finished: Evidence, small: MergePlan) -> None:
@@ -125,7 +126,7 @@ def test_a_half_done_merge_is_told_from_its_receipts(small: MergePlan, out: Path
 def test_a_merge_that_went_on_has_a_time_line_for_each_run(small: MergePlan, out: Path) -> None:
     stopped(small, out)
     merge(small, out, choice=TWO_LANES)
-    first, second = timelines(read_evidence(out))
+    first, second = timelines(read_evidence(locate(out)))
 
     assert (len(first.bars), len(second.bars)) == (2, len(small.shards) - 2)
     assert [phase for phase, _, _ in second.phases] == ["proving", "merging", "verifying"]
@@ -134,12 +135,12 @@ def test_a_merge_that_went_on_has_a_time_line_for_each_run(small: MergePlan, out
 def test_a_merge_at_work_is_told_as_running(small: MergePlan, out: Path) -> None:
     stopped(small, out)
     with take(out):
-        assert outcome(read_evidence(out)).title == "Running"
+        assert outcome(read_evidence(locate(out))).title == "Running"
 
 
 def test_a_stage_that_is_done_is_no_failure(small: MergePlan, out: Path) -> None:
     merge(dataclasses.replace(small, stage=frozenset({0, 1})), out, choice=TWO_LANES)
-    found = outcome(read_evidence(out))
+    found = outcome(read_evidence(locate(out)))
 
     assert (found.tone, found.title) == ("open", "Done with a stage")
     assert "2 of 4 shards done; left to other stages: --layers " in found.text
@@ -157,7 +158,7 @@ def test_a_failed_verification_names_what_failed(
     monkeypatch.setattr(merge_module, "verify", spoiled)
     with pytest.raises(VerificationError):
         merge(small, out, choice=TWO_LANES)
-    evidence = read_evidence(out)
+    evidence = read_evidence(locate(out))
 
     assert outcome(evidence).title == "Verification failed"
     assert outcome(evidence).text.startswith("1 check failed: nothing was published.")
@@ -178,7 +179,7 @@ def test_of_an_old_merge_the_page_says_what_is_not_known(small: MergePlan, out: 
     table = pq.read_table(state / "ledger.parquet")
     about = {"raymeld": json.dumps({"files": {}})}
     pq.write_table(table.replace_schema_metadata(about), state / "ledger.parquet")
-    evidence = read_evidence(out)
+    evidence = read_evidence(locate(out))
 
     assert [line.split(":")[0] for line in gaps(evidence)] == [
         "It kept no history of its runs",
@@ -208,7 +209,7 @@ def test_a_mixture_of_experts_of_thousands_of_tensors_stays_under_two_megabytes(
             number, name = len(shards), f"model-{len(shards):05}.safetensors"
             shards.append(dataclasses.replace(shard, index=number, name=name, tasks=tasks))
     many = dataclasses.replace(plan, shards=tuple(shards))
-    text = page(read_evidence(play(many, tmp_path / "out", workers=64)), [])
+    text = page(read_evidence(locate(play(many, tmp_path / "out", workers=64))), [])
 
     assert len(list(many.tasks)) > 4000
     assert len(text) < 2_000_000
@@ -245,11 +246,11 @@ def test_the_command_writes_the_page_and_answers_in_json(
 
 def test_a_directory_without_a_merge_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no merge"):
-        read_evidence(tmp_path)
+        read_evidence(locate(tmp_path))
 
 
 def test_a_ledger_that_is_none_is_refused(small: MergePlan, out: Path) -> None:
     merge(small, out, choice=TWO_LANES)
     (out / ".raymeld" / "ledger.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match="its ledger cannot be read"):
-        read_evidence(out)
+        read_evidence(locate(out))

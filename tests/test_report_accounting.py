@@ -20,6 +20,7 @@ from cluster.report.spectrum import spectra
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
+from merge_core.stores.location import locate
 
 
 def accounted(evidence: Evidence) -> None:
@@ -46,7 +47,7 @@ def test_every_key_of_lora_with_all_its_features_is_accounted_for(
     )
     plan = make_plan(base, [adapter])
     merge(plan, tmp_path / "out", choice=TWO_LANES)
-    evidence = read_evidence(tmp_path / "out")
+    evidence = read_evidence(locate(tmp_path / "out"))
 
     accounted(evidence)
     kinds = {use.kind for use in uses(evidence)}
@@ -59,7 +60,7 @@ def test_factors_that_experts_share_go_into_all_of_them(
     one = write_fused_adapter(tmp_path / "1", moe(), swapped=False, peft_version="0.21.0")
     two = write_expert_adapter(tmp_path / "2", moe(), ["up_proj"], lora_alpha=6)
     merge(make_plan(moe(), [one, f"{two}@0.5"]), tmp_path / "out", choice=TWO_LANES)
-    evidence = read_evidence(tmp_path / "out")
+    evidence = read_evidence(locate(tmp_path / "out"))
 
     accounted(evidence)
     assert any(" and 3 more" in row[3] for row in key_table(uses(evidence), evidence).rows)
@@ -72,7 +73,7 @@ def test_tensors_that_all_layers_of_a_tuner_read_are_accounted_for(
     tuned: Callable[..., Path], bases: Callable[..., Path], tmp_path: Path
 ) -> None:
     merge(make_plan(bases("BF16", shard="80KB"), [tuned("VERA")]), tmp_path / "out")
-    evidence = read_evidence(tmp_path / "out")
+    evidence = read_evidence(locate(tmp_path / "out"))
 
     accounted(evidence)
     shared = [use for use in uses(evidence) if not use.targets]
@@ -89,7 +90,7 @@ def test_adapters_that_were_combined_are_accounted_for(
     two = make_adapter(tmp_path / "two", base, r=8, seed=9)
     combination = Combination(method="ties", density=0.5)
     merge(make_plan(base, [adapter, two], combination=combination), tmp_path / "out")
-    evidence = read_evidence(tmp_path / "out")
+    evidence = read_evidence(locate(tmp_path / "out"))
 
     accounted(evidence)
     recipe = next(fact.text for fact in inputs(evidence) if fact.label == "Recipe")
@@ -107,7 +108,7 @@ def test_singular_values_are_those_of_the_whole_delta(
         for n in range(2)
     ]
     merge(make_plan(base, [paths[0], f"{paths[1]}@-0.5"]), tmp_path / "out", choice=TWO_LANES)
-    evidence = read_evidence(tmp_path / "out")
+    evidence = read_evidence(locate(tmp_path / "out"))
     before, after = read_tensors(base), read_tensors(tmp_path / "out")
     found = spectra(evidence, 100)
 
@@ -130,7 +131,7 @@ def test_singular_values_of_an_adapter_that_changed_are_not_made_up(
     write_adapter(
         adapter, {"model.layers.0.self_attn.q_proj": (torch.ones(1, 32), torch.ones(32, 1))}
     )
-    (one, _) = spectra(read_evidence(out), 2)
+    (one, _) = spectra(read_evidence(locate(out)), 2)
 
     assert one.values == ()
     assert "adapter_model.safetensors" in one.why

@@ -15,6 +15,7 @@ from cluster.report.facts import figures, inputs, outcome
 from cluster.report.page import page
 from cluster.report.timeline import RunTimeline, memory_table, timelines
 from cluster.workers import ClusterOptions
+from merge_core.stores.location import locate
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def evidence(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
     with running_cluster() as address:
         options = ClusterOptions(address=address, workers=2, merger=faults.FailsInEveryWay)
         merge_on_ray(plan, out, options, watch=lambda _: None, say=lambda _: None)
-    return read_evidence(out)
+    return read_evidence(locate(out))
 
 
 @pytest.fixture(scope="module")

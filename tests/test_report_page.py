@@ -26,6 +26,7 @@ from cluster.report.page import page
 from cluster.report.spectrum import spectra
 from merge_core.merge import merge
 from merge_core.planner import make_plan
+from merge_core.stores.location import locate
 
 MOST_BYTES = 2_000_000
 
@@ -37,7 +38,7 @@ def chromium() -> Iterator[Browser]:
 
 
 def report(out: Path, path: Path, most: int = 0) -> Path:
-    evidence = read_evidence(out)
+    evidence = read_evidence(locate(out))
     path.write_text(page(evidence, spectra(evidence, most) if most else []), encoding="utf-8")
     return path
 
@@ -204,7 +205,7 @@ def test_without_a_script_the_lists_are_there(chromium: Browser, real: Path) -> 
         text = one.page.inner_text("body")
         assert one.page.locator("figure:visible").count() == 0
 
-    first = changed(read_evidence(real.parent / "out").tensors)[0]
+    first = changed(read_evidence(locate(real.parent / "out")).tensors)[0]
     assert f"{first['tensor']}\t{first['relative_change']:.3%}" in text
     assert "Charts and the longer tables need JavaScript" in text
 

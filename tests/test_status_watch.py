@@ -24,6 +24,7 @@ from cluster.status_watch import view, watch_status
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, ProgressFile, WorkerProgress
+from merge_core.stores.location import locate
 
 
 class Elsewhere(ExitStack):
@@ -72,7 +73,7 @@ def test_the_view_fits_the_screen_whatever_it_shows(
     for number in range(9):
         elsewhere.file.say(f"decision {number} is told in a sentence " + "as long as it takes " * 9)
     elsewhere.reach(10**9, workers)
-    lines = drawn(read_status(out), width, 24)
+    lines = drawn(read_status(locate(out)), width, 24)
 
     assert len(lines) <= 24
     assert all(len(line) <= width for line in lines)
@@ -89,13 +90,13 @@ def test_the_view_fits_the_screen_whatever_it_shows(
 def test_markup_in_what_is_told_is_shown_as_it_is(elsewhere: Elsewhere, out: Path) -> None:
     elsewhere.file.say("[bold]retrying[/] shard")
     elsewhere.reach(1)
-    assert "[bold]retrying[/] shard" in "\n".join(drawn(read_status(out), 80, 24))
+    assert "[bold]retrying[/] shard" in "\n".join(drawn(read_status(locate(out)), 80, 24))
 
 
 def test_a_merge_that_has_said_nothing_yet_is_starting(small: MergePlan, out: Path) -> None:
     with Elsewhere(small, out):
         (out / ".raymeld" / "progress.json").unlink()
-        assert "starting" in drawn(read_status(out), 80, 24)[1]
+        assert "starting" in drawn(read_status(locate(out)), 80, 24)[1]
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then(
@@ -116,7 +117,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(
     monkeypatch.setattr(status_watch, "time", clock)
     elsewhere.reach(0)
     heard = io.StringIO()
-    status = watch_status(out, Console(file=heard, width=80))
+    status = watch_status(locate(out), Console(file=heard, width=80))
 
     assert status.state == "stopped"
     lines = [line.split(", about")[0] for line in heard.getvalue().splitlines()]
@@ -179,7 +180,7 @@ def test_ctrl_c_leaves_at_once_and_leaves_the_merge_alone(elsewhere: Elsewhere, 
     assert code == 130
     assert text.rstrip().endswith("left; the merge goes on")
     assert "\x1b[?25h" in text  # the cursor is back
-    assert read_status(out).state == "running"
+    assert read_status(locate(out)).state == "running"
 
 
 def test_a_finished_merge_is_told_once(small: MergePlan, out: Path) -> None:
