@@ -13,6 +13,8 @@ class WorkerReady:
     worker: int
     node: str = ""
     """Where it is: what fails there may well fail for its neighbours."""
+    host: str = ""
+    """What people call that machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -107,9 +107,9 @@ class Metrics:
                 self._peak.set(most[memory], {"memory": memory, "device": device})
 
 
-def driver_id() -> str:
-    """What Prometheus has the metrics of this driver under, as their ``WorkerId``."""
-    return str(ray.get_runtime_context().get_worker_id())
+def driver_line() -> str:
+    """Tells what Prometheus has the metrics of this driver under, as their ``WorkerId``."""
+    return f"its metrics are those of driver {ray.get_runtime_context().get_worker_id()}"
 
 
 @functools.cache

@@ -214,7 +214,7 @@ class Pool:
             raise refuse(difference, f"the worker on {identity.host}", SAME_CODE)
         greeting: Greeting = unsigned(answer)
         slot.greeting, slot.answered = greeting, True
-        return WorkerReady(worker=worker, node=greeting.node)
+        return WorkerReady(worker=worker, node=greeting.node, host=identity.host)
 
     def _fence(self, worker: int) -> None:
         """Make sure that a worker that is said to be gone is gone: it may only be unreachable."""

@@ -40,9 +40,10 @@ from cluster.backlog import Item
 from cluster.crew import WorkerKind
 from cluster.loop import Loop
 from cluster.tasks import MERGING, VERIFYING, Task
+from cluster.timing import Timing
 from cluster.workers import Fleet
+from merge_core.history import recorded
 from merge_core.lease import Lease
-from merge_core.progress import ProgressFile
 from merge_core.stores.location import locate
 
 SIZE = 2_000_000_000
@@ -180,9 +181,10 @@ def run(shards: int, workers: int, stretch: int, out: Path) -> dict[str, Any]:
     with (
         mock.patch.object(loop_module, "time", pool),
         Lease(place, say) as lease,
-        ProgressFile(place, lease.holder.run, _ignore, say) as progress,
+        recorded(place, lease.holder, {}, _ignore, say) as history,
     ):
-        loop = Loop(pool, fleet, 1800.0, settle, progress.say, progress.watch)  # type: ignore[arg-type]
+        timing = Timing(history.attempt)
+        loop = Loop(pool, fleet, 1800.0, settle, history.say, history.watch, timing)  # type: ignore[arg-type]
         pool.tasks = loop.tasks
         clock = time.process_time()
         loop.add([_task(n, MERGING, "merge") for n in range(shards)])

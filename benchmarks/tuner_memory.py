@@ -39,33 +39,36 @@ def main() -> None:
         print(f"{'type':<12} {'shape':<13} measured  planned, MB")
         for kind in kinds:
             adapter = make_tuned(Path(directory) / kind, base, kind)
-            for line in lines(make_plan(base, [adapter]), adapter):
+            for line in lines(make_plan(base, [adapter]), base, adapter):
                 print(f"{kind:<12} {line}", flush=True)
 
 
-def lines(plan: MergePlan, adapter: Path) -> Iterator[str]:
+def lines(plan: MergePlan, base: Path, adapter: Path) -> Iterator[str]:
     """One a shape of a layer."""
-    saved, seen = load_file(adapter / "adapter_model.safetensors"), set()
+    weights, seen = load_file(base / "model.safetensors"), set()
+    saved = load_file(adapter / "adapter_model.safetensors")
     for update in (update for task in plan.tasks for update in task.updates):
         if not isinstance(update, PeftUpdate) or update.layer.shape in seen:
             continue
         seen.add(update.layer.shape)
-        merge(plan, update, saved)  # what is loaded once is not of a layer
-        grown = growth(lambda one=update: merge(plan, one, saved))
+        merge(plan, update, saved, weights)  # what is loaded once is not of a layer
+        grown = growth(lambda one=update: merge(plan, one, saved, weights))
         planned = alone_bytes(update, plan) + 4 * update.elements
         shape = " x ".join(map(str, update.layer.shape))
         yield f"{shape:<13} {grown / 1e6:8.0f} {planned / 1e6:8.0f}" + " !" * (grown > planned)
 
 
-def merge(plan: MergePlan, update: PeftUpdate, saved: dict[str, torch.Tensor]) -> object:
-    """As a worker does it, with weights that are nothing but random."""
-    tuning = plan.adapters[0].tuning
+State = dict[str, torch.Tensor]
+
+
+def merge(plan: MergePlan, update: PeftUpdate, saved: State, weights: State) -> object:
+    """As a worker does it."""
+    tuning, layer = plan.adapters[0].tuning, update.layer
     assert tuning is not None
     held = {t.name: saved[t.name].clone() for t in (*update.tensors, *tuning.shared)}
-    base = {"weight": torch.randn(update.layer.shape)}
-    if update.layer.bias:
-        base["bias"] = torch.zeros(update.layer.shape[0])
-    return merge_layer(tuning, update.layer, held, base, plan.adapters[0].path)
+    parts = ("weight", "bias") if layer.bias else ("weight",)
+    base = {part: weights[f"{layer.path}.{part}"].float() for part in parts}
+    return merge_layer(tuning, layer, held, base, plan.adapters[0].path)
 
 
 def growth(work: Callable[[], object]) -> int:

@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from actors.checker import Checker
 from actors.events import ItemDone
 from actors.identity import identify
-from actors.metrics import driver_id
+from actors.metrics import driver_line
 from actors.pool import Pool, node_resources
 from cluster.loop import Loop
 from cluster.session import session
 from cluster.tasks import VERIFYING, checking
+from cluster.timing import Timing
 from cluster.workers import ClusterOptions, size_fleet
 from merge_core.errors import StorageError
 from merge_core.progress import Watch
+from merge_core.reachable import refuse_private
 from merge_core.stores.location import Location, Place
 from merge_core.stores.opening import parted
 from merge_core.verify import FileCheck, FileResult, VerifyReport, verify
@@ -43,6 +45,7 @@ def verify_on_ray(
         InputError: as ``verify`` does.
         RaymeldError: the cluster cannot be reached, or its workers failed too often.
     """
+    refuse_private(out)
 
     def spread(
         _check_file: Callable[[FileCheck], FileResult], checks: Sequence[FileCheck]
@@ -65,12 +68,13 @@ def _run(
         results.append(event.result)
         return event
 
-    say(f"its metrics are those of driver {driver_id()}")
+    say(driver_line())
     fleet = size_fleet(options, node_resources(), len(checks))
     for line in fleet.lines:
         say(line)
     pool = Pool(identify(), fleet.workers, Checker)
-    loop = Loop(pool, fleet, options.start_timeout, settle, say, watch)
+    timing = Timing(lambda _: None)  # OUT keeps the history of merges alone
+    loop = Loop(pool, fleet, options.start_timeout, settle, say, watch, timing)
     loop.add([checking(check, _size(check), VERIFYING) for check in checks])
     try:
         loop.run()

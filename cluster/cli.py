@@ -9,38 +9,25 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from cluster import doctor_commands, jobs_commands, plan_commands, result_commands
+from cluster import (
+    doctor_commands,
+    jobs_commands,
+    plan_commands,
+    report_commands,
+    result_commands,
+)
 from cluster.answering import answering
 from cluster.options import (
-    Adapters,
-    Anonymous,
-    Base,
-    Combine,
     Debug,
-    Density,
-    Dequantize,
     Device,
-    DeviceMapFile,
-    DtypeOption,
-    EndpointUrl,
     Json,
-    KeepTied,
-    Layers,
     Level,
-    MajoritySign,
     Quiet,
-    Region,
-    Seed,
-    ShardSize,
-    SimulateNf4,
     StartTimeout,
     Workers,
     refuse_workers,
-    size_in_bytes,
 )
-from merge_core.planner import make_plan
-from merge_core.stores.location import Access, locate
-from merge_core.updates.combined import Combination
+from cluster.plan_options import PlanOptions, with_plan_options
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -52,9 +39,9 @@ app = typer.Typer(
 
 
 @app.command()
-def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
-    base: Base,
-    adapters: Adapters,
+@with_plan_options
+def merge(  # noqa: PLR0913 - one parameter an option
+    *,
     out: Annotated[str, typer.Option("--out", "-o", help="Where to: path, s3:// or gs://.")],
     address: Annotated[
         str,
@@ -70,20 +57,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
     gpus_per_worker: Annotated[float, typer.Option(min=0.01, help="GPUs a worker.")] = 1.0,
     start_timeout: StartTimeout = 1800.0,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.AUTO,
-    dtype: DtypeOption = None,
-    shard_size: ShardSize = "2GB",
-    device_map: DeviceMapFile = None,
-    endpoint_url: EndpointUrl = None,
-    region: Region = None,
-    anonymous: Anonymous = False,
-    keep_tied: KeepTied = False,
-    combine: Combine = None,
-    density: Density = None,
-    majority_sign: MajoritySign = None,
-    seed: Seed = None,
-    layers: Layers = None,
-    dequantize: Dequantize = False,
-    simulate_nf4: SimulateNf4 = False,
+    asked: PlanOptions,
     verify: Annotated[
         Level, typer.Option(help="What to verify before the result is published.")
     ] = Level.DIGEST,
@@ -102,24 +76,7 @@ def merge(  # noqa: PLR0913, PLR0917 - one parameter an option
         from cluster.talk import Talk
 
         talk = Talk(quiet=quiet, out=out)
-        combination = Combination(
-            method=combine or "sum", density=density, majority_sign=majority_sign, seed=seed
-        )
-        access = Access(endpoint_url=endpoint_url, region=region, anonymous=anonymous)
-        target = locate(out, access)
-        plan = make_plan(
-            locate(base, access),
-            adapters,
-            access=access,
-            dtype=dtype,
-            shard_bytes=size_in_bytes(shard_size),
-            device_map=device_map,
-            keep_tied=keep_tied,
-            combination=combination,
-            layers=layers,
-            dequantize=dequantize,
-            simulate_nf4=simulate_nf4,
-        )
+        target, plan = asked.locate(out), asked.plan()
         for line in console.plan_lines(plan, find_pools(plan)):
             talk.say(line)
         with talk.progress():
@@ -200,6 +157,7 @@ def spot_notice(
 
 plan_commands.register(app)
 result_commands.register(app)
+report_commands.register(app)
 jobs_commands.register(app)
 doctor_commands.register(app)
 app.command()(spot_notice)

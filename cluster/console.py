@@ -68,8 +68,14 @@ def _print(text: str) -> None:
             ) from error
 
 
-def plan_lines(plan: MergePlan, pools: Sequence[EligiblePool]) -> list[str]:
-    """The plan as a person reads it."""
+def plan_lines(
+    plan: MergePlan, pools: Sequence[EligiblePool], there: frozenset[int] = frozenset()
+) -> list[str]:
+    """The plan as a person reads it.
+
+    Args:
+        there: the shards that OUT holds already.
+    """
     named = plan.config.get("architectures")
     kind = named[0] if isinstance(named, list) and named else "unknown architecture"
     read, size = (sum(f.size for f in files) for files in (plan.base_files, plan.shards))
@@ -80,21 +86,23 @@ def plan_lines(plan: MergePlan, pools: Sequence[EligiblePool]) -> list[str]:
         f"result   {files}, {gb(size)}: {summary(plan)}",
         *config_lines(plan),
         *_pinned_lines(plan),
-        *_stage_lines(plan),
+        *_stage_lines(plan, there),
         *(f"pool     {p.name}: {'' if p.eligible else 'not eligible: '}{p.reason}" for p in pools),
         *(f"note     {note}" for note in plan.notes),
     ]
 
 
-def _stage_lines(plan: MergePlan) -> list[str]:
-    """What a stage makes, and what it leaves to others."""
-    later = [shard.index for shard in plan.shards if shard.index not in plan.stage]
-    if not later:
+def _stage_lines(plan: MergePlan, there: frozenset[int]) -> list[str]:
+    """What a stage makes, what others have made, and what it leaves to others."""
+    now = plan.stage - there
+    later = {shard.index for shard in plan.shards} - plan.stage - there
+    if not later and not there:
         return []
     files = counted(len(plan.shards), "file")
     return [
-        f"stage    {len(plan.stage)} of {files} now: {layers_of(plan, plan.stage)}",
-        f"deferred {counted(len(later), 'file')}: {layers_of(plan, later)}",
+        f"stage    {len(now)} of {files} now" + f": {layers_of(plan, now)}" * bool(now),
+        *[f"there    {counted(len(there), 'file')}: {layers_of(plan, there)}"] * bool(there),
+        *[f"deferred {counted(len(later), 'file')}: {layers_of(plan, later)}"] * bool(later),
     ]
 
 
@@ -107,8 +115,10 @@ def _pinned_lines(plan: MergePlan) -> list[str]:
     return [f"devices  {', '.join(parts)}"]
 
 
-def plan_document(plan: MergePlan, pools: Sequence[EligiblePool]) -> dict[str, Any]:
-    """The plan as programs read it."""
+def plan_document(
+    plan: MergePlan, pools: Sequence[EligiblePool], there: frozenset[int] = frozenset()
+) -> dict[str, Any]:
+    """The plan as programs read it, see ``plan_lines``."""
     return {
         "ok": True,
         "base": str(plan.base),
@@ -120,7 +130,8 @@ def plan_document(plan: MergePlan, pools: Sequence[EligiblePool]) -> dict[str, A
                 "name": shard.name,
                 "bytes": shard.size,
                 "device": shard.device,
-                "deferred": shard.index not in plan.stage,
+                "there": shard.index in there,
+                "deferred": shard.index not in plan.stage | there,
                 "tensors": len(shard.tasks),
                 "merged": sum(task.action == "merged" for task in shard.tasks),
             }

@@ -10,19 +10,22 @@ from functools import partial
 
 from actors.identity import identify
 from actors.kept_collector import KeptCollector
-from actors.metrics import driver_id
+from actors.metrics import driver_line
 from actors.pool import Pool, node_resources
 from cluster.checking import verify_on_ray
 from cluster.loop import Loop
 from cluster.merging import Merging
 from cluster.session import LOCAL, session
+from cluster.timing import Timing
 from cluster.workers import ClusterOptions, size_fleet
 from merge_core.errors import StorageError
+from merge_core.history import recorded
 from merge_core.lease import is_held
 from merge_core.merge import MergeResult, begin, claim, holds_result, result_of
 from merge_core.output import check_usable
 from merge_core.plan import MergePlan
-from merge_core.progress import ProgressFile, Watch
+from merge_core.progress import Watch
+from merge_core.reachable import refuse_private
 from merge_core.stores.location import Location, Place, locate
 from merge_core.stores.opening import open_store
 from merge_core.verdict import conclude, verify_deeper
@@ -46,7 +49,8 @@ def merge_on_ray(
     Raises:
         RaymeldError: and its subclasses, as the merge in one process does.
     """
-    clock, target = time.perf_counter(), locate(out)
+    clock, target = time.perf_counter(), locate(out, plan.base.access)
+    refuse_private(plan.base, target, *(adapter.path for adapter in plan.adapters))
     plan = begin(plan, target, level)
     if not overwrite and holds_result(target, plan, say):  # it needs no Ray, unless it is read back
         readers = replace(options, device="cpu", cpu_workers=0)
@@ -56,28 +60,36 @@ def merge_on_ray(
     say("starting Ray" if options.address == LOCAL else f"connecting to {options.address}")
     with session(options.address, use_gpus=options.device != "cpu"):
         if options.address != LOCAL:
-            say(f"its metrics are those of driver {driver_id()}")
+            say(driver_line())
         fleet = size_fleet(options, node_resources(), len(plan.stage), plan.pinned)
-        with claim(plan, target, overwrite=overwrite, say=say) as run:
-            if run is None:  # somebody else has finished it in between
+        with claim(plan, target, overwrite=overwrite, say=say) as holder:
+            if holder is None:  # somebody else has finished it in between
                 return result_of(plan, target, {}, verify_deeper(target, level), clock)
+            chosen = {**options.chosen, "verify": level}
             with (
-                ProgressFile(target, run, watch, say) as progress,
-                _stopped_parts(target, run),
-                closing(KeptCollector(plan, target, run, options.collector)) as collector,
+                recorded(target, holder, chosen, watch, say) as history,
+                _stopped_parts(target, holder.run),
+                closing(KeptCollector(plan, target, holder.run, options.collector)) as collector,
                 closing(Pool(identify(), fleet.workers, options.merger, (plan, target))) as pool,
             ):
                 for line in fleet.lines:
-                    progress.say(line)
-                merging = Merging(plan, target, level, collector, progress.say)
+                    history.say(line)
+                merging = Merging(plan, target, level, collector, history.say)
                 loop = Loop(
-                    pool, fleet, options.start_timeout, merging.settle, progress.say, progress.watch
+                    pool,
+                    fleet,
+                    options.start_timeout,
+                    merging.settle,
+                    history.say,
+                    history.watch,
+                    Timing(history.attempt),
                 )
                 resumed = merging.run(loop)
                 receipts = collector.call("receipts")  # publishing removes them
                 report = None
                 if len(receipts) == len(plan.shards):
                     report = merging.verify(loop)
+                    history.verified(report)
                     conclude(merging, report)
     return result_of(plan, target, receipts, report, clock, resumed)
 

@@ -37,7 +37,8 @@ DIGEST_SPEED, NUMERIC_SPEED = 2.8e9, 0.3e9
 """Bytes of the result that one core reads back and checks in a second."""
 
 DECODING_SPEED = {
-    "gptq": 75e6, "awq": 100e6, "four_bit": 300e6, "int8": 500e6, "fp8": 100e6, "nf4": 22e6,
+    "gptq": 75e6, "awq": 100e6, "awq_gemv": 250e6, "awq_gemv_fast": 150e6, "four_bit": 300e6,
+    "int8": 500e6, "fp8": 100e6, "nf4": 22e6,
 }  # fmt: skip
 """Values of packed weights that one core decodes in a second, or rounds to NF4, by the kind of the
 decoding: seen on one busy core. Level numeric, which has code of its own, takes about as long."""

@@ -12,7 +12,7 @@ from merge_core.memory import alone_bytes
 from merge_core.plan import MergePlan, TensorTask
 from merge_core.updates import LowRankUpdate, Update
 
-_KINDS = {
+KINDS = {
     "low_rank": "low-rank factors",
     "stacked": "low-rank factors of experts",
     "dora": "DoRA",
@@ -46,7 +46,7 @@ def _kind_of(update: Update) -> str:
         return "block-diagonal factors (BD-LoRA)"
     if any(factor.columns is not None for factor in factors):
         return "low-rank factors of parameters (target_parameters)"
-    return _KINDS[update.kind]
+    return KINDS[update.kind]
 
 
 def adapter_lines(plan: MergePlan) -> Iterator[str]:

@@ -14,6 +14,7 @@ from cluster.commands import Abort, Assign, Command, Release, Start
 from cluster.patience import Patience
 from cluster.schedule import Schedule
 from cluster.tasks import PHASES, RESULTS, Task
+from cluster.timing import Timing
 from cluster.workers import Fleet, amounts
 from merge_core.errors import InputError, RaymeldError
 from merge_core.progress import Progress, Watch, WorkerProgress
@@ -43,6 +44,7 @@ class Loop:
             or add tasks.
         say: called with every decision.
         watch: called with the progress, once a second or, with hundreds of workers, less often.
+        timing: told what each worker begins and ends.
     """
 
     pool: Pool
@@ -51,6 +53,7 @@ class Loop:
     settle: Callable[[ItemDone], ItemDone | ItemFailed]
     say: Callable[[str], None]
     watch: Watch
+    timing: Timing
     tasks: list[Task] = field(default_factory=list)
     schedule: Schedule = field(init=False)
     _metrics: Metrics = field(default_factory=Metrics)
@@ -96,6 +99,7 @@ class Loop:
                     self._handle(event)
                 if time.monotonic() - self._looked >= LOOK_SECONDS:
                     self._look()
+            self._report_end()
         finally:  # Ray would go on reporting what was shown last
             idle = dict.fromkeys((kind.name for kind in self.fleet.kinds), 0)
             self._metrics.show(idle, idle)
@@ -115,6 +119,7 @@ class Loop:
             device = self.schedule.at_work(event.worker)
             if device is not None:
                 self._metrics.count(event, device, well)
+        self.timing.handle(event)
         self._obey(self.schedule.handle(event, time.monotonic()))
 
     def _obey(self, commands: Sequence[Command]) -> None:
@@ -127,8 +132,10 @@ class Loop:
                     self.pool.start(worker, kind, delay)
                 case Assign(worker=worker, item=item):
                     task = self.tasks[item]
+                    self.timing.begin(worker, task)
                     self.pool.assign(worker, item, task.method, *task.arguments(command))
                 case Release(worker=worker):
+                    self.timing.release(worker)
                     self.pool.release(worker)
                 case Abort():
                     raise self._failure(command)
@@ -175,6 +182,13 @@ class Loop:
         busy = Counter(self.schedule.at_work(worker) for worker in self.pool.assigned)
         up = {kind: self.pool.count(kind)[0] for kind in kinds}
         self._metrics.show({kind: busy[kind] for kind in kinds}, up)
+
+    def _report_end(self) -> None:
+        """All is done: who looks once a second has not seen that yet."""
+        rank = max(self._size, default=None)
+        if rank is not None:
+            size = self._size[rank]
+            self.watch(Progress(phase=PHASES[rank], done=size, total=size, workers=()))
 
     def _report(self) -> None:
         """The phase is that of the most urgent task that is not done."""

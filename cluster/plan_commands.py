@@ -9,34 +9,8 @@ from typing import Annotated
 import typer
 
 from cluster.answering import answering
-from cluster.options import (
-    Adapters,
-    Anonymous,
-    Base,
-    Combine,
-    Debug,
-    Density,
-    Dequantize,
-    Device,
-    DeviceMapFile,
-    DtypeOption,
-    EndpointUrl,
-    Json,
-    KeepTied,
-    Layers,
-    Level,
-    MajoritySign,
-    Region,
-    Seed,
-    ShardSize,
-    SimulateNf4,
-    bytes_a_second,
-    node_counts,
-    size_in_bytes,
-)
-from merge_core.planner import make_plan
-from merge_core.stores.location import Access, locate
-from merge_core.updates.combined import Combination
+from cluster.options import Debug, Device, Json, Level, bytes_a_second, node_counts
+from cluster.plan_options import PlanOptions, with_plan_options
 
 
 def register(app: typer.Typer) -> None:
@@ -44,24 +18,11 @@ def register(app: typer.Typer) -> None:
     app.command()(plan)
 
 
-def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
-    base: Base,
-    adapters: Adapters,
+@with_plan_options
+def plan(  # noqa: PLR0913 - one parameter an option
+    *,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Check this destination.")] = None,
-    dtype: DtypeOption = None,
-    shard_size: ShardSize = "2GB",
-    device_map: DeviceMapFile = None,
-    endpoint_url: EndpointUrl = None,
-    region: Region = None,
-    anonymous: Anonymous = False,
-    keep_tied: KeepTied = False,
-    combine: Combine = None,
-    density: Density = None,
-    majority_sign: MajoritySign = None,
-    seed: Seed = None,
-    layers: Layers = None,
-    dequantize: Dequantize = False,
-    simulate_nf4: SimulateNf4 = False,
+    asked: PlanOptions,
     nodes: Annotated[
         str, typer.Option(help="Estimate the time on so many equal nodes, such as 1,8,64.")
     ] = "1",
@@ -88,7 +49,7 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
         from cluster.estimate import Machines, estimate
         from cluster.estimate_report import estimate_documents, estimate_lines
         from cluster.pools import find_pools
-        from merge_core.destination import check_destination, notes_on
+        from merge_core.destination import check_destination, notes_on, shards_there
 
         counts = node_counts(nodes)
         machines = Machines(
@@ -100,36 +61,22 @@ def plan(  # noqa: PLR0913, PLR0917 - one parameter an option
             if storage_bandwidth
             else math.inf,
         )
-        combination = Combination(
-            method=combine or "sum", density=density, majority_sign=majority_sign, seed=seed
-        )
-        access = Access(endpoint_url=endpoint_url, region=region, anonymous=anonymous)
-        planned = make_plan(
-            locate(base, access),
-            adapters,
-            access=access,
-            dtype=dtype,
-            shard_bytes=size_in_bytes(shard_size),
-            device_map=device_map,
-            keep_tied=keep_tied,
-            combination=combination,
-            layers=layers,
-            dequantize=dequantize,
-            simulate_nf4=simulate_nf4,
-        )
+        planned = asked.plan()
+        there: frozenset[int] = frozenset()
         if out is not None:
-            target = locate(out, access)
+            target = asked.locate(out)
             check_destination(target, planned)
+            there = shards_there(target, planned)
             notes = map(str, notes_on(target))
             planned = replace(planned, notes=(*planned.notes, *notes))
         pools = find_pools(planned)
         estimates = {n: estimate(planned, replace(machines, nodes=n), verify) for n in counts}
         console.answer(
             [
-                *console.plan_lines(planned, pools),
+                *console.plan_lines(planned, pools, there),
                 *estimate_lines(estimates, machines, verify),
             ],
-            console.plan_document(planned, pools)
+            console.plan_document(planned, pools, there)
             | {"estimates": estimate_documents(estimates, machines, verify)},
             as_json=as_json,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,8 +19,11 @@ from cluster.options import (
     Workers,
     refuse_workers,
 )
-from merge_core.errors import VerificationError, counted
-from merge_core.stores.location import Access, locate
+from merge_core.errors import InterruptedMergeError, VerificationError, counted, refuse
+from merge_core.stores.location import Access, Location, locate
+
+if TYPE_CHECKING:
+    from cluster.status import Status
 
 
 def register(app: typer.Typer) -> None:
@@ -98,17 +101,40 @@ def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
 
 def status(
     out: Annotated[str, typer.Argument(metavar="OUT", help="The --out of a merge.")],
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Show it as it happens, until it ends.")
+    ] = False,
     endpoint_url: EndpointUrl = None,
     region: Region = None,
     anonymous: Anonymous = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a running or stopped merge has done; reads OUT alone."""
+    """Say what a running or stopped merge has done; reads OUT alone.
+
+    With --watch: exit code 0 when the merge has ended, however it did; Ctrl-C leaves it alone.
+    """
     with answering(as_json=as_json, debug=debug):
         from cluster import console
         from cluster.status import read_status, status_document, status_lines
 
+        if watch and as_json:
+            remedy = "Ask for one of them"
+            raise refuse("an answer in JSON is given once", "--json with --watch", remedy)
         access = Access(endpoint_url=endpoint_url, region=region, anonymous=anonymous)
-        found = read_status(locate(out, access))
+        target = locate(out, access)
+        found = _watched(target) if watch else read_status(target)
         console.answer(status_lines(found), status_document(found), as_json=as_json)
+
+
+def _watched(out: Location) -> Status:
+    from rich.console import Console
+
+    from cluster.status_watch import watch_status
+    from cluster.stderr import Stderr
+
+    try:
+        return watch_status(out, Console(highlight=False))
+    except KeyboardInterrupt:
+        Stderr().print("left; the merge goes on")
+        raise typer.Exit(InterruptedMergeError.exit_code) from None

@@ -12,12 +12,12 @@ from cluster.estimate_report import duration
 from merge_core.errors import StorageError, refuse
 from merge_core.holder import Holder
 from merge_core.lease import live_holder
-from merge_core.output import PLAN, RECEIPTS, receipt_name
+from merge_core.output import PLAN, accepted_shards
 from merge_core.progress import read_progress
 from merge_core.side_files import CONFIG
 from merge_core.stages import layers_among
 from merge_core.stores.location import Location
-from merge_core.stores.opening import is_there, open_store, read_file
+from merge_core.stores.opening import is_there, read_file
 
 SHOWN_LINES = 10
 """Of the decisions on the way; ``--json`` has them all."""
@@ -72,8 +72,8 @@ def read_status(out: Location) -> Status:
             "there is no merge", str(out), "Name the --out of a merge that was started"
         ) from None
     holder, finished = live_holder(out), is_there(out / CONFIG)
-    accepted = {listed.name for listed in open_store(out).list(RECEIPTS)}
-    left = [names for n, names in enumerate(tensors) if receipt_name(n) not in accepted]
+    accepted = accepted_shards(out)
+    left = [names for n, names in enumerate(tensors) if n not in accepted]
     return Status(
         out=out,
         state="running" if holder else "finished" if finished else "stopped",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from actors.collector import Collector
 from actors.merger import Merger
@@ -42,6 +44,12 @@ class ClusterOptions:
     merger: type[Merger] = Merger
     collector: type[Collector] = Collector
     """The actors' classes; tests inject faults by subclassing them."""
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What a person can choose, by name."""
+        fields = (field.name for field in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in fields if name not in ("merger", "collector")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any
 from merge_core.adapter_config import AdapterConfig, read_config
 from merge_core.config_values import MAX_SCALE
 from merge_core.errors import InputError, Problem, StorageError, gathered, refuse, some_of
-from merge_core.folders import names_in, read_json, refused
+from merge_core.folders import names_in, pinned, read_json, refused
 from merge_core.layout import TensorSpec
 from merge_core.peft_tuners import tuner_of
 from merge_core.refused_tuners import REFUSED
@@ -61,6 +61,7 @@ def open_adapter(path: Location, weight: float = 1.0) -> Adapter:
     Raises:
         InputError: with every problem of its config and its keys.
     """
+    path = pinned(path)
     names = names_in(path, "ADAPTER", CONFIG)
     if CONFIG not in names:
         raise _no_adapter(path, names)

@@ -19,7 +19,7 @@ from merge_core.peft_fields import (
     TOKEN_FIELDS,
 )
 from merge_core.peft_tuners import TUNERS, tuner_of
-from merge_core.refused_tuners import REFUSED, REFUSED_FIELDS, REFUSED_VARIANTS
+from merge_core.refused_tuners import REFUSED, REFUSED_VARIANTS
 from merge_core.targets import Targets, read_targets
 from merge_core.tuner import COMMON_FIELDS
 
@@ -241,7 +241,7 @@ def _no_merge(kind: Any, where: str) -> Problem:
 def _unsupported(fields: Mapping[str, Any], where: str) -> list[Problem]:
     problems = [
         Problem(f"{name} is set: {why}", where, "Use it as an adapter, with PEFT")
-        for name, why in {**REFUSED_VARIANTS, **REFUSED_FIELDS}.items()
+        for name, why in REFUSED_VARIANTS.items()
         if fields.get(name)
     ]
     if fields.get("use_dora") and fields.get("use_bdlora"):
@@ -265,7 +265,7 @@ def _unsupported(fields: Mapping[str, Any], where: str) -> list[Problem]:
 def _unknown(fields: Mapping[str, Any], where: str) -> list[Problem]:
     kind = tuner_of(fields)
     read = COMMON_FIELDS | TUNERS[kind].fields if kind in TUNERS else _READ[kind]
-    known = read | INERT_FIELDS | REFUSED_VARIANTS.keys() | REFUSED_FIELDS.keys()
+    known = read | INERT_FIELDS | REFUSED_VARIANTS.keys()
     return [
         Problem(
             f"field {shortened(name)} = {shortened(value)} is not known and could change the"

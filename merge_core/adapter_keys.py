@@ -37,6 +37,9 @@ class Part(StrEnum):
     ORIGINAL_WEIGHT = "original_module.weight"
     ORIGINAL_BIAS = "original_module.bias"
     """From before the training, saved with all of a resized embedding; PEFT never uses it."""
+    GATE_UP = "gate_up_proj"
+    DOWN = "down_proj"
+    """Parameters of a module with the experts of a layer (transformers 5)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +52,8 @@ class Key:
     """
     part: Part
 
+
+_OF_EXPERTS = r"(?<=\.experts\.)(?:modules_to_save\.(?:default\.)?)?"
 
 _NAMES = (
     (r"lora_A\.weight", Part.A),
@@ -65,6 +70,8 @@ _NAMES = (
     (r"modules_to_save\.(?:default\.)?bias", Part.SAVED_BIAS),
     (r"original_module\.weight", Part.ORIGINAL_WEIGHT),
     (r"original_module\.bias", Part.ORIGINAL_BIAS),
+    (rf"{_OF_EXPERTS}gate_up_proj", Part.GATE_UP),
+    (rf"{_OF_EXPERTS}down_proj", Part.DOWN),
 )
 _KEYS = tuple((re.compile(rf"{re.escape(PREFIX)}(.+?)\.{name}"), part) for name, part in _NAMES)
 _WRAPPED = frozenset({Part.A, Part.B})

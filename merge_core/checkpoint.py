@@ -10,7 +10,7 @@ from typing import Any
 from merge_core.architecture import HEAD, check_architecture
 from merge_core.decoding.stored import Stored
 from merge_core.errors import InputError, Problem, gathered, refuse
-from merge_core.folders import names_in, read_json
+from merge_core.folders import names_in, pinned, read_json
 from merge_core.plan import Source, StoredHead
 from merge_core.quantised import (
     Decodings,
@@ -67,6 +67,7 @@ def open_checkpoint(path: Location, decode: Decode | None = None) -> Checkpoint:
     Raises:
         InputError: with every problem found in config, index and headers.
     """
+    path = pinned(path)
     names = names_in(path, "BASE", CONFIG)
     _refuse_adapters(path, names)
     problems: list[Problem] = []

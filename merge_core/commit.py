@@ -25,10 +25,10 @@ from merge_core.output import (
     RECEIPTS,
     STAGED_CONFIG,
     VERIFIED,
-    config_to_publish,
     receipt_name,
 )
 from merge_core.plan import MergePlan, Shard
+from merge_core.published_config import config_to_publish
 from merge_core.side_files import CONFIG, INDEX
 from merge_core.stores.location import Location
 from merge_core.stores.opening import check_unchanged, open_store

@@ -50,7 +50,8 @@ def _unsaved(adapter: Adapter, bases: Mapping[str, Source]) -> Iterator[str]:
     """Tensors of modules that were trained as a whole, and modules that no model has."""
     trained, config = adapter.trained, adapter.config
     for name in bases:
-        if name not in trained.whole and config.is_saved(name.rpartition(".")[0]):
+        brought = not trained.whole.keys().isdisjoint((name, *_parameters(name)))
+        if not brought and config.is_saved(name.rpartition(".")[0]):
             yield name
     there = {name.rpartition(".")[0] for name in (*bases, *trained.whole)}
     for module in config.saved:

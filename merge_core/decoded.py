@@ -14,6 +14,7 @@ from merge_core.stores.store import Reader
 _DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
+    "I16": torch.int16,
     "I32": torch.int32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,

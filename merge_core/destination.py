@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 from merge_core.errors import InputError, Problem
 from merge_core.lease import live_holder
 from merge_core.output import (
+    accepted_shards,
     check_location,
     check_space,
     is_new,
@@ -42,6 +46,20 @@ def check_ownership(out: Location) -> None:
     """
     if not is_new(out) and read_plan(out) is None:
         raise InputError([not_ours(out)])
+
+
+def shards_there(out: Location, plan: MergePlan) -> frozenset[int]:
+    """The shards that OUT holds of the same merge, as far as headers tell; ``merge`` proves them.
+
+    Raises:
+        StorageError: it may not be looked at.
+    """
+    earlier = read_plan(out)
+    mine = json.loads(json.dumps([dataclasses.asdict(shard) for shard in plan.shards]))
+    if earlier is None or earlier["shards"] != mine:
+        return frozenset()
+    everything = frozenset(range(len(plan.shards)))
+    return everything if is_there(out / CONFIG) else everything & accepted_shards(out)
 
 
 def notes_on(out: Location) -> list[Problem]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from merge_core.adapter_config import AdapterConfig
 from merge_core.errors import refuse
-from merge_core.expert_factors import EXPERT_PARAMETERS, ExpertFactors
+from merge_core.expert_factors import EXPERT_PARAMETERS, ExpertFactors, holds_experts
 from merge_core.layout import TensorSpec
 from merge_core.plan import Source
 from merge_core.updates import Factor
@@ -79,6 +79,44 @@ def place_of(weight: str, sources: Mapping[str, Source], model: object) -> Place
     return None
 
 
+def is_parameter_of_experts(name: str) -> bool:
+    """Whether ``name`` is that of a parameter with all experts of a layer."""
+    module, _, parameter = name.rpartition(".")
+    return holds_experts(module) and parameter in EXPERT_PARAMETERS
+
+
+def pieces_of(
+    parameter: str, stored: TensorSpec, sources: Mapping[str, Source], model: object
+) -> Iterator[tuple[str, TensorSpec]]:
+    """The weight of each layer of each expert, and the part of ``stored`` that is it.
+
+    Args:
+        stored: the whole parameter, [experts, out, in].
+        sources: of a base with a tensor for each expert.
+        model: ``model_type`` of the base.
+
+    Raises:
+        InputError: the base has no such experts, or others.
+    """
+    _check_known(parameter, model)
+    shape = _shape_of(parameter, sources)
+    if stored.shape != shape:
+        what = f"is {list(stored.shape)}, the weights of the base together are {list(shape)}"
+        raise refuse(what, f"tensor {stored.name!r}", _OTHER_BASE)
+    module, _, name = parameter.rpartition(".")
+    (experts, out, width), layers = shape, EXPERT_PARAMETERS[name]
+    nbytes = stored.nbytes // experts // len(layers)
+    weights = (f"{module}.{e}.{layer}.weight" for e in range(experts) for layer in layers)
+    for number, weight in enumerate(weights):
+        piece = replace(
+            stored,
+            shape=(out // len(layers), width),
+            offset=stored.offset + number * nbytes,
+            nbytes=nbytes,
+        )
+        yield weight, piece
+
+
 def deltas_of(
     parameter: str,
     factors: ExpertFactors,
@@ -94,9 +132,7 @@ def deltas_of(
     Raises:
         InputError: the base has no such experts, or others.
     """
-    if model not in FUSED_MODELS:
-        what = f"trained by itself, and of {model!r} nothing tells which way it lies"
-        raise refuse(what, f"parameter {parameter}", "Merge it with PEFT's merge_and_unload")
+    _check_known(parameter, model)
     module, _, name = parameter.rpartition(".")
     layers, at = EXPERT_PARAMETERS[name], f"parameter {parameter}"
     experts, out, width = _shape_of(parameter, sources)
@@ -114,6 +150,12 @@ def deltas_of(
             b = Factor(tensor=factors.b, rows=None if swapped else half, columns=columns)
             weight = f"{module}.{expert}.{layer}.weight"
             yield ExpertDelta(weight=weight, a=a, b=b, transposed=swapped)
+
+
+def _check_known(parameter: str, model: object) -> None:
+    if model not in FUSED_MODELS:
+        what = f"trained by itself, and of {model!r} nothing tells which way it lies"
+        raise refuse(what, f"parameter {parameter}", "Merge it with PEFT's merge_and_unload")
 
 
 def _shape_of(parameter: str, sources: Mapping[str, Source]) -> tuple[int, int, int]:

@@ -7,8 +7,21 @@ from typing import Any
 
 from merge_core.errors import InputError, StorageError, refuse
 from merge_core.json_text import parse_object
+from merge_core.stores import opening
 from merge_core.stores.location import Location
 from merge_core.stores.opening import open_store, read_file
+
+
+def pinned(folder: Location) -> Location:
+    """See ``stores.opening.pinned``.
+
+    Raises:
+        InputError: there is no such model, or it cannot be looked at.
+    """
+    try:
+        return opening.pinned(folder)
+    except StorageError as error:
+        raise refused(error) from error
 
 
 def names_in(folder: Location, role: str, holds: str) -> frozenset[str]:

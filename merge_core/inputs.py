@@ -56,7 +56,10 @@ class Inputs:
         if source.adapter is None:
             raise AssertionError("a source is in a file of the base or of an adapter")
         view = into[: behind - first]
-        view[:] = self.factors[source.adapter].part(source.tensor, first, behind)
+        stored = source.within or source.tensor
+        skipped = source.tensor.offset - stored.offset
+        part = self.factors[source.adapter].part(stored, skipped + first, skipped + behind)
+        view[:] = part
         return view
 
     def shared(self, adapter: int, tensor: TensorSpec) -> torch.Tensor:

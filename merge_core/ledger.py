@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,17 @@ class Receipt:
     peak_memory: int
     """See ``Peaks``; in bytes, like the next."""
     peak_vram: int | None
+    memory_limit: int | None = None
+    """What the process held and found free before its first shard; in bytes, like the next. None
+    in receipts of versions that did not look."""
+    vram_limit: int | None = None
     tensors: tuple[TensorRecord, ...]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """All but the tensors."""
+        fields = (field.name for field in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in fields if name != "tensors"}
 
     def to_json(self) -> bytes:
         """The receipt as it is kept on disk."""
@@ -90,21 +100,43 @@ def fold_ledger(
 
     Args:
         files: name of each shard's file, by shard index.
-        about: what holds for the whole merge; kept as JSON in the file's metadata.
+        about: what holds for the whole merge; kept as JSON in the file's metadata, beside
+            ``shards``: of each receipt all but its tensors.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = [
-        _row(receipt, files[receipt.shard], record)
-        for receipt in sorted(receipts, key=lambda r: r.shard)
-        for record in receipt.tensors
-    ]
+    ordered = sorted(receipts, key=lambda r: r.shard)
+    rows = [row for one in ordered for row in rows_of(one, files[one.shard])]
+    shards = [{**one.about, "file": files[one.shard]} for one in ordered]
     table = pa.Table.from_pylist(rows, schema=_schema())
-    table = table.replace_schema_metadata({"raymeld": json.dumps(about)})
+    table = table.replace_schema_metadata({"raymeld": json.dumps({**about, "shards": shards})})
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     return buffer.getvalue()
+
+
+def unfold_ledger(data: bytes) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows that ``fold_ledger`` wrote, in their order, and what holds for the whole merge.
+
+    Raises:
+        ValueError, KeyError: it is no ledger.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(pa.BufferReader(data))
+    about = json.loads((table.schema.metadata or {})[b"raymeld"])
+    return table.to_pylist(), about
+
+
+def rows_of(receipt: Receipt, file: str) -> Iterator[dict[str, Any]]:
+    """What the ledger says of each tensor of a shard.
+
+    Args:
+        file: name of the shard's file.
+    """
+    return (_row(receipt, file, record) for record in receipt.tensors)
 
 
 def _row(receipt: Receipt, file: str, record: TensorRecord) -> dict[str, Any]:

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from merge_core.adapter import Adapter
 from merge_core.adapter_keys import has_token_rows
 from merge_core.checkpoint import Checkpoint
-from merge_core.errors import InputError, Problem, gathered, refuse, some_of
+from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.expert_factors import ExpertFactors
 from merge_core.experts import Place, deltas_of, place_of
-from merge_core.layout import TensorSpec
 from merge_core.matched import Matched
 from merge_core.orientation import check_mergeable, is_transposed
-from merge_core.plan import Source, Twins
+from merge_core.plan import Source
 from merge_core.trained import LowRankPair, TokenRows
 from merge_core.updates import (
     DoraUpdate,
@@ -21,6 +20,7 @@ from merge_core.updates import (
     RowsUpdate,
     ShiftUpdate,
 )
+from merge_core.whole_tensors import no_such, no_weight, replace_whole
 
 _OTHER_BASE = "Give the base that this adapter was trained on"
 
@@ -39,10 +39,10 @@ def match(
     """
     decodings = checkpoint.decodings
     matched = Matched.of(bases, None if decodings is None else decodings.dtype)
+    model = checkpoint.config.get("model_type")
     for number in range(len(adapters)):
         with gathered(problems):
-            _replace(matched, bases, number, adapters)
-    model = checkpoint.config.get("model_type")
+            replace_whole(matched, bases, number, adapters, model)
     for number, adapter in enumerate(adapters):
         missing = []
         for module, pair in adapter.trained.pairs.items():
@@ -52,7 +52,7 @@ def match(
                 continue
             with gathered(problems):
                 _update(matched, number, adapter, (module, pair, place), checkpoint)
-        problems += _no_such(missing, adapter)
+        problems += no_such(missing, adapter)
         for parameter, factors in adapter.trained.experts.items():
             with gathered(problems):
                 _update_experts(matched, number, adapter, (parameter, factors), model)
@@ -88,70 +88,6 @@ def check_together(matched: Matched) -> None:
             problems.append(Problem(what, f"tensor {name}", remedy))
     if problems:
         raise InputError(problems)
-
-
-def _replace(
-    matched: Matched, bases: Mapping[str, Source], number: int, adapters: Sequence[Adapter]
-) -> None:
-    """Have the tensors that an adapter brings as a whole take the place of the base's."""
-    adapter = adapters[number]
-    missing: list[str] = []
-    problems: list[Problem] = []
-    for name, saved in adapter.trained.whole.items():
-        base = bases.get(name)
-        if base is None:
-            missing.append(name)
-            continue
-        with gathered(problems):
-            check_mergeable(base.tensor, f"{adapter.path}, tensor {saved.name!r}")
-            _check_shape(matched, adapter, saved, base.tensor)
-            beside_factors = name.removesuffix(".weight") in adapter.trained.layers
-            if adapter.weight != 1 and not beside_factors:
-                raise _no_weight(adapter, saved.name)
-            earlier = matched.sources[name]
-            if earlier.adapter is not None:
-                if earlier.tensor.shape != saved.shape:
-                    other = f"{list(earlier.tensor.shape)} in {adapters[earlier.adapter].path}"
-                    what = f"is {list(saved.shape)}, and {other}"
-                    at = f"{adapter.path}, tensor {saved.name!r}"
-                    raise refuse(what, at, "Merge adapters of one vocabulary")
-                matched.twins.append(
-                    Twins(one=(earlier.adapter, earlier.tensor), other=(number, saved))
-                )
-            else:
-                matched.sources[name] = Source(tensor=saved, file=None, adapter=number)
-    matched.twins += [
-        Twins(one=(number, one), other=(number, other)) for one, other in adapter.trained.twins
-    ]
-    problems += _no_such(missing, adapter)
-    if problems:
-        raise InputError(problems)
-
-
-def _check_shape(matched: Matched, adapter: Adapter, saved: TensorSpec, base: TensorSpec) -> None:
-    if saved.shape == base.shape:
-        return
-    rows = len(base.shape) == 2 and has_token_rows(base.name.removesuffix(".weight"))
-    if rows and len(saved.shape) == 2 and saved.shape[0] and saved.shape[1] == base.shape[1]:
-        matched.config_changes["vocab_size"] = saved.shape[0]
-        return
-    what = f"is {list(saved.shape)}, the base tensor {list(base.shape)}"
-    raise refuse(what, f"{adapter.path}, tensor {saved.name!r}", _OTHER_BASE)
-
-
-def _no_weight(adapter: Adapter, name: str) -> InputError:
-    return refuse(
-        f"brings whole values, which cannot count {adapter.weight:g} times",
-        f"{adapter.path}, tensor {name!r}",
-        "Leave the weight of this adapter out",
-    )
-
-
-def _no_such(missing: Sequence[str], adapter: Adapter) -> list[Problem]:
-    if not missing:
-        return []
-    what = f"the base has no {some_of(missing)}"
-    return [Problem(what, str(adapter.path), _OTHER_BASE)]
 
 
 def _update(
@@ -249,11 +185,11 @@ def _put_rows(
 ) -> None:
     name, at = f"{module}.weight", f"{adapter.path}, module {module}"
     if name not in matched.sources:
-        raise InputError(_no_such([name], adapter))
+        raise InputError(no_such([name], adapter))
     base = matched.sources[name].tensor
     check_mergeable(base, at)
     if adapter.weight != 1:
-        raise _no_weight(adapter, found.rows.name)
+        raise no_weight(adapter, found.rows.name)
     if len(base.shape) != 2 or base.shape[1] != found.rows.shape[1]:
         what = f"its rows are {list(found.rows.shape)}, the base tensor {list(base.shape)}"
         raise refuse(what, at, _OTHER_BASE)

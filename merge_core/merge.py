@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from merge_core.commit import Assembly, remove_leftovers
 from merge_core.errors import DeviceMemoryError, InputError, RaymeldError, gathered, refuse
 from merge_core.factors import seal
+from merge_core.history import Attempt, History, recorded
+from merge_core.holder import Holder
 from merge_core.lease import Lease, live_holder
 from merge_core.ledger import Receipt
 from merge_core.output import (
@@ -24,7 +26,7 @@ from merge_core.output import (
     prepare,
 )
 from merge_core.plan import MergePlan
-from merge_core.progress import Progress, ProgressFile, Watch, WorkerProgress
+from merge_core.progress import Progress, Watch, WorkerProgress
 from merge_core.stored_head import check_stored_head
 from merge_core.stores.location import Location, Place, locate
 from merge_core.stores.opening import open_store
@@ -93,7 +95,7 @@ def merge(
         RaymeldError: the merge failed; nothing that loads as a checkpoint is left.
     """
     clock, watch, say = time.perf_counter(), watch or _unwatched, say or _unheard
-    target = locate(out)
+    target = locate(out, plan.base.access)
     _check_device(plan, device)
     with ThreadPoolExecutor(1) as pool:
         importing = pool.submit(importlib.import_module, "merge_core.worker")  # torch takes seconds
@@ -101,12 +103,13 @@ def merge(
             importing.result().pick_device("cuda")
         plan = begin(plan, target, level)
         module = importing.result()
-    with claim(plan, target, overwrite=overwrite, say=say) as run:
-        if run is None:
+    with claim(plan, target, overwrite=overwrite, say=say) as holder:
+        if holder is None:
             return result_of(plan, target, {}, verify_deeper(target, level), clock)
-        assembly = Assembly(plan, target, run)
-        with ProgressFile(target, run, watch, say) as progress:
-            resumed = _resume(assembly, plan, progress.watch)
+        assembly = Assembly(plan, target, holder.run)
+        options = {"address": "inline", "device": device, "verify": level}
+        with recorded(target, holder, options, watch, say) as history:
+            resumed = _resume(assembly, plan, history.watch)
             with contextlib.ExitStack() as stack:
 
                 @functools.cache
@@ -117,10 +120,10 @@ def merge(
                 for shard in plan.shards:
                     if shard.index in plan.stage - assembly.receipts.keys():
                         worker = worker_on(module.pick_device(shard.device or device))
-                        _merge_shard(worker, assembly, plan, shard.index, progress.watch)
+                        _merge_shard(worker, assembly, plan, shard.index, history)
             report = None
             if len(assembly.receipts) == len(plan.shards):
-                report = _finish(assembly, plan, target, level, progress.watch)
+                report = _finish(assembly, plan, target, level, history)
     return result_of(plan, target, assembly.receipts, report, clock, resumed)
 
 
@@ -157,14 +160,14 @@ def begin(plan: MergePlan, out: Location, level: str) -> MergePlan:
 @contextlib.contextmanager
 def claim(
     plan: MergePlan, out: Location, *, overwrite: bool, say: Callable[[str], None]
-) -> Iterator[str | None]:
+) -> Iterator[Holder | None]:
     """Make ``out`` ready for ``plan``, which must be sealed, and keep every other merge off it.
 
     Args:
         say: told that the lease of a merge that is perhaps gone is waited for.
 
     Yields:
-        The run of the lease, or None if ``out`` holds this very result already.
+        The holder of the lease, or None if ``out`` holds this very result already.
 
     Raises:
         InputError: it holds something else, or another merge is at work there.
@@ -179,7 +182,7 @@ def claim(
             yield None
         else:
             prepare(out, plan, overwrite=overwrite)
-            yield lease.holder.run
+            yield lease.holder
 
 
 def holds_result(out: Location, plan: MergePlan, say: Callable[[str], None]) -> bool:
@@ -208,11 +211,12 @@ def _resume(assembly: Assembly, plan: MergePlan, watch: Watch) -> int:
 
 
 def _finish(
-    assembly: Assembly, plan: MergePlan, out: Location, level: str, watch: Watch
+    assembly: Assembly, plan: MergePlan, out: Location, level: str, history: History
 ) -> VerifyReport:
     """Verify the result and publish it."""
     assembly.write_record()
-    report = verify(out, level, committed=False, run=_watched(plan, "verifying", watch))
+    report = verify(out, level, committed=False, run=_watched(plan, "verifying", history.watch))
+    history.verified(report)
     conclude(assembly, report)
     return report
 
@@ -226,7 +230,7 @@ def _unheard(line: str) -> None:
 
 
 def _merge_shard(
-    worker: ShardWorker, assembly: Assembly, plan: MergePlan, index: int, watch: Watch
+    worker: ShardWorker, assembly: Assembly, plan: MergePlan, index: int, history: History
 ) -> None:
     shard = plan.shards[index]
     before = sum(plan.shards[n].size for n in plan.stage if n < index)
@@ -240,12 +244,14 @@ def _merge_shard(
             done=done,
             size=shard.size,
         )
-        watch(Progress(phase="merging", done=before + done, total=total, workers=(doing,)))
+        history.watch(Progress(phase="merging", done=before + done, total=total, workers=(doing,)))
 
     for attempt in range(1, ATTEMPTS + 1):
+        began = time.time()
         try:
             receipt = worker.merge(index, attempt, tick)
-        except DeviceMemoryError:
+        except DeviceMemoryError as error:
+            history.attempt(Attempt.failed("inline", shard.name, began, error))
             if attempt == ATTEMPTS:
                 raise
         else:

@@ -7,6 +7,7 @@ OUT/.raymeld/lease/                    who is at work
 OUT/.raymeld/plan.json                 what is being done
 OUT/.raymeld/parts/                    unfinished files of workers
 OUT/.raymeld/receipts/                 one small file a finished shard
+OUT/.raymeld/runs/                     how each run went
 OUT/.raymeld/config.json               the config that will be published
 OUT/.raymeld/ledger.parquet            one row a tensor
 OUT/.raymeld/verified.json             what was checked
@@ -18,15 +19,14 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_core import __version__
 from merge_core.errors import InputError, Problem, StorageError, refuse
-from merge_core.json_text import parse_object
-from merge_core.plan import MergePlan
+from merge_core.plan import AdapterInput, MergePlan
+from merge_core.published_config import config_to_publish
 from merge_core.side_files import CONFIG, INDEX, TEMPLATES
-from merge_core.storage import replaced
 from merge_core.stores.location import Location
 from merge_core.stores.opening import is_there, open_store, read_file
 from merge_core.verify import LEVELS
@@ -41,11 +41,19 @@ VERIFIED = f"{STATE}/verified.json"
 RECEIPTS = f"{STATE}/receipts"
 LEASE = f"{STATE}/lease"
 PROGRESS = f"{STATE}/progress.json"
+RUNS = f"{STATE}/runs"
 
 
 def receipt_name(index: int) -> str:
     """Where the receipt of a shard lies."""
     return f"{RECEIPTS}/shard-{index:05}.json"
+
+
+def accepted_shards(out: Location) -> frozenset[int]:
+    """Those that have a receipt in OUT, by their index in the plan that it holds."""
+    names = (PurePosixPath(listed.name) for listed in open_store(out).list(RECEIPTS))
+    numbers = (name.stem.removeprefix("shard-") for name in names if name.suffix == ".json")
+    return frozenset(int(number) for number in numbers if number.isdecimal())
 
 
 def check_location(out: Location, base: Location, adapters: tuple[Location, ...]) -> list[Problem]:
@@ -163,30 +171,6 @@ def check_space(out: Location, plan: MergePlan, freed: int = 0) -> None:
         )
 
 
-def config_to_publish(plan: MergePlan) -> bytes:
-    """The result's config.json: the base's bytes, unless the merge changed a field."""
-    data = read_planned_config(plan)
-    if not plan.config_changes:
-        return data
-    changes = plan.config_changes
-    fields = {**plan.config, **changes}
-    kept = {key: value for key, value in fields.items() if key not in changes or value is not None}
-    return json.dumps(kept, indent=2).encode() + b"\n"
-
-
-def read_planned_config(plan: MergePlan) -> bytes:
-    """The base's config.json, if it still says what was planned with.
-
-    Raises:
-        StorageError: it changed.
-    """
-    file = plan.base / CONFIG
-    data = read_file(file)
-    if parse_object(data, str(file), "Fetch it again") != plan.config:
-        raise replaced(file)
-    return data
-
-
 def describe(plan: MergePlan) -> dict[str, Any]:
     """The plan as plan.json keeps it."""
     return {
@@ -194,13 +178,26 @@ def describe(plan: MergePlan) -> dict[str, Any]:
         "fingerprint": plan.fingerprint,
         "base": str(plan.base),
         "inputs": _inputs(plan),
-        "adapters": [{"path": str(a.path), "weight": a.weight} for a in plan.adapters],
+        "architectures": plan.config.get("architectures"),
+        "adapters": [_describe_adapter(adapter) for adapter in plan.adapters],
         "config_changes": dict(plan.config_changes),
         "keep_tied": plan.keep_tied,
         "combination": dataclasses.asdict(plan.combination),
         "simulate_nf4": plan.simulates_nf4,
         "side_files": [file.name for file in plan.side_files],
+        "header_digests": list(plan.header_digests),
+        "notes": list(plan.notes),
         "shards": [dataclasses.asdict(shard) for shard in plan.shards],
+    }
+
+
+def _describe_adapter(adapter: AdapterInput) -> dict[str, Any]:
+    return {
+        "path": str(adapter.path),
+        "weight": adapter.weight,
+        "peft_type": adapter.peft_type,
+        "file": dataclasses.asdict(adapter.file),
+        "tensors": dict(adapter.digests),
     }
 
 

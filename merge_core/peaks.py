@@ -49,6 +49,13 @@ class Peaks:
         return cls(memory=_resident_peak(), vram=torch.cuda.max_memory_reserved())
 
 
+def resident() -> int:
+    """Bytes of memory that this process holds now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def _resident_peak() -> int:
     with contextlib.suppress(OSError):
         for line in _STATUS.read_text().splitlines():

@@ -75,8 +75,5 @@ TRAINING_KEYS = re.compile(r"\.(lora_velora_embed|lora_monteclora_sampler\.)[^/]
 """Tensors that only steered the training (VeLoRA, MonteCLoRA); PEFT merges such adapters as plain
 LoRA and ignores them, ``tuners/lora/variants.py``."""
 
-WHOLE_EXPERTS = re.compile(r"\.experts\.(modules_to_save\.(default\.)?)?(gate_up|down)_proj\Z")
-"""Parameters of fused experts (transformers 5) whose module ``modules_to_save`` names."""
-
 PLAIN_INITS = frozenset({"true", "false", "gaussian", "eva", "mica", "orthogonal"})
 """``init_lora_weights`` that leave the base as it is, lower-cased."""

@@ -10,20 +10,17 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from merge_core.tuner import Tuner, form, groups, words
-from merge_core.updates.tuning import Kind, Others, Part
+from merge_core.sharing_tuners import SHARING
+from merge_core.tuner import CONV1D, EMBEDDING, SLOW, Tuner, groups, words
+from merge_core.updates.tuning import Kind, Part
 
-_CONV1D = frozenset({Kind.LINEAR, Kind.CONV1D})
-_EMBEDDING = frozenset({Kind.LINEAR, Kind.EMBEDDING})
 _ANY = frozenset(Kind)
 
-_SLOW = "PEFT decomposes each layer (SVD), which takes far longer than to read and write it"
-
 _BOTH: tuple[Part, ...] = ("weight", "bias")
-_VERA = "r save_projection projection_prng_key d_initial vera_dropout"
 
 TUNERS: Mapping[str, Tuner] = MappingProxyType(
     {
+        **SHARING,
         "ADALORA": Tuner(
             groups=groups(
                 "lora_A: init_r in; lora_B: out init_r; lora_E: init_r 1",
@@ -34,7 +31,22 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
                 " orth_reg_weight total_step init_lora_weights"
             ),
             copies=4,
-            kinds=_CONV1D,
+            kinds=CONV1D,
+        ),
+        "ADAMSS": Tuner(
+            groups=groups(
+                "adamss_A.{num_subspaces}: rank# n; adamss_B.{num_subspaces}: rows# rank#;"
+                " adamss_newB: n affine"
+            ),
+            fields=words(
+                "r num_subspaces subspace_rank use_dynamic_rank svd_threshold random_seed use_asa"
+                " asa_target_subspaces asa_importance_beta asa_uncertainty_beta"
+                " asa_schedule_exponent init_warmup final_warmup mask_interval"
+            ),
+            copies=5,
+            changes=_BOTH,
+            needs="scikit-learn",
+            note=SLOW,
         ),
         "BEFT": Tuner(
             groups=groups("beft_bias: 1 out"), fields=words(""), copies=2, changes=("bias",)
@@ -56,7 +68,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             fields=words("r decomposition_method init_scale alpha para deft_dropout"),
             copies=5,
             squares=1,
-            kinds=_CONV1D,
+            kinds=CONV1D,
         ),
         "DELORA": Tuner(
             groups=groups("delora_A: r in; delora_B: out r; delora_lambda: 1; delora_w_norm: in"),
@@ -67,7 +79,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             groups=groups("fourierft_spectrum: n_frequency"),
             fields=words("n_frequency scaling random_loc_seed n_frequency_pattern"),
             copies=9,
-            kinds=_CONV1D,
+            kinds=CONV1D,
         ),
         "GLORA": Tuner(
             groups=groups(
@@ -89,7 +101,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             ),
             fields=words("r hybrid_r alpha gralora_k gralora_dropout"),
             copies=5,
-            kinds=_CONV1D,
+            kinds=CONV1D,
         ),
         "HIRA": Tuner(
             # PEFT 0.21 has its rank_pattern in the config, and overlooks it.
@@ -106,7 +118,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             fields=words("feedforward_modules init_ia3_weights"),
             copies=3,
             changes=_BOTH,
-            kinds=_CONV1D,
+            kinds=CONV1D,
         ),
         "KASA": Tuner(
             groups=groups("lora_A.weight: r in; lora_B.weight: out r; lora_diag: r"),
@@ -114,7 +126,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
                 "r lora_alpha use_rslora rank_pattern alpha_pattern init_lora_weights kasa_config"
             ),
             copies=8,
-            note=_SLOW,
+            note=SLOW,
         ),
         "LOHA": Tuner(
             groups=groups("hada_w1_a: out r; hada_w1_b: r in; hada_w2_a: out r; hada_w2_b: r in"),
@@ -151,7 +163,7 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             ),
             copies=3,
             squares=2,
-            kinds=_EMBEDDING,
+            kinds=EMBEDDING,
         ),
         "OSF": Tuner(
             groups=groups(
@@ -160,11 +172,14 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             ),
             fields=words("effective_rank rank_pattern target_svd_config"),
             copies=11,
-            note=_SLOW,
+            note=SLOW,
         ),
         "PEANUT": Tuner(
-            groups=groups("peanut_A.weight: r out; peanut_B.weight: out r"),
-            fields=words("r act_fn scaling"),
+            groups=groups(
+                "peanut_A.weight: r out; peanut_B.weight: out r;"
+                " peanut_encoders.{depth}.weight: r r; peanut_decoders.{depth}.weight: r r"
+            ),
+            fields=words("r depth act_fn scaling"),
             copies=5,
         ),
         "PSOFT": Tuner(
@@ -179,32 +194,8 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
                 " num_cayley_neumann_terms cayley_neumann_eps"
             ),
             copies=8,
-            note=f"{_SLOW}; it works its basis out of the base again, which may come out"
+            note=f"{SLOW}; it works its basis out of the base again, which may come out"
             " differently on another kind of device than it was trained on",
-        ),
-        "PVERA": Tuner(
-            groups=groups("pvera_lambda_b: out; pvera_lambda_d: 2r"),
-            fields=words(
-                "r save_projection projection_prng_key d_initial pvera_dropout generator_seed"
-            ),
-            shared=form("pvera_A: 2r widest; pvera_B: tallest r"),
-            copies=4,
-            kinds=_CONV1D,
-            others=Others.SHAPES,
-        ),
-        "RANDLORA": Tuner(
-            groups=groups(
-                "randlora_gamma: bases least; randlora_lambda: r bases",
-                "randlora_A: r 1 shorter; randlora_B: longer all_bases r |",
-            ),
-            fields=words(
-                "r save_projection projection_prng_key sparse very_sparse randlora_alpha"
-                " randlora_dropout"
-            ),
-            shared=form("randlora_A: r 1 shorter; randlora_B: longer all_bases r"),
-            copies=7,
-            kinds=_CONV1D,
-            others=Others.SHAPES,
         ),
         "ROAD": Tuner(
             groups=groups("road_alpha: n; road_theta: n"),
@@ -226,64 +217,14 @@ TUNERS: Mapping[str, Tuner] = MappingProxyType(
             fields=words("sparsity select_top r lora_alpha save_precomputed_indices"),
             copies=6,
         ),
-        "TINYLORA": Tuner(
-            groups=groups(
-                "tinylora_A: r in; tinylora_B: out r | tinylora_A: r out; tinylora_B: in r",
-                "tinylora_P: u r r |",
-            ),
-            fields=words(
-                "r u weight_tying projection_seed save_projection init_v_bound tinylora_dropout"
-            ),
-            shared=form("tinylora_v.*: u"),
-            copies=8,
-            kinds=_EMBEDDING,
-            others=Others.NUMBER,
-            note=_SLOW,
-        ),
-        "UNILORA": Tuner(
-            groups=groups(
-                "unilora_indices_A: r in; unilora_indices_B: out r;"
-                " unilora_scales_A: r in; unilora_scales_B: out r |"
-            ),
-            fields=words(
-                "r proj_seed theta_d_length unilora_dropout init_theta_d_bound save_indices"
-            ),
-            shared=form("unilora_theta_d: theta_d_length"),
-            copies=4,
-            others=Others.ALL,
-        ),
-        "VBLORA": Tuner(
-            groups=groups(
-                "vblora_logits_A: r in/vector_length num_vectors;"
-                " vblora_logits_B: out/vector_length r num_vectors |"
-                "vblora_logits_A_topk_indices: r in/vector_length topk;"
-                " vblora_logits_A_topk_weights: r in/vector_length below_topk;"
-                " vblora_logits_B_topk_indices: out/vector_length r topk;"
-                " vblora_logits_B_topk_weights: out/vector_length r below_topk"
-            ),
-            fields=words(
-                "r num_vectors vector_length topk save_only_topk_weights vblora_dropout"
-                " init_vector_bank_bound init_logits_std"
-            ),
-            shared=form("vblora_vector_bank: num_vectors vector_length"),
-            copies=4,
-            kinds=_CONV1D,
-        ),
-        "VERA": Tuner(
-            groups=groups("vera_lambda_b: out; vera_lambda_d: r"),
-            fields=words(_VERA),
-            shared=form("vera_A: r widest; vera_B: tallest r"),
-            copies=4,
-            kinds=_CONV1D,
-            others=Others.SHAPES,
-        ),
         "WAVEFT": Tuner(
             groups=groups("waveft_spectrum: n_frequency"),
             fields=words(
                 "n_frequency scaling wavelet_family use_idwt random_loc_seed n_frequency_pattern"
+                " proportional_parameters"
             ),
             copies=7,
-            kinds=_CONV1D,
+            kinds=CONV1D,
         ),
     }
 )

@@ -32,6 +32,8 @@ class Source:
     """Index into ``MergePlan.base_files``; None: one of the two below."""
     adapter: int | None = None
     """Index into ``MergePlan.adapters`` of the one that brings the whole tensor."""
+    within: TensorSpec | None = None
+    """The adapter's tensor, where ``tensor`` is a part of it: its bytes lie together in there."""
     decoding: Decoding | None = None
     """How it comes out of other tensors of the base."""
 
@@ -91,7 +93,7 @@ class TensorTask:
     def read_of(self, adapter: int) -> Iterator[TensorSpec]:
         """The tensors of one adapter that it reads; some may come twice."""
         if self.source.adapter == adapter:
-            yield self.source.tensor
+            yield self.source.within or self.source.tensor
         for update in self.parts:
             if update.adapter == adapter:
                 yield from update.tensors

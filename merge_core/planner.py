@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from merge_core.shards import OutputTensor, cut_shards, shard_name
 from merge_core.side_files import CONFIG
 from merge_core.simulated import round_to_nf4
 from merge_core.stages import shards_of
-from merge_core.stores.location import DEFAULT_ACCESS, Access, Place, locate
+from merge_core.stores.location import DEFAULT_ACCESS, Access, Place, is_bare_hub_id, locate
 from merge_core.ties import settle_ties, tied_embeddings
 from merge_core.tuning import tune
 from merge_core.updates import Update
@@ -108,7 +108,13 @@ def make_plan(  # noqa: PLR0913 - one parameter an option
         combination=combination,
         layers=layers,
     )
-    return _assemble(checkpoint, opened, matched, updates, output)
+    said = tuple(
+        f"there is no path {place}: it is taken for a model on the hub"
+        for place in (base, *adapters)
+        if is_bare_hub_id(place)
+    )
+    plan = _assemble(checkpoint, opened, matched, updates, output)
+    return replace(plan, notes=(*said, *plan.notes))
 
 
 def _decode(*, dequantize: bool, simulate: bool) -> Decode | None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 from merge_core.errors import StorageError
-from merge_core.lease import is_held
+from merge_core.kept_json import KeptJson
 from merge_core.output import PROGRESS
 from merge_core.stores.location import Location
-from merge_core.stores.opening import open_store, read_file
+from merge_core.stores.opening import read_file
 
 KEPT_LINES = 50
 """Decisions that the file remembers: the last ones explain why a merge is slow or stopped."""
@@ -65,10 +63,7 @@ class ProgressFile:
     """
 
     def __init__(self, out: Location, run: str, watch: Watch, say: Callable[[str], None]) -> None:
-        self._out, self._run, self._store = out, run, open_store(out)
-        # Of a store's answer nothing here may wait.
-        self._writer = None if out.is_local else ThreadPoolExecutor(1)
-        self._writing: Future[None] | None = None
+        self._file = KeptJson(out, PROGRESS, run)
         self._watch, self._say = watch, say
         self._lines: deque[tuple[float, str]] = deque(maxlen=KEPT_LINES)
         self._last = Progress(phase="starting", done=0, total=0, workers=())
@@ -87,9 +82,7 @@ class ProgressFile:
             interrupted = isinstance(error, KeyboardInterrupt)
             why = "interrupted" if interrupted else str(error) or type(error).__name__
             self._lines.append((time.time(), f"stopped: {why}"))
-        if self._writer is not None:
-            self._writer.shutdown()
-        self._write(dataclasses.replace(self._last, workers=()), list(self._lines))
+        self._file.close(self._content(dataclasses.replace(self._last, workers=())))
 
     def say(self, line: str) -> None:
         """Keep a decision, and say it."""
@@ -104,27 +97,17 @@ class ProgressFile:
         self._last = progress
         if now - self._written >= WRITE_SECONDS:
             self._written = now
-            self._keep(progress)
+            self._file.keep(self._content(progress))
         self._watch(progress)
 
-    def _keep(self, progress: Progress) -> None:
-        lines = list(self._lines)
-        if self._writer is None:
-            self._write(progress, lines)
-        elif self._writing is None or self._writing.done():
-            self._writing = self._writer.submit(self._write, progress, lines)
-
-    def _write(self, progress: Progress, lines: list[tuple[float, str]]) -> None:
-        content = {
+    def _content(self, progress: Progress) -> dict[str, Any]:
+        return {
             **dataclasses.asdict(progress),
             "began": self._began,
             "before": self._before,
             "written": time.time(),
-            "lines": lines,
+            "lines": list(self._lines),
         }
-        with contextlib.suppress(StorageError):  # a full disk ends the merge where it matters
-            if is_held(self._out, self._run):
-                self._store.put(PROGRESS, json.dumps(content).encode(), durable=False)
 
 
 def read_progress(out: Location) -> dict[str, Any] | None:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from merge_core.errors import AbsentError, RaymeldError, refuse, some_of
+from merge_core.ledger import unfold_ledger
 from merge_core.model_card import Lineage, Origin, model_card
-from merge_core.output import read_plan, state_directory
+from merge_core.output import LEDGER, VERIFIED, read_plan
 from merge_core.side_files import CONFIG, INDEX
-from merge_core.storage import reported
-from merge_core.stores.hub import HubStore
 from merge_core.stores.hub_files import HubEntry
 from merge_core.stores.hub_push import HubPush, Sent
 from merge_core.stores.hub_retries import PATIENT, Retries
-from merge_core.stores.location import locate
+from merge_core.stores.location import Location, Place, locate
+from merge_core.stores.opening import open_store, read_file
 
 RECIPE = "raymeld.json"
 """In the model: what it was made of, and the sha256 of its files."""
@@ -29,7 +28,7 @@ _NEW = frozenset({".gitattributes", CARD})
 
 
 def push(
-    out: Path,
+    out: Place,
     repo: str,
     *,
     private: bool = True,
@@ -48,17 +47,18 @@ def push(
         say: told what is done.
 
     Raises:
-        InputError: ``out`` is no finished merge, or the model there is none of raymeld's.
+        InputError: ``out`` is no finished merge on a disk, or the model there is none of raymeld's.
         StorageError: the hub cannot be reached, or refuses, or somebody else has committed.
         VerificationError: what the hub has afterwards is not what was sent.
     """
-    plan = _finished(out)
-    small, shards = _small_files(out, plan), [shard["name"] for shard in plan["shards"]]
+    folder = locate(out)
+    plan = _finished(folder)
+    small, shards = _small_files(folder, plan), [shard["name"] for shard in plan["shards"]]
     target = HubPush.begin(repo, revision, private=private, retries=retries)
     before = target.files()
     _check_usable(repo, before)
-    sent = [_send(target, out, name, say) for name in shards]
-    contents = small | _descriptions(repo, out, plan, sent, small, say)
+    sent = [_send(target, folder, name, say) for name in shards]
+    contents = small | _descriptions(repo, folder, plan, sent, small, say)
     wanted: dict[str, str | bytes] = {**{one.name: one.sha256 for one in sent}, **contents}
     leftovers = [name for name in before if _is_weights(name) and name not in wanted]
     if not leftovers and all(n in before and before[n].holds(w) for n, w in wanted.items()):
@@ -67,51 +67,38 @@ def push(
     return target.commit(sent, contents, f"Merge by raymeld {plan['raymeld']}", leftovers)
 
 
-def _finished(out: Path) -> dict[str, Any]:
+def _finished(out: Location) -> dict[str, Any]:
     """plan.json of the merge.
 
     Raises:
         InputError: it is none, or not finished.
     """
+    if not out.is_local:
+        raise refuse("lies in a store", str(out), "Copy it to a disk, and push it from there")
     plan = read_plan(out)
     if plan is None:
         raise refuse("is no merge of raymeld's", str(out), "Give the OUT of one")
     sizes = {shard["name"]: shard["size"] for shard in plan["shards"]}
-    absent = [
-        name
-        for name, size in sizes.items()
-        if not (out / name).is_file() or (out / name).stat().st_size != size
-    ]
-    unverified = not (state_directory(out) / "verified.json").is_file()
-    if absent or unverified or not (out / CONFIG).is_file():
+    there = {listed.name: listed.size for listed in open_store(out).list()}
+    absent = [name for name, size in sizes.items() if there.get(name) != size]
+    if absent or VERIFIED not in there or CONFIG not in there:
         what = "is an unfinished merge" + (f": {some_of(absent)} missing" if absent else "")
         remedy = "Give the same merge command again, which goes on where it stopped"
         raise refuse(what, str(out), remedy)
     return plan
 
 
-def _small_files(out: Path, plan: Mapping[str, Any]) -> dict[str, bytes]:
+def _small_files(out: Location, plan: Mapping[str, Any]) -> dict[str, bytes]:
     """Config, index and side files, which must be as the merge wrote them."""
-    digests = _ledger(out)["files"]
+    _, about = unfold_ledger(read_file(out / LEDGER))
+    digests = about["files"]
     names = [CONFIG, *([INDEX] if len(plan["shards"]) > 1 else []), *plan["side_files"]]
-    contents = {}
-    for name in names:
-        with reported(out / name):
-            contents[name] = (out / name).read_bytes()
+    contents = {name: read_file(out / name) for name in names}
     changed = [n for n, d in contents.items() if hashlib.sha256(d).hexdigest() != digests[n]]
     if changed:
         what, remedy = f"{some_of(changed)} changed since the merge", "Merge again"
         raise refuse(what, str(out), f"{remedy}, or upload the folder as it is with `hf upload`")
     return contents
-
-
-def _ledger(out: Path) -> Any:
-    """What the ledger says of the whole merge."""
-    import pyarrow.parquet as pq
-
-    path = state_directory(out) / "ledger.parquet"
-    with reported(path):
-        return json.loads(pq.read_schema(path).metadata[b"raymeld"])
 
 
 def _check_usable(repo: str, files: Mapping[str, HubEntry]) -> None:
@@ -121,15 +108,15 @@ def _check_usable(repo: str, files: Mapping[str, HubEntry]) -> None:
         raise refuse(what, f"hf://{repo}", "Choose another name, or a branch made for it")
 
 
-def _send(target: HubPush, out: Path, name: str, say: Callable[[str], None]) -> Sent:
-    sent = target.send(out / name, name)
+def _send(target: HubPush, out: Location, name: str, say: Callable[[str], None]) -> Sent:
+    sent = target.send(out.local / name, name)
     say(f"the hub holds {name} ({sent.size / 1e9:.2f} GB)")
     return sent
 
 
 def _descriptions(
     repo: str,
-    out: Path,
+    out: Location,
     plan: Mapping[str, Any],
     sent: list[Sent],
     small: Mapping[str, bytes],
@@ -138,8 +125,7 @@ def _descriptions(
     """Model card and recipe."""
     base = Origin.of(plan["base"])
     adapters = tuple(Origin.of(each["path"], each["weight"]) for each in plan["adapters"])
-    with reported(state_directory(out)):
-        verified = json.loads((state_directory(out) / "verified.json").read_bytes())
+    verified = json.loads(read_file(out / VERIFIED))
     lineage = Lineage(
         base=base,
         adapters=adapters,
@@ -170,15 +156,11 @@ def _descriptions(
 
 def _base_card(base: str, say: Callable[[str], None]) -> str | None:
     """README.md of the base, if it can be read."""
-    location = locate(base)
     try:
-        if location.scheme == "hf":
-            return HubStore(location).get(CARD).decode(errors="replace")
-        if location.is_local and (location.local / CARD).is_file():
-            return (location.local / CARD).read_text(errors="replace")
+        return read_file(locate(base) / CARD).decode(errors="replace")
     except AbsentError:
         return None
-    except (RaymeldError, OSError) as error:
+    except RaymeldError as error:
         say(f"the model card says nothing of licence and language: {error}")
     return None
 

@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from merge_core.digest import bytes_digest
-from merge_core.errors import AbsentError, StorageError
+from merge_core.errors import AbsentError, StorageError, refuse
 from merge_core.side_files import CONFIG, INDEX
 from merge_core.storage import reported, sync_directory, write_durably
 from merge_core.stores.location import Location, locate
@@ -31,6 +31,18 @@ STALE_SECONDS = 3600.0
 """Age at which a trial belongs to nobody: its doctor was killed. None takes that long."""
 
 _TRIAL = ".raymeld-doctor-"
+
+
+def refuse_private(*places: Location) -> None:
+    """Refuse what no other process sees, before one is asked to read or write it.
+
+    Raises:
+        InputError: one of the places lies in the memory of this process.
+    """
+    for place in places:
+        if place.scheme == "memory":
+            what, remedy = "lies in the memory of this process alone", "Take a path or a store"
+            raise refuse(what, str(place), f"{remedy}, or --address inline")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,12 +10,11 @@ _ROUTED = "its change of the weights depends on the input"
 
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
-        "ADAMSS": "PEFT needs scikit-learn to build its layers, so no test covers it here",
         "ADAPTION_PROMPT": _PROMPTS,
         "BONE": "PEFT renamed it to MISS in 0.18 and no longer reads it",
         "CARTRIDGE": _PROMPTS,
         "CPT": _PROMPTS,
-        "FROD": "its layers depend on the weights of all others, which are never read at once",
+        "FROD": "part of each layer is made from the weights of all others, and is not in the file",
         "LILY": "PEFT cannot merge it: layers share what depends on the input",
         "MULTITASK_PROMPT_TUNING": _PROMPTS,
         "POLY": _ROUTED,
@@ -36,12 +35,3 @@ REFUSED_VARIANTS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Fields of LoRA that are refused when they are set, and why."""
-
-REFUSED_FIELDS: Mapping[str, str] = MappingProxyType(
-    {
-        "depth": "PEANuT with layers between its two factors is compared with PEFT in no test",
-        "proportional_parameters": "a layer's share depends on all layers",
-        "sample_at_inference": "its weights are drawn anew for each input",
-    }
-)
-"""Fields of tuners that are refused when they are set, and why."""

@@ -35,10 +35,17 @@ def find_stored_head(
     embeddings = embeddings_among(sources)
     if HEAD not in sources or embeddings is None or not is_tied(config):
         return None
-    ends = head, other = sources[HEAD], sources[embeddings]
-    (mine, its), stored = (end.tensor for end in ends), all(end.file is not None for end in ends)
-    if not stored or (mine.dtype, mine.shape) != (its.dtype, its.shape):
-        raise _differ(embeddings, where)
+    head, other = sources[HEAD], sources[embeddings]
+    mine, its = head.tensor, other.tensor
+    how = None
+    if head.file is None or other.file is None:
+        how = f"beside {embeddings!r}, and one of them is packed"
+    elif mine.shape != its.shape:
+        how = f"as {list(mine.shape)}, and {embeddings!r} as {list(its.shape)}"
+    elif mine.dtype != its.dtype:
+        how = f"in {mine.dtype}, and {embeddings!r} in {its.dtype}"
+    if how is not None:
+        raise _differ(how, where)
     return StoredHead(head=head, embeddings=other)
 
 
@@ -67,12 +74,13 @@ def check_stored_head(plan: MergePlan) -> None:
                 for reader, source in zip(readers, ends, strict=True)
             )
             if mine != its:
-                raise _differ(ends[1].tensor.name, str(plan.base))
+                how = f"with other values than {ends[1].tensor.name!r}"
+                raise _differ(how, str(plan.base))
 
 
-def _differ(embeddings: str, where: str) -> InputError:
+def _differ(how: str, where: str) -> InputError:
     return refuse(
-        f"tie_word_embeddings is set, and {HEAD!r} is stored with other values than {embeddings!r}",
+        f"tie_word_embeddings is set, and {HEAD!r} is stored {how}",
         where,
         "Set tie_word_embeddings to false in config.json if the head is meant, or remove the head",
     )

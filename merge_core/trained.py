@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from merge_core.adapter_config import AdapterConfig
 from merge_core.adapter_keys import Part, has_token_rows, parse_key
 from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.expert_factors import ExpertFactors, check_parameter, parameter_of, read_experts
 from merge_core.layout import MERGEABLE, TensorSpec
-from merge_core.peft_fields import TRAINING_KEYS, WHOLE_EXPERTS
+from merge_core.peft_fields import TRAINING_KEYS
 from merge_core.tuned import Tuned, odd_dtypes, take_tuned
 from merge_core.updates import Factor
 
@@ -122,9 +123,9 @@ def _sorted_out(
     whole: dict[str, TensorSpec] = {}
     twins: list[tuple[TensorSpec, TensorSpec]] = []
     for module, parts in modules.items():
-        for part, *others in _WHOLE:
+        for kinds in _WHOLE:
             with gathered(problems):
-                kinds = (part, *others)
+                part, *others = kinds
                 beside = bool(parts.keys() & _FACTORS) or _is_tuned(module, tuned, config)
                 brought = _brought(module, parts, kinds, config, where, has_factors=beside)
                 if brought is not None:
@@ -149,8 +150,10 @@ def _is_tuned(module: str, tuned: Tuned, config: AdapterConfig) -> bool:
 _WHOLE = (
     (Part.WEIGHT, Part.SAVED_WEIGHT, Part.ORIGINAL_WEIGHT),
     (Part.BIAS, Part.SAVED_BIAS, Part.ORIGINAL_BIAS),
+    (Part.GATE_UP,),
+    (Part.DOWN,),
 )
-_FACTORS = frozenset(Part) - {Part.TOKENS, *_WHOLE[0], *_WHOLE[1]}
+_FACTORS = frozenset(Part) - {Part.TOKENS, *chain(*_WHOLE)}
 
 
 def _by_module(
@@ -177,10 +180,7 @@ def _by_module(
 
 def _unknown(names: Sequence[str], where: str) -> Iterator[Problem]:
     for name in names:
-        if WHOLE_EXPERTS.search(name):
-            what = f"{name!r} is a parameter of experts as a whole, which is not merged"
-            yield Problem(what, where, "Train them with target_parameters, or merge with PEFT")
-        elif not TRAINING_KEYS.search(name):
+        if not TRAINING_KEYS.search(name):
             what = f"key {name!r} is not known, and nothing is dropped silently"
             yield Problem(what, where, _REPAIR)
 
@@ -251,14 +251,14 @@ def _vector(
 def _brought(
     module: str,
     parts: Parts,
-    kinds: tuple[Part, ...],
+    kinds: Sequence[Part],
     config: AdapterConfig,
     where: str,
     *,
     has_factors: bool,
 ) -> TensorSpec | None:
     """The tensor that takes the place of the base's, if the config says why it is there."""
-    part, saved, original = kinds
+    part, *copies = kinds
     found = next((parts[kind] for kind in kinds if kind in parts), None)
     if found is None:
         return None
@@ -266,10 +266,10 @@ def _brought(
     if ".base_layer." in name and not has_factors and Part.TOKENS not in parts:
         what = f"{name!r} stands beside factors, and there are none of this module"
         raise refuse(what, where, _REPAIR)
-    if not parts.keys() & {part, saved}:
+    if not parts.keys() & {part, *copies[:1]}:
         raise refuse(f"{name!r} is there without what was made of it", where, _REPAIR)
     named = config.is_saved(module) or config.ensures_tying
-    if parts.keys() & {saved, original} and not named:
+    if parts.keys() & set(copies) and not named:
         what = f"{name!r} is there, and modules_to_save does not name its module"
         raise refuse(what, where, _OTHER_CONFIG)
     if ".ln_tuning_layers." in name:
@@ -277,7 +277,7 @@ def _brought(
     elif part == Part.BIAS:
         explained = config.trains_bias(beside_factors=has_factors)
     else:
-        explained = has_factors or has_token_rows(module)
+        explained = part == Part.WEIGHT and (has_factors or has_token_rows(module))
     if explained or config.is_saved(module):
         return found
     field = "bias" if part == Part.BIAS else "modules_to_save"

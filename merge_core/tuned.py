@@ -18,6 +18,8 @@ _MODEL = "base_model."
 _REPAIR = "Save the adapter again with PEFT; the file is damaged or incomplete"
 _SIZE = re.compile(r"(?P<times>\d*)(?P<name>[A-Za-z_]\w*)?(?:/(?P<divisor>\w+))?")
 
+_NUMBERED = re.compile(r"\{(\w+)\}")
+
 _DTYPES = ("F32", "F16", "BF16", "U8", "I8", "I16", "I32", "I64")
 """Integers are places of values; PEFT takes those that it can count with."""
 
@@ -43,7 +45,7 @@ def take_tuned(tensors: Sequence[TensorSpec], peft_type: str) -> tuple[Tuned, li
     if tuner is None:
         return Tuned(), list(tensors)
     names = {name for group in tuner.groups for form in group for name in form}
-    own = re.compile(rf"{re.escape(PREFIX)}(.+?)\.({'|'.join(map(re.escape, names))})")
+    own = re.compile(rf"{re.escape(PREFIX)}(.+?)\.({'|'.join(map(_any_number, names))})")
     layers: dict[str, dict[str, TensorSpec]] = {}
     shared, others = {}, []
     for tensor in tensors:
@@ -55,6 +57,11 @@ def take_tuned(tensors: Sequence[TensorSpec], peft_type: str) -> tuple[Tuned, li
         else:
             others.append(tensor)
     return Tuned(layers=layers, shared=shared), others
+
+
+def _any_number(name: str) -> str:
+    """A pattern for what a form calls a tensor."""
+    return r"\d+".join(map(re.escape, _NUMBERED.split(name)[::2]))
 
 
 def odd_dtypes(tuned: Tuned, where: str) -> Iterator[Problem]:
@@ -97,9 +104,10 @@ def check_parts(parts: Parts, tuner: Tuner, sizes: Sizes) -> None:
     """
     left = set(parts)
     for group in tuner.groups:
-        forms = [form for form in group if form.keys() <= parts.keys()]
+        spelt = [_spelt_out(form, sizes, len(parts)) for form in group]
+        forms = [form for form in spelt if form.keys() <= parts.keys()]
         if not forms:
-            lacking = min((form.keys() - parts.keys() for form in group), key=len)
+            lacking = min((form.keys() - parts.keys() for form in spelt), key=len)
             raise MismatchError(f"{some_of(sorted(lacking))} is missing")
         most = max(len(form) for form in forms)
         forms = [form for form in forms if len(form) == most]
@@ -107,6 +115,19 @@ def check_parts(parts: Parts, tuner: Tuner, sizes: Sizes) -> None:
         left -= forms[0].keys()
     if left:
         raise MismatchError(f"{some_of(sorted(left))} is there without what belongs to it")
+
+
+def _spelt_out(form: Form, sizes: Sizes, there: int) -> Form:
+    """With the names of tensors that are numbered, at most one more than are ``there``."""
+    names: dict[str, str] = {}
+    for name, shape in form.items():
+        counted = _NUMBERED.search(name)
+        if counted is None:
+            names[name] = shape
+            continue
+        for number in range(min(sizes.get(counted[1], 0), there + 1)):
+            names[name.replace(counted[0], str(number))] = shape.replace("#", str(number))
+    return names
 
 
 def unlike_others(layers: Mapping[str, Parts], tuner: Tuner) -> Iterator[tuple[str, list[str]]]:

@@ -10,8 +10,17 @@ from merge_core.updates.tuning import Kind, Others, Part
 
 Form = Mapping[str, str]
 """Names of a layer's tensors and their shapes, size by size. A size is a number; ``in`` or ``out``
-of the layer, or ``least``, the smaller of the two; a field of the config; or a name that must mean
-the same wherever it stands. ``2r`` and ``in/r`` are what they look like."""
+of the layer, ``least``, the smaller of the two, or ``affine``, ``in`` and one more for a bias; a
+field of the config; or a name that must mean the same wherever it stands. ``2r`` and ``in/r`` are
+what they look like. ``name.{n}`` are as many tensors as n says, numbered from 0, and ``#`` in their
+sizes is the number of each."""
+
+CONV1D = frozenset({Kind.LINEAR, Kind.CONV1D})
+EMBEDDING = frozenset({Kind.LINEAR, Kind.EMBEDDING})
+"""Kinds of layers that several tuners have."""
+
+SLOW = "PEFT decomposes each layer (SVD), which takes far longer than to read and write it"
+"""What is said of those that do."""
 
 COMMON_FIELDS = frozenset(
     {"peft_type", "peft_version", "bias", "modules_to_save", "fan_in_fan_out"}
@@ -41,8 +50,12 @@ class Tuner:
     """Which tensors of a layer it changes."""
     kinds: frozenset[Kind] = frozenset({Kind.LINEAR})
     others: Others = Others.NONE
+    needs: str = ""
+    """A package that PEFT imports for it, beside its own dependencies."""
     note: str = ""
     """What a person should know who merges one."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """The same, by a field that is set."""
 
 
 def groups(*texts: str) -> tuple[tuple[Form, ...], ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from merge_core.adapter import Adapter
@@ -50,10 +51,14 @@ def tune(matched: Matched, number: int, adapter: Adapter, checkpoint: Checkpoint
         _check_tensors(adapter, tuner, layers)
     if problems:
         raise InputError(problems)
-    if tuner.note:
-        matched.notes.append(f"{adapter.path}: {adapter.config.peft_type}: {tuner.note}")
+    _check_needs(tuner, str(adapter.path))
+    fields = adapter.config.fields
+    for note in filter(
+        None, [tuner.note, *(n for name, n in tuner.notes.items() if fields.get(name))]
+    ):
+        matched.notes.append(f"{adapter.path}: {adapter.config.peft_type}: {note}")
     matched.tunings[number] = Tuning(
-        config={k: v for k, v in adapter.config.fields.items() if k not in _PROVENANCE},
+        config={k: v for k, v in fields.items() if k not in _PROVENANCE},
         layers=tuple(layers),
         others=tuner.others,
         peft=_installed_peft(str(adapter.path)),
@@ -102,6 +107,16 @@ def _installed_peft(where: str) -> str:
         what = f"PEFT merges it, and {version} is installed, which no test compares with"
         raise refuse(what, where, remedy)
     return version
+
+
+def _check_needs(tuner: Tuner, where: str) -> None:
+    if tuner.needs:
+        try:
+            importlib.metadata.version(tuner.needs)
+        except importlib.metadata.PackageNotFoundError:
+            what = f"PEFT builds its layers with {tuner.needs}, which is not installed here"
+            remedy = f"pip install {tuner.needs}, on every machine"
+            raise refuse(what, where, remedy) from None
 
 
 _PROVENANCE = frozenset({"base_model_name_or_path", "revision", "auto_mapping", "peft_version"})
@@ -181,9 +196,14 @@ def _check_tensors(adapter: Adapter, tuner: Tuner, layers: list[Layer]) -> None:
         check_shared(tuned.shared, tuner, config, shared)
     for layer, (wide, tall) in zip(layers, ins, strict=True):
         with _gathered(problems, f"{adapter.path}, module {layer.path}"):
-            parts = tuned.layers.get(layer.path, {})
-            sizes = shared | _sizes_of(config, tuner, layer.path)
-            check_parts(parts, tuner, {**sizes, "in": wide, "out": tall, "least": min(wide, tall)})
+            sizes = shared | _sizes_of(config, tuner, layer.path) | _share_of(layer, layers, config)
+            sizes |= {
+                "in": wide,
+                "out": tall,
+                "least": min(wide, tall),
+                "affine": wide + layer.bias,
+            }
+            check_parts(tuned.layers.get(layer.path, {}), tuner, sizes)
     for path, lacking in unlike_others(tuned.layers, tuner):
         what = f"{some_of(lacking)} is missing, which other layers have"
         problems.append(Problem(what, f"{adapter.path}, module {path}", _OTHER_CONFIG))
@@ -210,6 +230,15 @@ def _sizes_of(config: Mapping[str, Any], tuner: Tuner, path: str) -> Sizes:
     if config["peft_type"] == "ADALORA" and config.get("rank_pattern"):
         sizes.pop("init_r", None)
     return sizes
+
+
+def _share_of(layer: Layer, layers: Sequence[Layer], config: Mapping[str, Any]) -> Sizes:
+    """WAVEFT may deal out its frequencies by the sizes of all layers (``waveft/model.py``)."""
+    each = config.get("n_frequency")
+    if not config.get("proportional_parameters") or type(each) is not int:
+        return {}
+    share = math.prod(layer.shape) / sum(math.prod(one.shape) for one in layers)
+    return {"n_frequency": max(1, round(share * (each * len(layers))))}
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from merge_core.lanes import Lane, out_of_memory_reported
 from merge_core.ledger import Receipt, TensorRecord
 from merge_core.memory import LaneChoice, Memory, choose_lanes, free_host_memory, lane_need
 from merge_core.nvidia import gpu_processes
-from merge_core.peaks import Peaks
+from merge_core.peaks import Peaks, resident
 from merge_core.plan import MergePlan, Shard, TensorTask
 from merge_core.stores.location import Location
 from merge_core.stores.opening import open_store
@@ -78,6 +78,7 @@ class ShardWorker:
         self._fingerprint = plan.fingerprint
         self._device = torch.device(device)
         self.found = measure_memory(device)
+        self._memory_limit = resident() + self.found.host
         self.choice = choice or choose_lanes(plan, device, self.found)
         self._most_lanes = self.choice.lanes
         self._lanes: list[Lane] = []
@@ -127,6 +128,8 @@ class ShardWorker:
             lanes=self.choice.reason,
             peak_memory=peaks.memory,
             peak_vram=peaks.vram,
+            memory_limit=self._memory_limit,
+            vram_limit=self.found.device,
             tensors=records,
         )
 

@@ -14,12 +14,14 @@ KEPT = {"config.json", "ledger.parquet", "plan.json", "progress.json", "verified
 
 
 def assert_tidy(out: Path) -> None:
-    """Nothing is left of parts, receipts, temporary files and takeovers."""
+    """Nothing is left of parts, receipts, temporary files and takeovers; each run is told of."""
     state = out / ".raymeld"
     left = set(files_below(state)) - KEPT
     lease = {name for name in left if re.fullmatch(r"lease/\d{8}\.json", name)}
-    assert (left - lease, len(lease)) == (set(), 1)
-    assert [path.name for path in state.iterdir() if path.is_dir()] == ["lease"]
+    runs = {name for name in left if re.fullmatch(r"runs/\d{8}T\d{6}Z-[0-9a-f]{8}\.json", name)}
+    assert (left - lease - runs, len(lease)) == (set(), 1)
+    assert runs
+    assert {path.name for path in state.iterdir() if path.is_dir()} == {"lease", "runs"}
     assert not list(out.glob(".*.tmp"))
 
 

@@ -22,6 +22,9 @@ NOTICED_AT_ONCE = {
 }
 """A node's death is known after a second or two; Ray's own setting takes fifteen."""
 
+NO_DASHBOARD = {"include_dashboard": False, "dashboard_port": None}
+"""Else Ray tries its port all the same, and leaves a socket open where another dashboard has it."""
+
 
 @contextlib.contextmanager
 def environment(**changes: str) -> Iterator[None]:
@@ -45,7 +48,7 @@ def cluster(
 
     with environment():
         Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)  # Cluster writes there
-        head: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False}
+        head: dict[str, Any] = {"num_cpus": cpus, **NO_DASHBOARD}
         if system is not None:
             head["_system_config"] = system
         if metrics_port is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import os
@@ -16,6 +17,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import pytest
 import torch
+from backends import BACKENDS, make_parts_small
 from fault_proxy import FaultProxy
 from handmade import TWO_LANES, small_merge
 from hub_client import HubClient
@@ -33,8 +35,11 @@ from tuners import make_tuned
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
+from merge_core.stores import blocks, retries
 from merge_core.stores.location import Access, Location
+from merge_core.stores.s3 import S3Store
 from merge_core.stores.s3_client import client_for
+from merge_core.stores.store import Store
 
 disable_progress_bar()
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
@@ -195,6 +200,37 @@ def s3(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> Location:
     location = Location(scheme="s3", root=f"bucket-{next(BUCKETS)}", access=access)
     client_for(location.access).create_bucket(Bucket=location.root)
     return location
+
+
+@pytest.fixture
+def s3_proxy(s3: Location, s3_address: str) -> Iterator[FaultProxy]:
+    with FaultProxy(s3_address) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def s3_store(s3: Location, s3_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> S3Store:
+    """Reached through the proxy, by a client of its own that hardly pauses between tries."""
+    make_parts_small(monkeypatch)
+    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.001)
+    backoff = "botocore.retries.standard.ExponentialBackoff.delay_amount"
+    monkeypatch.setattr(backoff, lambda *_: 0.001)
+    return S3Store(dataclasses.replace(s3 / "out", access=Access(endpoint_url=s3_proxy.address)))
+
+
+@pytest.fixture(params=BACKENDS)
+def make_store(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], Store]:
+    """Makes stores that hold nothing, of each kind."""
+    make_parts_small(monkeypatch)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 100_000)
+    return BACKENDS[request.param](request)
+
+
+@pytest.fixture
+def store(make_store: Callable[[], Store]) -> Store:
+    return make_store()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ DTYPE_NAMES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float32: "F32",
+    torch.int16: "I16",
     torch.int32: "I32",
     torch.uint8: "U8",
     torch.float8_e4m3fn: "F8_E4M3",

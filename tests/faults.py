@@ -22,6 +22,7 @@ from actors.identity import Signed
 from actors.merger import Merger
 from merge_core.errors import DeviceMemoryError
 from merge_core.ledger import Receipt
+from merge_core.storage import write_durably
 
 EATS_AT_MOST = 8 << 30
 """Bytes, for the case that Ray's monitor does not work."""
@@ -52,12 +53,14 @@ class Hangs(Merger):
 
     def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
         self._hanging = shard == 0 and attempt == 1
+        if shard == 0 and attempt == 2:  # or the first, which may only be slow, is ended before
+            _until(self._out.local.with_name("hangs").exists)
         return super().merge(shard, attempt, shrink)
 
     def _note(self, done: int) -> None:
         super()._note(done)
         if self._hanging:
-            self._out.local.with_name("hangs").write_text(str(os.getpid()))
+            write_durably(self._out.local.with_name("hangs"), str(os.getpid()).encode())
             self._hang()
 
     def _hang(self) -> None:

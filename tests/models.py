@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from oracles import Delta
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
 from peft.utils.save_and_load import load_peft_weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -27,6 +28,7 @@ from transformers import (
 HIDDEN, INNER, VOCAB, LAYERS = 64, 96, 160, 2
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+Saved = dict[str, torch.Tensor]
 
 
 _NO_MATRIX = r"Adapter 'default': .* LoRA tensor\(s\) have invalid shape"
@@ -185,3 +187,13 @@ def edit_json(path: Path, **changes: Any) -> None:
     """Change fields of a JSON file; None removes a field."""
     fields = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({k: v for k, v in fields.items() if v is not None}))
+
+
+def changed(adapter: Path, path: Path, change: Callable[[Saved], Any], **fields: Any) -> Path:
+    """A copy of an adapter, with other tensors and other fields."""
+    shutil.copytree(adapter, path, dirs_exist_ok=True)
+    saved = load_file(adapter / "adapter_model.safetensors")
+    change(saved)
+    save_file(saved, path / "adapter_model.safetensors")
+    edit_json(path / "adapter_config.json", **fields)
+    return path

@@ -4,9 +4,11 @@ shared with what decodes them. Every number is placed bit by bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -117,6 +119,74 @@ def in_order(numbers: Numbers) -> torch.Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AwqGemv:
+    """How to quantise."""
+
+    group: int = 32
+    fast: bool = False
+    scales: torch.dtype = torch.float16
+
+    @property
+    def config(self) -> dict[str, Any]:
+        fields = {"bits": 4, "group_size": self.group, "zero_point": True}
+        return {"quant_method": "awq", "version": "gemv_fast" if self.fast else "GEMV", **fields}
+
+    def pack(self, out: int, width: int, seed: int) -> Packed:
+        random = np.random.default_rng(seed)
+        groups = width // self.group
+        room = 8
+        while room < groups or (room * self.group % 1024 and self.group < 128):
+            room += 8
+        numbers = random.integers(0, 16, (out, width))
+        zeros = random.integers(0, 16, (out, groups))
+        scales = torch.from_numpy(random.uniform(1e-3, 4e-3, (out, groups))).to(self.scales)
+        of = np.arange(width) // self.group
+        padding = torch.zeros(out, room - groups, dtype=self.scales)
+        wide = torch.cat([scales, padding], 1)
+        if self.fast:
+            scaled = (-torch.from_numpy(zeros) * scales.float()).to(self.scales)
+            exact = torch.from_numpy(numbers) * scales.double()[:, of] + scaled.double()[:, of]
+            parts = {
+                "qweight": interleaved(numbers),
+                "scales": wide.T.contiguous(),
+                "scaled_zeros": torch.cat([scaled, padding], 1).T.contiguous(),
+            }
+        else:
+            exact = torch.from_numpy(numbers - zeros[:, of]) * scales.double()[:, of]
+            filled = np.concatenate([zeros, np.zeros((out, room - groups), np.int64)], 1)
+            parts = {
+                "qweight": pack_columns(numbers.T, 4).T.contiguous(),
+                "qzeros": pack_columns(filled.T, 4).T.contiguous(),
+                "scales": wide,
+            }
+        return Packed(parts=parts, weight=exact.to(self.scales))
+
+
+def interleaved(numbers: Numbers) -> torch.Tensor:
+    """[n, m] to int16 [n / 4, m], word by word as the packer of llm-awq goes about it: columns in
+    pairs from each eighth of 32, the even ones of eight before the odd, 64 columns of four rows one
+    behind another, four numbers in a word.
+    """
+    rows, width = numbers.shape
+    pairs = [n for start in range(0, 8, 2) for n in range(start, 32, 8)]
+    order = [one for pair in pairs for one in (pair, pair + 1)]
+    order = [order[8 * n + place] for n in range(4) for place in (0, 2, 4, 6, 1, 3, 5, 7)]
+    found = []
+    for top in range(0, rows, 4):
+        line: list[int] = []
+        for left in range(0, width, 64):
+            for row in numbers[top : top + 4, left : left + 64]:
+                line += [row[32 * half + place] for half in (0, 1) for place in order]
+        found.append(
+            [
+                sum(int(n) << 4 * k for k, n in enumerate(line[w : w + 4]))
+                for w in range(0, len(line), 4)
+            ]
+        )
+    return torch.from_numpy(np.array(found, np.uint16).view(np.int16))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fp8:
     """How to quantise."""
 
@@ -141,7 +211,7 @@ class Fp8:
         return Packed(parts={"weight": values, "weight_scale_inv": scale}, weight=weight)
 
 
-Format = Gptq | Awq | Fp8
+Format = Gptq | Awq | AwqGemv | Fp8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +225,12 @@ class QuantisedBase:
     """It was packed with."""
 
 
+@functools.cache
+def _packed(how: Format, out: int, width: int, seed: int) -> Packed:
+    """Bit by bit is slow, and the same bases are written often."""
+    return how.pack(out, width, seed)
+
+
 def write_quantised(
     path: Path,
     how: Format,
@@ -163,20 +239,26 @@ def write_quantised(
     dtype: torch.dtype = torch.float16,
     files: int = 2,
     change: Callable[[Tensors], object] = dict,
+    others: Mapping[str, Format | None] = MappingProxyType({}),
+    **fields: Any,
 ) -> QuantisedBase:
     """A Qwen1.5 checkpoint of which every linear layer but the head is packed.
 
-    ``change`` may spoil the tensors before they are written.
+    ``change`` may spoil the tensors before they are written. Of ``others`` each module is packed in
+    its own way, or not at all; ``fields`` of the quantization_config may say so.
     """
     tensors = random_tensors(geometry, dtype)
     weights = dict(tensors)
     for seed, (module, (out, width)) in enumerate(geometry.linear.items()):
-        packed = how.pack(out, width, seed)
+        mine = others.get(module, how)
+        if mine is None:
+            continue
+        packed = _packed(mine, out, width, seed)
         del tensors[f"{module}.weight"]
-        tensors |= {f"{module}.{part}": tensor for part, tensor in packed.parts.items()}
+        tensors |= {f"{module}.{part}": tensor.clone() for part, tensor in packed.parts.items()}
         weights[f"{module}.weight"] = packed.weight
     name = str(dtype).removeprefix("torch.")
-    said = {**geometry.config, "torch_dtype": name, "quantization_config": how.config}
+    said = {**geometry.config, "torch_dtype": name, "quantization_config": {**how.config, **fields}}
     change(tensors)
     write_base(path, tensors, said, files)
     return QuantisedBase(path=path, weights=weights, how=how)

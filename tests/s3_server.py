@@ -13,6 +13,12 @@ import venv
 from collections.abc import Iterator
 from pathlib import Path
 
+from fault_proxy import How
+from network_faults import say
+
+from merge_core.stores.location import Location
+from merge_core.stores.s3_client import client_for
+
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE / "swift_requirements.txt"
 VENV = Path(sys.prefix) / "swift"
@@ -62,3 +68,14 @@ def _installed() -> Path:
             subprocess.run([*install, "--requirement", REQUIREMENTS], check=True)
             done.write_text(wanted)
     return VENV / "bin" / "python"
+
+
+def uploads(location: Location) -> list[str]:
+    """Keys of all multipart uploads under way in a bucket."""
+    found = client_for(location.access).list_multipart_uploads(Bucket=location.root)
+    return [upload["Key"] for upload in found.get("Uploads", ())]
+
+
+def refusal(status: int, code: str, message: str = "no") -> How:
+    """S3 answers so."""
+    return say(status, f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode())

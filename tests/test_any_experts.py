@@ -14,8 +14,9 @@ from handmade import random_factors, write_adapter, write_base
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import DTYPES, read_tensors
-from moe import LAYERS_OF, apart
+from moe import LAYERS_OF, PREFIX, apart
 from oracles import Tensors
+from safetensors.torch import save_file
 from test_grammar import check_rounded_once
 
 from merge_core.architecture import expected_tensors
@@ -112,6 +113,20 @@ def adapters(draw: st.DrawFn, config: dict[str, Any]) -> Drawn:
     return Drawn(factors=factors, config=fields, weight=weight, deltas=deltas)
 
 
+def write_whole_experts(path: Path, config: dict[str, Any], dtype: torch.dtype) -> Tensors:
+    """An adapter that brings all experts; their weights, expert by expert."""
+    generator = torch.Generator().manual_seed(8)
+    whole = {
+        name: torch.randn(shape, generator=generator).mul_(0.02).to(dtype)
+        for name, shape in expected_tensors(config, fused=True)
+        if ".experts." in name
+    }
+    write_adapter(path, {}, modules_to_save=["experts"])
+    saved = {f"{PREFIX}{name}": tensor for name, tensor in whole.items()}
+    save_file(saved, path / "adapter_model.safetensors")
+    return apart(whole)
+
+
 @settings(max_examples=30)
 @given(data=st.data())
 def test_any_adapters_on_experts_merge_into_any_checkpoint(
@@ -127,7 +142,13 @@ def test_any_adapters_on_experts_merge_into_any_checkpoint(
     }
     base = write_base(path / "base", tensors, config, files=data.draw(st.integers(1, 3)))
     drawn = data.draw(st.lists(adapters(config), min_size=1, max_size=2))
-    named, exact = [], {name: tensor.double() for name, tensor in apart(tensors).items()}
+    named: list[str] = []
+    exact = {name: tensor.double() for name, tensor in apart(tensors).items()}
+    if data.draw(st.booleans(), label="experts brought whole"):
+        theirs = DTYPES[data.draw(st.sampled_from(list(DTYPES)))]
+        whole = write_whole_experts(path / "whole", config, theirs)
+        exact |= {name: tensor.double() for name, tensor in whole.items()}
+        named.append(str(path / "whole"))
     for number, one in enumerate(drawn):
         at = write_adapter(path / str(number), one.factors, **one.config)
         named.append(f"{at}@{one.weight}")

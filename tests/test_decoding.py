@@ -11,7 +11,7 @@ import torch
 from decoded_rows import decoded_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packers import Awq, Fp8, Gptq, Packed
+from packers import Awq, AwqGemv, Fp8, Gptq, Packed
 from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
@@ -82,6 +82,29 @@ def test_awq(
     how = Awq(group=group, scales=scales)
 
     check(AwqFormat.of(how.config, "here"), how.pack(8 * size[0], 16 * size[1], seed), data)
+
+
+@settings(max_examples=60)
+@given(
+    fast=st.booleans(),
+    group=st.sampled_from([32, 64, 128, 192]),
+    scales=st.sampled_from([torch.float16, torch.bfloat16]),
+    size=st.tuples(st.integers(1, 4), st.integers(1, 3)),
+    seed=SEEDS,
+    data=st.data(),
+)
+def test_awq_for_its_gemv_kernels(
+    fast: bool,
+    group: int,
+    scales: torch.dtype,
+    size: tuple[int, int],
+    seed: int,
+    data: st.DataObject,
+) -> None:
+    how = AwqGemv(group=group, fast=fast, scales=scales)
+    width = size[1] * max(group, 64)
+
+    check(AwqFormat.of(how.config, "here"), how.pack(8 * size[0], width, seed), data)
 
 
 @settings(max_examples=60)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import edit_json, read_tensors
+from models import Saved, changed, edit_json, read_tensors
 from moe import BOTH, PREFIX, apart, write_expert_adapter, write_fused_adapter
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from cluster.explain import adapter_lines, counts_of
 from merge_core.errors import InputError
@@ -20,7 +20,6 @@ from merge_core.merge import merge
 from merge_core.planner import make_plan
 
 Bases = Callable[..., Path]
-Saved = dict[str, torch.Tensor]
 TARGETS = ["gate_proj", "up_proj", "down_proj", "gate"]
 
 
@@ -30,16 +29,6 @@ def adapter(request: pytest.FixtureRequest, moe: Bases, tmp_path_factory: Any) -
     if request.param == "of each expert":
         return write_expert_adapter(path, moe(), TARGETS, lora_alpha=6)
     return write_fused_adapter(path, moe(), swapped=False, peft_version="0.21.0")
-
-
-def changed(adapter: Path, path: Path, change: Callable[[Saved], Any], **fields: Any) -> Path:
-    """A copy of an adapter, with other tensors and other fields."""
-    shutil.copytree(adapter, path, dirs_exist_ok=True)
-    saved = load_file(adapter / "adapter_model.safetensors")
-    change(saved)
-    save_file(saved, path / "adapter_model.safetensors")
-    edit_json(path / "adapter_config.json", **fields)
-    return path
 
 
 def refusal(base: Path, adapter: Path) -> str:
@@ -198,22 +187,24 @@ def test_factors_of_all_experts_and_of_one_of_them_are_refused(
     assert "are factors of the same rows of 'model.layers.0.mlp.experts." in said
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("infix", ["", "modules_to_save.default."])
-def test_experts_that_were_trained_as_a_whole_are_refused_for_what_they_are(
-    fused: bool, infix: str, moe: Bases, tmp_path: Path
+def test_whole_layers_of_each_expert_go_into_a_base_that_has_them_alone(
+    moe: Bases, tmp_path: Path, out: Path
 ) -> None:
+    """As older transformers had them: a fused base has no place for one of them."""
     adapter = write_expert_adapter(tmp_path / "a", moe(), ["q_proj"], lora_alpha=6)
-    key = f"{PREFIX}model.layers.0.mlp.experts.{infix}down_proj"
+    weights = {n: t + 1 for n, t in read_tensors(moe()).items() if ".experts." in n}
 
     def whole(saved: Saved) -> None:
-        saved[key] = torch.ones(4, 64, 48)
+        saved.update({f"{PREFIX}{name}": tensor for name, tensor in weights.items()})
 
     other = changed(adapter, tmp_path / "b", whole, modules_to_save=["experts"])
+    merge(make_plan(moe(), [other]), out, level="numeric")
 
-    said = refusal(moe(fused=fused), other)
-    assert f"{key!r} is a parameter of experts as a whole, which is not merged" in said
-    assert "damaged" not in said
+    after = read_tensors(out)
+    assert all(torch.equal(after[name], tensor) for name, tensor in weights.items())
+    assert "the base has no model.layers.0.mlp.experts.0.down_proj.weight" in refusal(
+        moe(fused=True), other
+    )
 
 
 def test_an_expert_whose_number_begins_with_a_zero_is_not_known(moe: Bases, tmp_path: Path) -> None:

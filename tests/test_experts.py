@@ -256,13 +256,3 @@ def test_a_router_and_the_gate_of_the_shared_expert_are_taken_whole(
     got = merged(moe(), adapter, out)
 
     assert_same_tensors(got, apart(oracle(moe(), adapter)))
-
-
-def test_experts_that_were_trained_as_a_whole_are_refused_by_name(
-    moe: Bases, tmp_path: Path
-) -> None:
-    fields = {"modules_to_save": ["experts"], "target_modules": ["q_proj"]}
-    adapter = make_adapter(tmp_path / "a", moe(), **fields)
-
-    with pytest.raises(InputError, match=r"gate_up_proj' is a parameter of experts as a whole"):
-        make_plan(moe(), [adapter])

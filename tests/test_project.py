@@ -31,6 +31,7 @@ MODULES = sorted(
         "merge_core/verify",
         "actors",
         "cluster",
+        "cluster/report",
     )
     for path in (ROOT / folder).glob("*.py")
 )

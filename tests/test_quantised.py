@@ -21,7 +21,7 @@ from handmade import (
 )
 from models import assert_same_tensors, edit_json, make_adapter, oracle, read_tensors
 from oracles import assert_within_contract
-from packers import Awq, Format, Fp8, Gptq, QuantisedBase, write_quantised
+from packers import Awq, AwqGemv, Format, Fp8, Gptq, QuantisedBase, write_quantised
 from test_inputs_that_change import touching
 from typer.testing import CliRunner
 
@@ -38,7 +38,7 @@ from merge_core.verify import verify
 from merge_core.verify.packed import unpacked
 from merge_core.verify.weights import open_base
 
-GEOMETRY = Geometry(hidden=64, inner=96)
+GEOMETRY = Geometry(hidden=64, inner=128)
 FACTORS = random_factors(GEOMETRY.linear, dict.fromkeys(GEOMETRY.linear, 4))
 HALF, BRAIN = torch.float16, torch.bfloat16
 KINDS: dict[str, tuple[Format, torch.dtype]] = {
@@ -48,6 +48,8 @@ KINDS: dict[str, tuple[Format, torch.dtype]] = {
     "GPTQ, 2 bits, format v2": (Gptq(bits=2, second=True), HALF),
     "GPTQ, 4 bits in a bfloat16 model": (Gptq(scales=BRAIN), BRAIN),
     "AWQ": (Awq(), HALF),
+    "AWQ for gemv": (AwqGemv(), HALF),
+    "AWQ for gemv_fast": (AwqGemv(group=64, fast=True), HALF),
     "FP8 in blocks that end outside": (Fp8(block=(48, 40)), BRAIN),
     "FP8 with one scale": (Fp8(block=None, scales=torch.float32), BRAIN),
 }
@@ -160,6 +162,50 @@ def test_other_adapters_merge_into_decoded_weights_too(
     assert verify(out, "numeric").findings == ()
 
 
+LAYER = "model.layers.{}.{}"
+DYNAMIC = {
+    r"-:.*\.1\.self_attn\.(q|k)_proj": {},
+    r"+:model\.layers\.0\.mlp\.down": {"bits": 8, "group_size": 64, "sym": True},
+    r".*\.down_proj$": {"group_size": 32, "desc_act": True},
+}
+"""The first that matches counts."""
+OTHERS = {
+    LAYER.format(1, "self_attn.q_proj"): None,
+    LAYER.format(1, "self_attn.k_proj"): None,
+    LAYER.format(0, "mlp.down_proj"): Gptq(bits=8, group=64),
+    LAYER.format(1, "mlp.down_proj"): Gptq(group=32, shuffled=True),
+}
+
+
+def test_modules_that_gptqmodel_packed_otherwise_are_decoded_as_they_are(
+    tmp_path: Path, adapter: Path, out: Path
+) -> None:
+    base = write_quantised(tmp_path / "b", Gptq(), GEOMETRY, others=OTHERS, dynamic=DYNAMIC)
+
+    plan = make_plan(base.path, [adapter], dequantize=True, shard_bytes=30_000)
+    merge(plan, out, choice=TWO_LANES)
+
+    assert_within_contract(read_tensors(out), base.weights, deltas_of(FACTORS, 2.0), HALF)
+    assert verify(out, "numeric").findings == ()
+    assert "12 weights of the base decoded from GPTQ, 4 bits, others by module" in plan.notes
+
+
+def test_gptqmodel_calls_the_zeros_of_gemv_fast_otherwise(
+    tmp_path: Path, adapter: Path, out: Path
+) -> None:
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".scaled_zeros")]:
+            tensors[name.replace("scaled_zeros", "qzeros")] = tensors.pop(name)
+
+    how, said = AwqGemv(group=64, fast=True), {"format": "gemv_fast", "pack_dtype": "int16"}
+    base = write_quantised(tmp_path / "b", how, GEOMETRY, change=rename, version=None, **said)
+
+    merge(make_plan(base.path, [adapter], dequantize=True), out, choice=TWO_LANES)
+
+    assert_within_contract(read_tensors(out), base.weights, deltas_of(FACTORS, 2.0), HALF)
+    assert verify(out, "numeric").findings == ()
+
+
 def test_the_biases_of_zeros_that_gptq_wrote_are_left_out(
     tmp_path: Path, adapter: Path, out: Path
 ) -> None:
@@ -188,8 +234,8 @@ def test_a_lane_s_share_of_packed_weights_is_part_of_what_it_needs(
     base = write_quantised(tmp_path / "base", Gptq(), GEOMETRY)
     need = lane_need(make_plan(base.path, [adapter], dequantize=True), "cpu", 1 << 20)
 
-    largest = 64 * 96
-    packed = largest // 2 + 2 * (largest // 16) + largest // 32 + 4 * 96
+    largest = 64 * 128
+    packed = largest // 2 + 2 * (largest // 16) + largest // 32 + 4 * 128
     assert packed + 20 * largest <= need.decoded <= packed + 20 * largest + 10_000
     assert need.on_host(2, "cpu") - need.on_host(1, "cpu") > need.decoded
 

@@ -12,18 +12,20 @@ import torch
 from handmade import TWO_LANES, Geometry, random_factors, write_adapter
 from models import edit_json
 from oracles import Tensors
-from packers import Awq, Format, Fp8, Gptq, write_quantised
+from packers import Awq, AwqGemv, Format, Fp8, Gptq, write_quantised
 
 from merge_core.errors import InputError, NonFiniteError
 from merge_core.merge import merge
 from merge_core.planner import make_plan
 
-GEOMETRY = Geometry(hidden=64, inner=96, layers=1)
+GEOMETRY = Geometry(hidden=64, inner=128, layers=1)
 FACTORS = random_factors(GEOMETRY.linear, dict.fromkeys(GEOMETRY.linear, 4))
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 PARTS: dict[Format, tuple[str, ...]] = {
     Gptq(shuffled=True): ("qweight", "qzeros", "scales", "g_idx"),
     Awq(): ("qweight", "qzeros", "scales"),
+    AwqGemv(): ("qweight", "qzeros", "scales"),
+    AwqGemv(fast=True): ("qweight", "scales", "scaled_zeros"),
     Fp8(): ("weight", "weight_scale_inv"),
 }
 EACH = [(how, part) for how, parts in PARTS.items() for part in parts]
@@ -107,11 +109,20 @@ def test_what_is_wrong_with_several_modules_is_told_at_once(
     assert f"module {DOWN}:" in said
 
 
+def test_zeros_that_are_there_under_two_names_are_named(refusal: Callable[..., str]) -> None:
+    def add(tensors: Tensors) -> None:
+        tensors[f"{UP}.qzeros"] = tensors[f"{UP}.scaled_zeros"].clone()
+
+    said = refusal(AwqGemv(fast=True), add)
+
+    assert f"{UP} has both qzeros and scaled_zeros" in said
+
+
 def test_a_weight_that_is_there_beside_its_packed_parts_is_named(
     refusal: Callable[..., str],
 ) -> None:
     def add(tensors: Tensors) -> None:
-        tensors[f"{UP}.weight"] = torch.zeros(96, 64, dtype=torch.float16)
+        tensors[f"{UP}.weight"] = torch.zeros(128, 64, dtype=torch.float16)
 
     assert f"tensor '{UP}.weight' is there beside its packed parts" in refusal(Gptq(), add)
 
@@ -127,11 +138,24 @@ def test_a_weight_that_is_there_beside_its_packed_parts_is_named(
         (Gptq(), {"desc_act": "yes"}, "desc_act = 'yes'"),
         (Gptq(), {"checkpoint_format": "marlin"}, "checkpoint_format = 'marlin'"),
         (Gptq(second=True), {"format": "gptq"}, "contradict each other"),
-        (Gptq(), {"dynamic": {"-:lm_head": {}}}, "dynamic = "),
+        (Gptq(), {"dynamic": {"-:.*up_proj": {}}}, "says in dynamic that it is not packed"),
+        (Gptq(), {"dynamic": {".*up_proj": {"bits": 8}}}, f"module {UP}"),
+        (Gptq(), {"dynamic": {".*": {"bits": 5}}}, "dynamic '.*': quantization_config has bits"),
+        (Gptq(), {"dynamic": {".*": {"rotation": 1}}}, "rotation = 1, which is not known"),
+        (Gptq(), {"dynamic": {"(": {}}}, "not a map of regexes"),
+        (Gptq(), {"dynamic": {"(a+)+": {}}}, "not a map of regexes"),
+        (Gptq(), {"dynamic": {r"\1": {}}}, "not a map of regexes"),
+        (Gptq(), {"dynamic": {"a": 4}}, "not a map of regexes"),
         (Gptq(), {"quant_method": "hqq"}, "quantised ('hqq'), which is not decoded"),
         (Gptq(), {"quant_method": "awq"}, "checkpoint"),
         (Gptq(), {"quant_method": "fp8"}, "bits = 4, which is not known"),
-        (Awq(), {"version": "gemv"}, "version = 'gemv', not gemm"),
+        (Awq(), {"version": "llm-awq"}, "version = 'llm-awq', not gemm, gemv or gemv_fast"),
+        (Awq(), {"format": "gemv"}, "two layouts of AWQ, gemm and gemv"),
+        (Awq(), {"version": "gemv"}, "group_size = 16, which AutoAWQ does not pack for gemv"),
+        (AwqGemv(), {"group_size": -1}, "group_size = -1, which AutoAWQ does not pack for gemv"),
+        (AwqGemv(), {"version": "gemm"}, f"module {UP}"),
+        (AwqGemv(fast=True), {"version": "gemv"}, f"module {UP}"),
+        (AwqGemv(), {"group_size": 64}, f"module {UP}"),
         (Awq(), {"zero_point": False}, "zero_point = False"),
         (Awq(), {"bits": 8}, "bits = 8"),
         (Fp8(), {"activation_scheme": "static"}, "activation_scheme = 'static'"),

@@ -157,9 +157,9 @@ def test_any_order_of_shards_gives_the_same_checkpoint(plan: MergePlan, tmp_path
     worker: ShardWorker | None = None
     for number, order in enumerate(itertools.permutations(range(4))):
         out = tmp_path / str(number)
-        with claim(sealed, locate(out), overwrite=False, say=unheard) as run:
-            assert run is not None
-            assembly = Assembly(sealed, locate(out), run)
+        with claim(sealed, locate(out), overwrite=False, say=unheard) as holder:
+            assert holder is not None
+            assembly = Assembly(sealed, locate(out), holder.run)
             worker = ShardWorker(sealed, locate(out), "cpu", choice=TWO_LANES)
             for shard in order:
                 assembly.accept(worker.merge(shard, 1, ignore_progress))
@@ -180,9 +180,9 @@ def test_a_shard_that_failed_half_way_is_the_same_when_tried_again(
     held: contextlib.ExitStack,
 ) -> None:
     sealed = seal(large)
-    run = held.enter_context(claim(sealed, locate(out), overwrite=False, say=unheard))
-    assert run is not None
-    assembly = Assembly(sealed, locate(out), run)
+    holder = held.enter_context(claim(sealed, locate(out), overwrite=False, say=unheard))
+    assert holder is not None
+    assembly = Assembly(sealed, locate(out), holder.run)
     worker = ShardWorker(sealed, locate(out), "cpu", choice=TWO_LANES)
     (biggest,) = (shard.index for shard in sealed.shards if shard.size > 1_000_000)
     reads = itertools.count()

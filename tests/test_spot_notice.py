@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from clusters import NO_DASHBOARD
 from metadata_service import AWS_ACTION, AWS_TOKEN, serving
 
 from cluster.metadata import Aws, Gcp, MetadataError, Notice, find_cloud
@@ -213,7 +214,7 @@ def ray_address() -> Iterator[str]:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0"}
     reload_authentication()
     Path(get_default_ray_temp_dir()).mkdir(parents=True, exist_ok=True)  # Cluster writes there
-    head = {"num_cpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.2"}
+    head = {"num_cpus": 0, "node_ip_address": "127.0.0.2", **NO_DASHBOARD}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         cluster.add_node(num_cpus=1)

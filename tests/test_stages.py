@@ -115,9 +115,19 @@ def test_the_command_says_what_is_deferred_and_how_to_go_on(
 
     planned = CliRunner().invoke(app, ["plan", *words, "0"])
     first = CliRunner().invoke(app, [*inline, "0"])
+    between = CliRunner().invoke(app, ["plan", *words, "1"])
+    again = CliRunner().invoke(app, ["plan", *words, "0"])
+    other = CliRunner().invoke(app, ["plan", *words, "0", "--dtype", "float32"])
     second = CliRunner().invoke(app, [*inline, "1,rest", "--json"])
 
     assert "stage    1 of 4 files now: 0\ndeferred 3 files: 1,rest\n" in planned.stdout
+    done = CliRunner().invoke(app, ["plan", *words, "0", "--json"])
+    said = "stage    1 of 4 files now: 1,rest\nthere    1 file: 0\ndeferred 2 files: rest\n"
+    assert said in between.stdout
+    assert "stage    0 of 4 files now\nthere    1 file: 0\ndeferred 3 files" in again.stdout
+    assert "there    " not in other.stdout
+    files = [(shard["there"], shard["deferred"]) for shard in json.loads(done.stdout)["shards"]]
+    assert files == [(True, False)] * 4
     assert first.exit_code == second.exit_code == 0
     assert f"deferred 3 files: 1,rest; until they are merged {out} is no checkpoint" in first.stdout
     assert "next     the same command with --layers 1,rest, or without --layers" in first.stdout

@@ -68,10 +68,13 @@ def refused_of(base: Path, adapter: Path, out: Path) -> str:
     return str(caught.value)
 
 
-CHANGES: dict[str, Any] = {
-    "one value": last_value,
-    "a row more": lambda head: torch.cat([head, head[:1]]),
-    "another dtype": torch.Tensor.float,
+CHANGES: dict[str, tuple[Any, str]] = {
+    "one value": (last_value, "with other values than 'model.embed_tokens.weight'"),
+    "a row more": (
+        lambda head: torch.cat([head, head[:1]]),
+        "as [161, 64], and 'model.embed_tokens.weight' as [160, 64]",
+    ),
+    "another dtype": (torch.Tensor.float, "in F32, and 'model.embed_tokens.weight' in BF16"),
 }
 
 
@@ -80,11 +83,12 @@ def test_a_stored_head_that_differs_from_tied_embeddings_is_refused(
     base: Path, story: str, tmp_path: Path, out: Path
 ) -> None:
     adapter = make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
-    both = with_head(base, tmp_path / "both", CHANGES[story])
+    change, how = CHANGES[story]
+    both = with_head(base, tmp_path / "both", change)
 
     said = refused_of(both, adapter, out)
 
-    assert "'lm_head.weight' is stored with other values than 'model.embed_tokens.weight'" in said
+    assert f"'lm_head.weight' is stored {how}" in said
     assert "Set tie_word_embeddings to false" in said
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import edit_json, make_gpt2
+from models import Saved, changed, edit_json, make_gpt2
 from safetensors.torch import load_file, save_file
 from tuners import make_tuned
 
@@ -47,9 +48,11 @@ def test_a_place_outside_of_the_layer_is_refused_by_name(
 @pytest.mark.parametrize(
     ("kind", "fields", "said"),
     [
-        ("PVERA", {"sample_at_inference": True}, "drawn anew for each input"),
-        ("PEANUT", {"depth": 1}, "is compared with PEFT in no test"),
-        ("WAVEFT", {"proportional_parameters": True}, "depends on all layers"),
+        ("PEANUT", {"depth": 1}, "peanut_decoders.0.weight, peanut_encoders.0.weight is missing"),
+        ("ADAMSS", {"num_subspaces": 4}, "adamss_A.3, adamss_B.3 is missing"),
+        ("ADAMSS", {"num_subspaces": 10**15}, "is missing"),
+        ("ADAMSS", {"num_subspaces": 2}, "adamss_A.2, adamss_B.2 is there without"),
+        ("WAVEFT", {"proportional_parameters": True}, "not [n_frequency] with n_frequency = 60"),
         ("LOHA", {"next_thing": 3}, "field 'next_thing' = 3 is not known"),
         ("LOHA", {"rank_pattern": {"(": 3}}, "rank_pattern is"),
         ("LOHA", {"bias": "some"}, "bias is 'some'"),
@@ -135,6 +138,57 @@ def test_a_field_that_the_installed_peft_does_not_know_ends_the_merge(
 
     with pytest.raises(InputError, match="does not know the field next_thing"):
         merge(replace(plan, adapters=(replace(adapter, tuning=tuning),)), tmp_path / "out")
+
+
+def test_clusters_that_peft_makes_of_another_base_are_refused(
+    tuned: Callable[..., Path], bases: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = bases("BF16", seed=5)
+
+    with pytest.raises(InputError, match="of this base") as caught:
+        merge(make_plan(other, [tuned("ADAMSS")]), tmp_path / "out")
+
+    assert "same kind of device" in caught.value.problems[0].remedy
+
+
+def test_clusters_of_a_decomposition_that_is_not_that_of_the_file_are_refused(
+    base: Path, tuned: Callable[..., Path], tmp_path: Path
+) -> None:
+    def flip(saved: Saved) -> None:
+        key = min(key for key in saved if key.endswith("adamss_newB"))
+        saved[key][3] *= -1  # as another device may find it
+
+    adapter = changed(tuned("ADAMSS"), tmp_path / "adapter", flip)
+
+    with pytest.raises(InputError, match="newB is not what PEFT makes of this base"):
+        merge(make_plan(base, [adapter]), tmp_path / "out")
+
+
+def test_a_tuner_that_needs_another_package_says_how_to_get_it(
+    base: Path, tuned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, version = tuned("ADAMSS"), importlib.metadata.version
+
+    def lacking(name: str) -> str:
+        if name == "scikit-learn":
+            raise importlib.metadata.PackageNotFoundError
+        return version(name)
+
+    monkeypatch.setattr("importlib.metadata.version", lacking)
+
+    with pytest.raises(InputError, match="scikit-learn, which is not installed") as caught:
+        make_plan(base, [adapter])
+
+    assert "pip install scikit-learn" in caught.value.problems[0].remedy
+
+
+def test_what_is_drawn_for_each_input_is_merged_as_its_mean_and_said(
+    base: Path, tuned: Callable[..., Path]
+) -> None:
+    (note,) = make_plan(base, [tuned("PVERA, sampled")]).notes
+
+    assert "what is merged is the mean" in note
+    assert not make_plan(base, [tuned("PVERA")]).notes
 
 
 def test_a_machine_without_peft_says_so(

@@ -13,7 +13,7 @@ from tuners import CONFIGS
 
 from merge_core.peft_fields import INERT_FIELDS, NORM_FIELDS, READ_FIELDS
 from merge_core.peft_tuners import TUNERS
-from merge_core.refused_tuners import REFUSED, REFUSED_FIELDS, REFUSED_VARIANTS
+from merge_core.refused_tuners import REFUSED, REFUSED_VARIANTS
 from merge_core.tuner import COMMON_FIELDS
 from merge_core.tuning import TESTED_PEFT
 
@@ -43,7 +43,7 @@ def test_every_tuner_that_is_merged_is_tested() -> None:
 @pytest.mark.parametrize("kind", [*TUNERS, "LN_TUNING"])
 def test_every_field_of_a_tuner_is_in_one_table(kind: str) -> None:
     own = TUNERS[kind].fields if kind in TUNERS else NORM_FIELDS
-    tables = [own, INERT_FIELDS, REFUSED_VARIANTS.keys(), REFUSED_FIELDS.keys()]
+    tables = [own, INERT_FIELDS, REFUSED_VARIANTS.keys()]
     tables += [COMMON_FIELDS] if kind in TUNERS else []
     config = PEFT_TYPE_TO_CONFIG_MAPPING[{"KASA": "LORA"}.get(kind, kind)]
     fields = {field.name for field in dataclasses.fields(config)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from merged_by_hand import found
-from models import edit_json, make_adapter, make_gpt2, read_tensors
+from models import changed, edit_json, make_adapter, make_gpt2, read_tensors
 from peft import TrainableTokensConfig
 from safetensors.torch import load_file, save_file
 
@@ -92,12 +91,7 @@ def test_a_wrong_value_of_dora_on_transposed_layers_is_found(tmp_path: Path, out
 
 def with_tensor(adapter: Path, path: Path, key: str, change: Callable[..., Any]) -> Path:
     """A copy of an adapter with another tensor."""
-    shutil.copytree(adapter, path)
-    file = path / "adapter_model.safetensors"
-    saved = load_file(file)
-    saved[key] = change(saved[key])
-    save_file(saved, file)
-    return path
+    return changed(adapter, path, lambda saved: saved.update({key: change(saved[key])}))
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {

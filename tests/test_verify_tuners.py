@@ -19,7 +19,9 @@ Q, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
 K = "model.layers.1.self_attn.k_proj.weight"
 
 
-@pytest.mark.parametrize(("kind", "tensors"), [("SHIRA", 10), ("VERA", 10), ("KASA", 10)])
+@pytest.mark.parametrize(
+    ("kind", "tensors"), [("SHIRA", 10), ("VERA", 10), ("KASA", 10), ("ADAMSS", 10)]
+)
 def test_the_report_names_what_is_left_to_the_digests(
     kind: str, tensors: int, base: Path, tmp_path: Path
 ) -> None:

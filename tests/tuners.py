@@ -19,6 +19,7 @@ LAYERS = ["q_proj", "o_proj", "up_proj", "down_proj"]
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "ADALORA": {"init_r": 6, "target_r": 4, "total_step": 10, "lora_alpha": 10},
+    "ADAMSS": {"r": 20, "num_subspaces": 3, "subspace_rank": 4},
     "BEFT": {"target_modules": ["q_proj", "v_proj"]},
     "BOFT": {"boft_block_size": 4, "boft_n_butterfly_factor": 2},
     "C3A": {"block_size": 16},
@@ -53,6 +54,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """One adapter of each type that is merged."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
+    "ADAMSS, dynamic ranks": {
+        "r": 20,
+        "num_subspaces": 4,
+        "subspace_rank": 4,
+        "use_dynamic_rank": True,
+        "svd_threshold": 0.6,
+        "use_asa": True,
+    },
     "BOFT, trained biases": {"boft_block_size": 4, "bias": "boft_only"},
     "DEFT, PaRa": {"r": 4, "para": True},
     "DEFT, QR": {"r": 4, "decomposition_method": "qr"},
@@ -74,8 +83,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "OFT, constrained": {"r": 4, "oft_block_size": 0, "coft": True, "eps": 1e-3},
     "OFT, shared, every bias": {"r": 0, "oft_block_size": 16, "block_share": True, "bias": "all"},
     "OFT, embeddings": {"r": 0, "oft_block_size": 16, "target_modules": ["embed_tokens"]},
+    "PEANUT, deep": {"r": 4, "depth": 2},
     "PSOFT, not orthogonal": {"r": 4, "psoft_orth": False, "psoft_mag_a": False},
     "PVERA, no projection": {"r": 4, "save_projection": False},
+    "PVERA, sampled": {"r": 4, "sample_at_inference": True, "generator_seed": 1},
     "RANDLORA, sparse": {"r": 4, "sparse": True, "save_projection": False},
     "ROAD, two": {"group_size": 16, "variant": "road_2"},
     "SUPERTUNING, low rank": {"r": 3, "lora_alpha": 5},
@@ -94,6 +105,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "save_only_topk_weights": True,
     },
     "VERA, no projection": {"r": 4, "save_projection": False, "projection_prng_key": 7},
+    "WAVEFT, by size": {"n_frequency": 50, "proportional_parameters": True},
 }
 """Other forms of the same, by type and what is different."""
 

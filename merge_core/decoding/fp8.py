@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from merge_core.decoding.fields import Field, is_size, one_of, read_fields
 from merge_core.decoding.module import SCALES, PackedModule
-from merge_core.decoding.stored import Fetch, Stored
+from merge_core.decoding.stored import AsItLies, Fetch, Stored
 
 if TYPE_CHECKING:
     import torch
@@ -53,10 +53,9 @@ _NEUTRAL = frozenset(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Fp8Decoding:
+class Fp8Decoding(AsItLies):
     """Decodes the weight of one module."""
 
-    weight: Stored
     scale: Stored
     block: tuple[int, int]
     """Rows and columns that share a scale."""
@@ -66,12 +65,6 @@ class Fp8Decoding:
     def stored(self) -> tuple[Stored, ...]:
         """What it reads."""
         return self.weight, self.scale
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[out, in]"""
-        out, width = self.weight.tensor.shape
-        return out, width
 
     @property
     def dtype(self) -> str:

@@ -11,18 +11,37 @@ value that both libraries multiply with where they run without a kernel of their
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from merge_core.config_values import is_regex
 from merge_core.decoding.fields import Field, is_size, one_of, read_fields
 from merge_core.decoding.module import FETCH, SCALES, PackedModule
-from merge_core.decoding.stored import Fetch, Stored
+from merge_core.decoding.stored import Fetch, Scaled, Stored
 from merge_core.decoding.words import dequantise, unpack
-from merge_core.errors import refuse
+from merge_core.errors import refuse, shortened
 
 if TYPE_CHECKING:
     import torch
+
+
+def _rule(text: str) -> re.Pattern[str] | None:
+    """The regex of a rule, behind ``-:`` or ``+:``; None if it is none that ends in time."""
+    pattern = text[2:] if text[:2] in ("-:", "+:") else text
+    try:
+        return re.compile(pattern) if is_regex(pattern) else None
+    except re.error:  # is_regex looks at it within another
+        return None
+
+
+def _are_rules(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and all(_rule(text) and isinstance(others, dict) for text, others in value.items())
+    )
+
 
 _FIELDS = {
     "bits": Field(default=4, allowed=one_of(2, 3, 4, 8), expected="2, 3, 4 or 8"),
@@ -35,7 +54,11 @@ _FIELDS = {
     ),
     "format": Field(default="gptq", allowed=one_of("gptq", "gptq_v2"), expected="gptq or gptq_v2"),
     "pack_dtype": Field(default="int32", allowed=one_of("int32"), expected="int32"),
+    "dynamic": Field(default=None, allowed=_are_rules, expected="a map of regexes to fields"),
 }
+_OF_MODULES = frozenset({"bits", "group_size", "desc_act"})
+"""What GPTQModel's ``dynamic`` may say otherwise of some modules."""
+
 _NEUTRAL = frozenset(
     {
         "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs", "damp_percent",
@@ -49,12 +72,11 @@ _NEUTRAL = frozenset(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GptqDecoding:
+class GptqDecoding(Scaled):
     """Decodes the weight of one module."""
 
     qweight: Stored
     qzeros: Stored
-    scales: Stored
     g_idx: Stored | None
     bits: int
     less: int
@@ -72,11 +94,6 @@ class GptqDecoding:
         """[out, in]"""
         words, out = self.qweight.tensor.shape
         return out, words * 32 // self.bits
-
-    @property
-    def dtype(self) -> str:
-        """Of the scales."""
-        return self.scales.tensor.dtype
 
     def load(self, fetch: Fetch) -> LoadedGptq:
         """Its tensors.
@@ -137,13 +154,23 @@ class LoadedGptq:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GptqFormat:
-    """What ``quantization_config`` says of all modules."""
+class GptqSettings:
+    """How a module is packed."""
 
     bits: int
     group_size: int
     act_order: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GptqFormat:
+    """What ``quantization_config`` says."""
+
+    settings: GptqSettings
     less: int
+    rules: tuple[tuple[re.Pattern[str], GptqSettings | None], ...]
+    """``dynamic``: the first that matches the beginning of a module's path has its settings; None:
+    it is not packed."""
     parts = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 
     @classmethod
@@ -158,14 +185,15 @@ class GptqFormat:
         if second and "gptq" in (config.get("checkpoint_format"), config.get("format")):
             raise refuse("format and checkpoint_format contradict each other", where, FETCH)
         return cls(
-            bits=fields["bits"],
-            group_size=fields["group_size"],
-            act_order=fields["desc_act"],
+            settings=_settings(fields),
             less=0 if second else 1,
+            rules=tuple(_rules(fields, where)),
         )
 
     def __str__(self) -> str:
-        return f"GPTQ, {self.bits} bits" + (", format v2" if not self.less else "")
+        said = [f"GPTQ, {self.settings.bits} bits"]
+        said += ["format v2"] * (not self.less)
+        return ", ".join(said + ["others by module"] * bool(self.rules))
 
     def decoding(self, module: PackedModule) -> GptqDecoding:
         """Account for the parts of one module.
@@ -173,26 +201,62 @@ class GptqFormat:
         Raises:
             InputError: some are missing, or do not fit one another.
         """
-        module.require("qweight", "qzeros", "scales", *(["g_idx"] if self.act_order else ()))
-        words, out = module.matrix("qweight")
-        width = words * 32 // self.bits
-        size = width if self.group_size == -1 else self.group_size
-        groups = -(-width // size)
-        module.expect("qweight", ["I32"], (-(-width * self.bits // 32), out))
-        module.expect("qzeros", ["I32"], (groups, -(-out * self.bits // 32)))
-        module.expect("scales", SCALES, (groups, out))
-        if "g_idx" in module.parts:
-            module.expect("g_idx", ["I32"], (width,))
-        if out * self.bits % 32 or words * 32 % self.bits:
-            module.wrong(f"{self.bits} bits of {out} outputs and {width} inputs fill no words")
-        module.check()
-        parts = module.parts
-        return GptqDecoding(
-            qweight=parts["qweight"],
-            qzeros=parts["qzeros"],
-            scales=parts["scales"],
-            g_idx=parts.get("g_idx"),
-            bits=self.bits,
-            less=self.less,
-            group_size=size,
-        )
+        found = (one for rule, one in self.rules if rule.match(module.path))
+        settings = next(found, self.settings)
+        if settings is None:
+            module.wrong("quantization_config says in dynamic that it is not packed, and it is")
+            module.check()
+            raise AssertionError("what is wrong was not raised")
+        return _decoding(module, settings, self.less)
+
+
+def _settings(fields: Mapping[str, Any]) -> GptqSettings:
+    return GptqSettings(
+        bits=fields["bits"], group_size=fields["group_size"], act_order=fields["desc_act"]
+    )
+
+
+def _rules(
+    fields: Mapping[str, Any], where: str
+) -> Iterator[tuple[re.Pattern[str], GptqSettings | None]]:
+    """As GPTQModel reads ``dynamic``: ``-:`` before a regex leaves modules out, ``+:`` or nothing
+    gives them other settings.
+    """
+    known = {name: _FIELDS[name] for name in _OF_MODULES}
+    for text, others in (fields["dynamic"] or {}).items():
+        rule = _rule(text)
+        if rule is None:
+            raise AssertionError("rules were checked with the other fields")
+        if text.startswith("-:"):
+            yield rule, None
+            continue
+        said = read_fields(others, known, _NEUTRAL, f"{where}, dynamic {shortened(text)}")
+        mine = {name: said[name] for name in _OF_MODULES if others.get(name) is not None}
+        yield rule, _settings({**fields, **mine})
+
+
+def _decoding(module: PackedModule, settings: GptqSettings, less: int) -> GptqDecoding:
+    bits = settings.bits
+    module.require("qweight", "qzeros", "scales", *(["g_idx"] if settings.act_order else ()))
+    words, out = module.matrix("qweight")
+    width = words * 32 // bits
+    size = width if settings.group_size == -1 else settings.group_size
+    groups = -(-width // size)
+    module.expect("qweight", ["I32"], (-(-width * bits // 32), out))
+    module.expect("qzeros", ["I32"], (groups, -(-out * bits // 32)))
+    module.expect("scales", SCALES, (groups, out))
+    if "g_idx" in module.parts:
+        module.expect("g_idx", ["I32"], (width,))
+    if out * bits % 32 or words * 32 % bits:
+        module.wrong(f"{bits} bits of {out} outputs and {width} inputs fill no words")
+    module.check()
+    parts = module.parts
+    return GptqDecoding(
+        qweight=parts["qweight"],
+        qzeros=parts["qzeros"],
+        scales=parts["scales"],
+        g_idx=parts.get("g_idx"),
+        bits=bits,
+        less=less,
+        group_size=size,
+    )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from merge_core.decoding.module import PackedModule
-from merge_core.decoding.stored import Fetch, Stored
+from merge_core.decoding.stored import AsItLies, Fetch, Stored
 
 if TYPE_CHECKING:
     import torch
@@ -25,10 +25,9 @@ _UNIT = 7.874015718698502e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Int8Decoding:
+class Int8Decoding(AsItLies):
     """Decodes the weight of one module."""
 
-    weight: Stored
     scb: Stored
     kind: Literal["int8"] = "int8"
 
@@ -36,12 +35,6 @@ class Int8Decoding:
     def stored(self) -> tuple[Stored, ...]:
         """What it reads."""
         return self.weight, self.scb
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[out, in]"""
-        out, width = self.weight.tensor.shape
-        return out, width
 
     @property
     def dtype(self) -> str:

@@ -22,7 +22,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from merge_core.decoding.stored import Fetch, Stored
+from merge_core.decoding.stored import AsItLies, Fetch, Stored
 
 if TYPE_CHECKING:
     import torch
@@ -50,22 +50,15 @@ _CHUNK = BLOCK << 14
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Nf4Rounding:
+class Nf4Rounding(AsItLies):
     """Rounds one weight."""
 
-    weight: Stored
     kind: Literal["nf4"] = "nf4"
 
     @property
     def stored(self) -> tuple[Stored, ...]:
         """What it reads."""
         return (self.weight,)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[out, in]"""
-        out, width = self.weight.tensor.shape
-        return out, width
 
     @property
     def dtype(self) -> str:

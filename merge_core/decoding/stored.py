@@ -20,6 +20,31 @@ class Stored:
     tensor: TensorSpec
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AsItLies:
+    """What the decodings share of weights whose rows and columns lie as they are."""
+
+    weight: Stored
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]"""
+        out, width = self.weight.tensor.shape
+        return out, width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scaled:
+    """What the decodings share of weights that come out in the dtype of their scales."""
+
+    scales: Stored
+
+    @property
+    def dtype(self) -> str:
+        """Of the scales."""
+        return self.scales.tensor.dtype
+
+
 class Fetch(Protocol):
     """Reads a stored tensor."""
 

@@ -12,9 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
-from merge_core import storage
 from merge_core.errors import StorageError
-from merge_core.storage import RangeReader
+from merge_core.storage import RangeReader, reported
 from merge_core.stores.hub_errors import HubPlace, absent
 from merge_core.stores.hub_files import (
     HubEntry,
@@ -56,7 +55,7 @@ class HubStore:
     @property
     def pinned(self) -> Location:
         """The same at the commit that it means: who opens that sees the same files."""
-        return dataclasses.replace(self._location, revision=self._tree.place.revision)
+        return dataclasses.replace(self._location, revision=self._pin[0].revision)
 
     def look(self, name: str) -> FileIdentity:
         """Identity of a file; its pin names the commit, and what it holds."""
@@ -82,7 +81,7 @@ class HubStore:
         place, entry = self._pinned(file)
         path = self._cached(place)
         if path is not None:
-            with storage.reported(path):
+            with reported(path):
                 return path.read_bytes()
         for _ in range(self._retries.attempts):
             data = bytes(HubReader(place, entry, self._retries).read(0, entry.size))
@@ -97,9 +96,14 @@ class HubStore:
         return HubReader(place, entry, self._retries) if path is None else _Cached(path, file)
 
     @cached_property
-    def _tree(self) -> HubTree:
+    def _pin(self) -> tuple[HubPlace, float]:
+        """The commit, and when the model last changed."""
         given = HubPlace(repo=self._location.root, revision=self._location.revision or _MAIN)
-        place, modified = pin(given, self._retries)
+        return pin(given, self._retries)
+
+    @cached_property
+    def _tree(self) -> HubTree:
+        place, modified = self._pin
         return read_tree(place, self._location.path, modified, self._retries)
 
     def _path(self, name: str) -> str:
@@ -132,7 +136,9 @@ class _Cached:
     """A file of the cache, through the reader of local files."""
 
     def __init__(self, path: Path, file: FileIdentity) -> None:
-        if storage.FileIdentity.of(path.parent, path.name).size != file.size:
+        with reported(path):
+            size = path.stat().st_size
+        if size != file.size:
             what = f"has not the {file.size} bytes that the hub has"
             remedy = "Remove it from the cache, and fetch it again"
             raise StorageError(what, str(path), remedy)
@@ -142,7 +148,7 @@ class _Cached:
         return self._reader.read_into(buffer, offset, nbytes)
 
     def read(self, offset: int, nbytes: int) -> memoryview:
-        return self._reader.read_cached(offset, nbytes)
+        return self._reader.read(offset, nbytes)
 
     def close(self) -> None:
         self._reader.close()

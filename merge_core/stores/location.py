@@ -58,6 +58,7 @@ class Location:
     revision: str | None = None
     """Of the hub: branch, tag or commit; None: the main branch."""
     access: Access = DEFAULT_ACCESS
+    """How an S3 is reached: this folder, or what is found by what it says."""
 
     def __str__(self) -> str:
         if self.scheme == "file":
@@ -109,14 +110,16 @@ def locate(
     """What ``text`` means.
 
     Args:
-        access: kept in the location of an S3.
+        access: kept in the location, whatever it is: a plan on a disk may name an S3.
         exists: whether there is such a path; a hub id is one only where there is none.
 
     Raises:
         InputError: it means nothing, or holds credentials.
     """
-    if isinstance(text, Location):
-        return text
+    return text if isinstance(text, Location) else replace(_parse(text, exists), access=access)
+
+
+def _parse(text: str | Path, exists: Exists) -> Location:
     url = _URL.match(str(text)) if isinstance(text, str) else None
     if url is None:
         return _path_or_hub_id(str(text), exists)
@@ -131,8 +134,7 @@ def locate(
     _refuse_secrets(rest, str(text))
     if _BUCKET.match(bucket) is None:
         raise refuse(f"{bucket!r} is no bucket", str(text), _REMEDY)
-    found = Location(scheme=scheme, root=bucket, path=_key(key, str(text)))
-    return replace(found, access=access) if scheme == "s3" else found
+    return Location(scheme=scheme, root=bucket, path=_key(key, str(text)))
 
 
 def is_bare_hub_id(text: Place, exists: Exists = os.path.lexists) -> bool:

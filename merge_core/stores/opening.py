@@ -9,9 +9,6 @@ from merge_core.storage import replaced
 from merge_core.stores.location import Location
 from merge_core.stores.store import FileIdentity, Reader, Store
 
-SIDE_BYTES = 64 << 20
-"""A side file up to here is carried in one piece."""
-
 
 @functools.lru_cache(maxsize=64)
 def open_store(location: Location) -> Store:
@@ -35,6 +32,19 @@ def open_store(location: Location) -> Store:
     from merge_core.stores.objects import ObjectsStore
 
     return ObjectsStore(location)
+
+
+def pinned(folder: Location) -> Location:
+    """The folder as it is now, where its store keeps older versions: at a commit of the hub.
+
+    Raises:
+        StorageError: the hub cannot be reached, or has no such model.
+    """
+    if folder.scheme != "hf":
+        return folder
+    from merge_core.stores.hub import HubStore
+
+    return HubStore(folder).pinned  # not the store that is kept: a branch may have moved since
 
 
 def parted(file: Location) -> tuple[Store, str]:

@@ -70,10 +70,12 @@ def _make_client(access: Access) -> Any:
     _keep_requests_out_of_logs()
     _refuse_secrets(access.endpoint_url)
     session = botocore.session.get_session()
-    client = _create(session, access, None)
-    own_style = session.get_scoped_config().get("s3", {}).get("addressing_style")
-    if own_style is None and "amazonaws.com" not in client.meta.endpoint_url:
-        return _create(session, access, "path")  # few other servers have a host for each bucket
+    style = session.get_scoped_config().get("s3", {}).get("addressing_style")
+    if style is None and access.endpoint_url is not None:
+        style = "path"  # few other servers have a host for each bucket
+    client = _create(session, access, style)
+    if style is None and "amazonaws.com" not in client.meta.endpoint_url:  # by AWS_ENDPOINT_URL
+        client = _create(session, access, "path")
     return client
 
 

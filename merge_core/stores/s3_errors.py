@@ -77,7 +77,15 @@ _ANSWERS: Mapping[tuple[str, ...], tuple[str, str]] = MappingProxyType(
             "the server lacks something that S3 has",
             "It must know If-None-Match, multipart uploads and ranges",
         ),
-        ("503", "SlowDown", "ServiceUnavailable", "500", "InternalError", "RequestTimeout"): (
+        (
+            "503",
+            "429",
+            "SlowDown",
+            "ServiceUnavailable",
+            "500",
+            "InternalError",
+            "RequestTimeout",
+        ): (
             "the server failed however often it was asked",
             _LATER,
         ),

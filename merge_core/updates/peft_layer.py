@@ -62,8 +62,8 @@ def merge_layer(
     try:
         with torch.no_grad(), _left_alone(base["weight"].device):
             root = _model(tuning, layer, base)
-            model = PeftModel(root, _config(tuning, layer, at))
-            _load(model, layer, held, at)
+            model = PeftModel(root, _config(tuning, layer, held, at))
+            _load(model, tuning, layer, held, at)
             merged = _merged(model, layer, at)
     except InputError:
         raise
@@ -166,7 +166,7 @@ def _shape_alone(layer: Layer, device: torch.device) -> State:
     }
 
 
-def _config(tuning: Tuning, layer: Layer, at: str) -> PeftConfig:
+def _config(tuning: Tuning, layer: Layer, held: State, at: str) -> PeftConfig:
     """The adapter's config, for a model of one layer or a few."""
     kind = PEFT_TYPE_TO_CONFIG_MAPPING.get(tuning.config["peft_type"])
     if kind is None:
@@ -188,6 +188,8 @@ def _config(tuning: Tuning, layer: Layer, at: str) -> PeftConfig:
             for name, kept in fields["rank_pattern"].items()
             if name.startswith(f"{layer.path}.")
         }
+    if tuning.config.get("proportional_parameters"):  # of WAVEFT: its share among all layers
+        fields["n_frequency"] = len(held[f"{_MODULE}{layer.path}.waveft_spectrum"])
     return kind(**fields)
 
 
@@ -208,9 +210,11 @@ def _merged(model: PeftModel, layer: Layer, at: str) -> nn.Module:
     return merged
 
 
-def _load(model: PeftModel, layer: Layer, held: State, at: str) -> None:
+def _load(model: PeftModel, tuning: Tuning, layer: Layer, held: State, at: str) -> None:
     """Load the layer's tensors: all that PEFT would save, and none that it does not know."""
     model.eval()  # some draw random numbers otherwise
+    if tuning.config["peft_type"] == "ADAMSS":
+        _check_clusters(get_peft_model_state_dict(model), held, at)
     loaded = set_peft_model_state_dict(model, dict(held))
     saved = get_peft_model_state_dict(model, save_embedding_layers=False)
     module = f"{_MODULE}{layer.path}."
@@ -222,3 +226,23 @@ def _load(model: PeftModel, layer: Layer, held: State, at: str) -> None:
         raise refuse(f"PEFT needs {some_of(missing)}, which the file lacks", at, remedy)
     if unknown := loaded.unexpected_keys:
         raise refuse(f"PEFT does not know {some_of(unknown)}", at, remedy)
+
+
+def _check_clusters(built: State, held: State, at: str) -> None:
+    """ADAMSS clusters the rows of a layer by a decomposition of the base, and the file does not say
+    which rows are in which cluster: PEFT works it out again, and takes factors of other sizes
+    without a word. The decomposition is in the file: if it is another one, so are the clusters.
+    """
+    remedy = "Give the base that it was trained on, and merge on the same kind of device"
+    for name, tensor in built.items():
+        if name not in held:
+            continue
+        if tensor.shape != held[name].shape:
+            what = f"{name} is {list(held[name].shape)}, and PEFT makes {list(tensor.shape)}"
+            raise refuse(f"{what} of this base", at, remedy)
+        if name.endswith("_newB") and not torch.allclose(tensor, held[name].to(tensor), atol=_BF16):
+            raise refuse(f"{name} is not what PEFT makes of this base", at, remedy)
+
+
+_BF16 = 2.0**-7
+"""What is in the file was rounded to the base's dtype: twice bfloat16's error below 1."""

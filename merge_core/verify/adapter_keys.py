@@ -14,6 +14,8 @@ _PREFIX = "base_model.model."
 A, B, B_BIAS, MAGNITUDE = "A", "B", "bias of B", "magnitude"
 EMBEDDING_A, EMBEDDING_B, TOKENS = "embedding A", "embedding B", "tokens"
 WEIGHT, BIAS = "weight", "bias"
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+"""Parameters with the weights of all experts of a layer."""
 SAVED_WEIGHT, SAVED_BIAS = "saved weight", "saved bias"
 """The same as the weight and the bias, where both are there."""
 
@@ -38,6 +40,12 @@ _ENDINGS = {
     "modules_to_save.default.bias": SAVED_BIAS,
     "modules_to_save.bias": SAVED_BIAS,
     "bias": BIAS,
+    "modules_to_save.default.gate_up_proj": GATE_UP,
+    "modules_to_save.gate_up_proj": GATE_UP,
+    "gate_up_proj": GATE_UP,
+    "modules_to_save.default.down_proj": DOWN,
+    "modules_to_save.down_proj": DOWN,
+    "down_proj": DOWN,
 }
 """The longer ending first, where one ends with another."""
 

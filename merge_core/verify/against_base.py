@@ -192,8 +192,8 @@ def _wanted(
     changes: dict[str, Any] = dict.fromkeys({"quantization_config"} & config.keys())
     findings: list[Finding] = []
     for recipe in recipes:
-        for name, key in recipe.whole.items():
-            wrong = _replace(wanted.get(name), recipe, key, changes)
+        for name, brought in recipe.whole.items():
+            wrong = _replace(wanted.get(name), recipe, brought, changes)
             if wrong is not None:
                 where = f"{recipe.factors.path}: {name}"
                 findings.append(Finding(check="adapter", where=where, what=wrong))
@@ -210,11 +210,13 @@ def _wanted(
     return wanted, changes, findings
 
 
-def _replace(mine: Wanted | None, recipe: Recipe, key: str, changes: dict[str, Any]) -> str | None:
+def _replace(
+    mine: Wanted | None, recipe: Recipe, brought: BaseTensor, changes: dict[str, Any]
+) -> str | None:
     """Have an adapter's tensor take the place of the base's; why it cannot, if so."""
     if mine is None:
         return "the base has no such tensor"
-    brought, old = recipe.factors.tensor(key), mine.base.entry
+    old = mine.base.entry
     if brought.entry.shape != old.shape:
         if not old.name.endswith(_VOCABULARY) or brought.entry.shape[1:] != old.shape[1:]:
             return f"its shape is {list(brought.entry.shape)}, the base's is {list(old.shape)}"

@@ -11,7 +11,15 @@ from typing import Any
 
 from merge_core.errors import refuse
 from merge_core.verify.adapter_fields import REMEDY, TYPES
-from merge_core.verify.adapter_keys import BIAS, SAVED_BIAS, SAVED_WEIGHT, WEIGHT, sort_keys
+from merge_core.verify.adapter_keys import (
+    BIAS,
+    DOWN,
+    GATE_UP,
+    SAVED_BIAS,
+    SAVED_WEIGHT,
+    WEIGHT,
+    sort_keys,
+)
 
 _MODEL = "base_model.model."
 
@@ -41,7 +49,8 @@ def beside_tuner(
     found, own = sort_keys(keys)
     for module, kinds in found.items():
         for kind, key in kinds.items():
-            if kind in _BROUGHT and f"{module}.{_BROUGHT[kind]}" in names:
+            whole = kind in _BROUGHT and f"{module}.{_BROUGHT[kind]}" in names
+            if whole or kind in (GATE_UP, DOWN):
                 modules.setdefault(module, {})[kind] = key
             else:
                 own.append(key)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,6 +29,8 @@ _FOUR_BIT = (
 _ENDINGS = {
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
     "awq": ("qweight", "qzeros", "scales"),
+    "awq gemv": ("qweight", "qzeros", "scales"),
+    "awq gemv_fast": ("qweight", "scales", "scaled_zeros", "qzeros"),
     "4bit": _FOUR_BIT,
     "8bit": ("weight", "SCB", "weight_format"),
     "fp8": ("weight", "weight_scale_inv"),
@@ -54,7 +57,7 @@ def unpacked(tensors: Mapping[str, BaseTensor], config: Mapping[str, Any]) -> di
     for module, parts in modules.items():
         name = f"{module}.weight"
         try:
-            rest[name] = _weight(name, method, parts, said)
+            rest[name] = _weight(name, method, parts, _said_of(module, said))
         except (KeyError, TypeError, ValueError, OSError) as error:
             what = f"its parts cannot be understood ({error!r})"
             raise refuse(what, f"tensor {name!r} of the base", _REMEDY) from error
@@ -109,18 +112,35 @@ def _method(said: Any) -> str:
     method = said.get("quant_method") if isinstance(said, dict) else None
     if method == "bitsandbytes":
         method = "8bit" if said.get("load_in_8bit") or said.get("_load_in_8bit") else "4bit"
+    if method == "awq":
+        named = [said.get(name) for name in ("version", "format", "checkpoint_format")]
+        layout = str(next(filter(None, named), "gemm")).lower()
+        method = "awq" if layout == "gemm" else f"awq {layout}"
     if method not in _ENDINGS:
         what = f"a base that is quantised by {method!r} cannot be checked"
         raise refuse(what, "config.json of the base", _REMEDY)
     return str(method)
 
 
+def _said_of(module: str, said: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Fields of one module: the first rule of GPTQ's ``dynamic`` that matches it may have others.
+
+    Raises:
+        ValueError: the rule is that it is not packed.
+    """
+    for rule, others in (said.get("dynamic") or {}).items():
+        if re.match(rule[2:] if rule[:2] in ("+:", "-:") else rule, module):
+            if rule.startswith("-:"):
+                raise ValueError(f"the rule {rule!r} is that it is not packed")
+            return {**said, **others}
+    return said
+
+
 def _weight(
     name: str, method: str, parts: Mapping[str, BaseTensor], said: Mapping[str, Any]
 ) -> BaseTensor:
     """The decoded tensor; raises where a part is missing or does not fit."""
-    read = {"gptq": _gptq, "awq": _awq, "4bit": _four_bit, "8bit": _int8, "fp8": _fp8}[method]
-    shape, dtype, wanted, settings = read(parts, said)
+    shape, dtype, wanted, settings = _READERS[method](parts, said)
     for ending, sizes in wanted.items():
         if parts[ending].entry.shape != sizes:
             raise ValueError(f"{ending} is {list(parts[ending].entry.shape)}, not {list(sizes)}")
@@ -156,8 +176,6 @@ def _gptq(parts: Mapping[str, BaseTensor], said: Mapping[str, Any]) -> _Read:
 
 
 def _awq(parts: Mapping[str, BaseTensor], said: Mapping[str, Any]) -> _Read:
-    if str(said.get("version", "gemm")).lower() != "gemm":
-        raise ValueError(f"version is {said.get('version')!r}")
     width, words = parts["qweight"].entry.shape
     size = said.get("group_size") or 128
     size = width if size == -1 else size
@@ -166,6 +184,30 @@ def _awq(parts: Mapping[str, BaseTensor], said: Mapping[str, Any]) -> _Read:
         "scales": (width // size, 8 * words),
     }
     return (8 * words, width), parts["scales"].entry.dtype, wanted, {"group": size}
+
+
+def _awq_gemv(parts: Mapping[str, BaseTensor], said: Mapping[str, Any]) -> _Read:
+    (out, words), size = parts["qweight"].entry.shape, said.get("group_size") or 128
+    room = _room(8 * words, size)
+    wanted: dict[str, Shape] = {"qzeros": (out, room // 8), "scales": (out, room)}
+    return (out, 8 * words), parts["scales"].entry.dtype, wanted, {"group": size}
+
+
+def _awq_fast(parts: Mapping[str, BaseTensor], said: Mapping[str, Any]) -> _Read:
+    (rows, width), size = parts["qweight"].entry.shape, said.get("group_size") or 128
+    (zeros,) = parts.keys() & {"scaled_zeros", "qzeros"}
+    wanted: dict[str, Shape] = dict.fromkeys(("scales", zeros), (_room(width, size), 4 * rows))
+    if width % 64:
+        raise ValueError(f"{width} columns are no multiple of 64")
+    return (4 * rows, width), parts["scales"].entry.dtype, wanted, {"group": size}
+
+
+def _room(width: int, size: int) -> int:
+    """For how many groups there is room: of small ones for 8, 16 or 32, or a multiple."""
+    if width % size or (size not in (32, 64) and size < 128):
+        raise ValueError(f"groups of {size} among {width} columns")
+    step = {32: 32, 64: 16}.get(size, 8)
+    return -(-width // size // step) * step
 
 
 def _four_bit(parts: Mapping[str, BaseTensor], said: Mapping[str, Any]) -> _Read:
@@ -205,6 +247,12 @@ def _fp8(parts: Mapping[str, BaseTensor], said: Mapping[str, Any]) -> _Read:
     elif math.prod(scale.shape) != 1:
         raise ValueError(f"weight_scale_inv is {list(scale.shape)}, not one number")
     return (out, width), "F32", wanted, {"block": tuple(block or (out, width))}
+
+
+_READERS = {
+    "gptq": _gptq, "awq": _awq, "awq gemv": _awq_gemv, "awq gemv_fast": _awq_fast,
+    "4bit": _four_bit, "8bit": _int8, "fp8": _fp8,
+}  # fmt: skip
 
 
 def _bytes_of(tensor: BaseTensor) -> Any:

@@ -24,8 +24,10 @@ from merge_core.verify.adapter_fields import (
 from merge_core.verify.adapter_keys import (
     B_BIAS,
     BIAS,
+    DOWN,
     EMBEDDING_A,
     EMBEDDING_B,
+    GATE_UP,
     MAGNITUDE,
     SAVED_BIAS,
     SAVED_WEIGHT,
@@ -49,13 +51,18 @@ from merge_core.verify.factors import Factors, open_factors, weights_path
 from merge_core.verify.report import Finding
 from merge_core.verify.strict_json import MalformedError
 from merge_core.verify.updates import Decomposed, Delta, Rows, Shift, Update
-from merge_core.verify.whole import whole_tensors
+from merge_core.verify.weights import BaseTensor
+from merge_core.verify.whole import Shapes, whole_tensors
 
 _LINEAR_ONLY = ("qwen2", "qwen2_moe")
 """Their layers are nn.Linear, for which PEFT ignores ``fan_in_fan_out``."""
 
 _CONV1D = ("gpt2", "imagegpt", "openai-gpt", "decision_transformer")
 """Their layers are transformers' Conv1D, [in, out], whatever ``fan_in_fan_out`` says."""
+
+
+_WHOLE = (WEIGHT, BIAS, SAVED_WEIGHT, SAVED_BIAS, GATE_UP, DOWN)
+"""See ``whole``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +73,8 @@ class Recipe:
     factors: Factors
     updates: Mapping[str, tuple[Update, ...]]
     """By base tensor."""
-    whole: Mapping[str, str]
-    """Base tensor to the key of what takes its place."""
+    whole: Mapping[str, BaseTensor]
+    """What takes the place of which base tensor."""
     unchecked: frozenset[str] = frozenset()
     """Base tensors that it changes in ways that are not worked out here."""
 
@@ -99,18 +106,18 @@ class _Module:
 
 
 def _elsewhere(
-    path: Location, config: Mapping[str, Any], base: Mapping[str, tuple[int, ...]]
+    path: Location, config: Mapping[str, Any], base: Shapes, model_type: object
 ) -> tuple[Recipe, list[Finding]]:
     """Of an adapter that PEFT merges: what it brings as a whole, and what nobody here can check."""
     file = open_factors(weights_path(path), any_dtype=True)
     modules, others = beside_tuner(file.shapes, base)
-    whole, findings = whole_tensors(modules, file, str(path))
+    whole, findings = whole_tensors(modules, file, str(path), base, model_type)
     names = touched(others, base, str(path))
     return Recipe(config=config, factors=file, updates={}, whole=whole, unchecked=names), findings
 
 
 def adapter_recipe(
-    path: Location, weight: float, base: Mapping[str, tuple[int, ...]], model_type: object
+    path: Location, weight: float, base: Shapes, model_type: object
 ) -> tuple[Recipe, list[Finding]]:
     """What the adapter at ``path``, counted ``weight`` times, does to the tensors of ``base``.
 
@@ -128,17 +135,17 @@ def adapter_recipe(
     """
     config = read_fields(path / "adapter_config.json")
     if is_elsewhere(config):
-        return _elsewhere(path, config, base)
+        return _elsewhere(path, config, base, model_type)
     factors = open_factors(weights_path(path))
     modules, unknown = sort_keys(factors.shapes)
     problems = [*unsupported_fields(config), *(f"tensor {key!r}" for key in unknown)]
     if problems:
         where = str(path)
         raise InputError([Problem(f"cannot check {what}", where, REMEDY) for what in problems])
-    whole, findings = whole_tensors(modules, factors, str(path))
+    whole, findings = whole_tensors(modules, factors, str(path), base, model_type)
 
     def sizes(name: str) -> tuple[int, ...] | None:
-        return base.get(name) and (factors.shapes[whole[name]] if name in whole else base[name])
+        return base.get(name) and (whole[name].entry.shape if name in whole else base[name])
 
     updates: dict[str, tuple[Update, ...]] = {}
     for module, keys in sorted(modules.items()):
@@ -167,7 +174,7 @@ def _updates(module: _Module) -> dict[str, tuple[Update, ...]]:
     weight, bias = f"{module.path}.weight", f"{module.path}.bias"
     if TOKENS in module.keys:
         updates[weight] = (_rows(module),)
-    if module.keys.keys() <= {TOKENS, WEIGHT, BIAS, SAVED_WEIGHT, SAVED_BIAS}:
+    if module.keys.keys() <= {TOKENS, *_WHOLE}:
         return updates
     parameter = parameter_of(module.path, module.config)
     if parameter is not None:

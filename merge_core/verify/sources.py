@@ -9,6 +9,7 @@ from pathlib import Path
 
 from merge_core.errors import InputError, refuse
 from merge_core.stores.location import DEFAULT_ACCESS, Access, Location, Place, locate
+from merge_core.stores.opening import pinned
 from merge_core.verify.adapter_fields import REMEDY
 from merge_core.verify.places import read_bytes
 from merge_core.verify.strict_json import MalformedError, parse_object
@@ -59,6 +60,7 @@ def resolve_sources(
 
     Raises:
         InputError: something is neither given nor in the plan.
+        StorageError: a model on the hub cannot be looked at.
     """
     planned: Sources | None = None
     try:
@@ -72,8 +74,8 @@ def resolve_sources(
     if base is None or adapters is None:
         raise AssertionError("the plan has both")
     return Sources(
-        base=locate(base, out.access),
-        adapters=tuple((locate(place, out.access), weight) for place, weight in adapters),
+        base=pinned(locate(base, out.access)),
+        adapters=tuple((pinned(locate(place, out.access)), weight) for place, weight in adapters),
         keep_tied=planned is not None and planned.keep_tied,
         method=planned.method if planned is not None else "sum",
         simulate_nf4=planned is not None and planned.simulate_nf4,

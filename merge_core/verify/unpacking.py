@@ -3,7 +3,7 @@
 Each is worked out from the bits: a code from its place in a word, a float8 from its sign, exponent
 and fraction. The products are the formats' own, in float32, rounded once to the weight's dtype:
 
-    gptq, awq    scale * (code - zero)
+    gptq, awq    scale * (code - zero); of AWQ's gemv_fast scale * code + (-scale * zero)
     4bit         map[code] * absmax, itself map[code] * absmax + offset where it is nested
     8bit         (code * SCB) * float32(1 / 127)
     fp8          value * scale of its block
@@ -90,6 +90,37 @@ def _awq(parts: Mapping[str, Array], packing: Packing, tensor: BaseTensor) -> Ro
         values -= zeros[:, top:bottom][groups]
         values *= scales[:, top:bottom][groups]
         return values.T
+
+    return rows
+
+
+def _awq_gemv(parts: Mapping[str, Array], packing: Packing, tensor: BaseTensor) -> Rows:
+    groups = np.arange(tensor.entry.shape[1]) // packing.settings["group"]
+    scales, zeros = _floats(parts, packing, "scales"), _codes(parts["qzeros"].T, 4).T
+
+    def rows(top: int, bottom: int) -> Values:
+        values = _codes(parts["qweight"][top:bottom].T, 4).T.astype(np.float32)
+        values -= zeros[top:bottom, groups]
+        values *= scales[top:bottom, groups]
+        return values
+
+    return rows
+
+
+def _awq_fast(parts: Mapping[str, Array], packing: Packing, tensor: BaseTensor) -> Rows:
+    """Word and place of each column are worked out one by one."""
+    column = np.arange(tensor.entry.shape[1])
+    word = column // 64 * 64 + column % 64 // 32 * 8 + column % 8
+    shift = (column % 32 // 8 * 4).astype(np.int16)
+    groups = column // packing.settings["group"]
+    (name,) = parts.keys() & {"scaled_zeros", "qzeros"}
+    scales, zeros = (_floats(parts, packing, part) for part in ("scales", name))
+
+    def rows(top: int, bottom: int) -> Values:
+        row = np.arange(top, bottom)[:, None]
+        codes = parts["qweight"][row // 4, word + row % 4 * 16] >> shift & 15
+        product: Values = codes.astype(np.float32) * scales[groups, row] + zeros[groups, row]
+        return product
 
     return rows
 
@@ -194,7 +225,8 @@ def _nearest(numbers: Values, table: Values) -> Values:
 
 
 _DECODERS = {
-    "gptq": _gptq, "awq": _awq, "4bit": _four_bit, "8bit": _int8, "fp8": _fp8, "nf4": _nf4,
+    "gptq": _gptq, "awq": _awq, "awq gemv": _awq_gemv, "awq gemv_fast": _awq_fast,
+    "4bit": _four_bit, "8bit": _int8, "fp8": _fp8, "nf4": _nf4,
 }  # fmt: skip
 
 
@@ -228,6 +260,7 @@ def _floats(parts: Mapping[str, Array], packing: Packing, ending: str) -> Values
 _STORAGE = {
     **{name: form.storage for name, form in FLOATS.items()},
     "I32": "<i4",
+    "I16": "<i2",
     "I8": "i1",
 }
 

@@ -1,0 +1,1 @@
+"""The report of a merge: one page, folded from what lies in OUT/.raymeld."""

@@ -1,0 +1,51 @@
+"""A JSON file in OUT that is replaced now and then: how far a merge is, and its history."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from merge_core.errors import StorageError
+from merge_core.lease import is_held
+from merge_core.stores.location import Location
+from merge_core.stores.opening import open_store
+
+
+class KeptJson:
+    """Replaces one file while a run has the lease; not durable, and never an error.
+
+    A disk is written at once, a store by a thread, so that no merge waits for its answers: what
+    comes while the last content is still on its way is left out.
+
+    Args:
+        name: of the file in ``out``.
+        run: of the lease under which it is written; once another merge has it, nothing is.
+    """
+
+    def __init__(self, out: Location, name: str, run: str) -> None:
+        self._out, self._name, self._run = out, name, run
+        self._store = open_store(out)
+        self._writer = None if out.is_local else ThreadPoolExecutor(1, "kept-json")
+        self._writing: Future[None] | None = None
+
+    def keep(self, content: Mapping[str, Any]) -> None:
+        """Replace what the file holds."""
+        data = json.dumps(content).encode()
+        if self._writer is None:
+            self._write(data)
+        elif self._writing is None or self._writing.done():
+            self._writing = self._writer.submit(self._write, data)
+
+    def close(self, content: Mapping[str, Any]) -> None:
+        """Replace it for the last time, and wait until that is done."""
+        if self._writer is not None:
+            self._writer.shutdown()
+        self._write(json.dumps(content).encode())
+
+    def _write(self, data: bytes) -> None:
+        with contextlib.suppress(StorageError):  # a full disk ends the merge where it matters
+            if is_held(self._out, self._run):
+                self._store.put(self._name, data, durable=False)

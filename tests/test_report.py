@@ -1,0 +1,256 @@
+"""What the report says, against what lies in OUT: numbers, states, where each key went."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import hashlib
+import importlib.resources
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from handmade import TWO_LANES
+from leases import take
+from models import read_tensors
+from moe import write_expert_adapter
+from played import as_sealed, play
+
+from cluster.report.accounting import key_table, uses
+from cluster.report.changes import changed, heat_map, tensor_table, whole_change
+from cluster.report.evidence import Evidence, read_evidence
+from cluster.report.facts import figures, gaps, inputs, outcome, title
+from cluster.report.page import LIBRARY, page
+from cluster.report.spectrum import spectra
+from cluster.report.timeline import memory_table, timelines
+from merge_core import merge as merge_module
+from merge_core.errors import InputError, RaymeldError, VerificationError
+from merge_core.merge import merge
+from merge_core.plan import MergePlan
+from merge_core.planner import make_plan
+from merge_core.progress import Progress
+from merge_core.stores.location import locate
+from merge_core.verify import Finding
+
+ECHARTS = "b66b25aeb4df84e33199dc21694014d336d222cbd9deb0e5a7c14bd6aa0d0fd0"
+"""sha256 of dist/echarts.min.js of the npm package echarts 6.1.0."""
+
+
+@pytest.fixture(scope="module")
+def finished(small: MergePlan, tmp_path_factory: pytest.TempPathFactory) -> Evidence:
+    out = tmp_path_factory.mktemp("report") / "out"
+    merge(small, out, choice=TWO_LANES)
+    return read_evidence(locate(out))
+
+
+def stopped(plan: MergePlan, out: Path) -> Evidence:
+    """After two shards."""
+
+    def watch(now: Progress) -> None:
+        if now.done > plan.shards[0].size + plan.shards[1].size:
+            raise RaymeldError("the disk is gone", "worker-0")
+
+    with pytest.raises(RaymeldError, match="the disk is gone"):
+        merge(plan, out, choice=TWO_LANES, watch=watch)
+    return read_evidence(locate(out))
+
+
+def test_a_finished_merge_is_told_with_its_numbers(finished: Evidence, small: MergePlan) -> None:
+    said = {what: value for value, what in figures(finished)}
+
+    assert outcome(finished).title == "Merged and verified"
+    assert title(finished) == "adapter into base"
+    assert said["tensors merged, of 27"] == "14"
+    assert said["worker on 1 machine"] == "1"
+    assert said["attempts failed or lost"] == "0"
+    assert list(gaps(finished)) == []
+    facts = {fact.label: fact for fact in inputs(finished)}
+    assert facts["Adapter"].text == f"LORA, {small.adapters[0].path}, weight 1"
+    assert facts["Base"].notes[0].startswith("model.safetensors, ")
+    assert facts["Run with"].text == "address inline, device auto, verify digest"
+
+
+def test_changes_are_those_of_the_weights(finished: Evidence, small: MergePlan) -> None:
+    before, after = read_tensors(small.base), read_tensors(finished.status.out)
+    first, heat = changed(finished.tensors)[0], heat_map(finished.tensors)
+    norms = {name: float(tensor.double().norm()) for name, tensor in before.items()}
+    moved = {n: float((after[n].double() - before[n].double()).norm()) for n in before}
+    merged = [row["tensor"] for row in changed(finished.tensors)]
+
+    assert first["relative_change"] == max(row["relative_change"] or 0 for row in finished.tensors)
+    assert set(heat.layers) == {0, 1}
+    assert len(heat.modules) == 7
+    for layer, module, value, count in heat.cells:
+        name = f"model.layers.{heat.layers[layer]}.{heat.modules[module]}.weight"
+        assert count == 1
+        assert value == pytest.approx(moved[name] / norms[name], rel=0.01)  # rounded to bfloat16
+    total = math.hypot(*(moved[n] for n in merged)) / math.hypot(*(norms[n] for n in merged))
+    assert whole_change(finished.tensors) == pytest.approx(total, rel=0.01)
+    assert [row[0] for row in tensor_table(finished.tensors).rows][: len(merged)] == merged
+
+
+def test_the_time_line_has_every_shard_where_and_when_it_was_merged(finished: Evidence) -> None:
+    (line,) = timelines(finished)
+
+    assert [phase for phase, _, _ in line.phases] == ["merging", "verifying"]
+    assert [bar.outcome for bar in line.bars] == ["merged"] * len(finished.plan["shards"])
+    assert all(0 <= bar.began < bar.ended <= line.seconds for bar in line.bars)
+    assert [name for name, _ in line.rates] == ["merging", "verifying"]
+    (row,) = memory_table(finished.shards).rows
+    assert row[2] == len(finished.plan["shards"])
+    assert 0 < row[5] < row[6]
+
+
+def test_a_half_done_merge_is_told_from_its_receipts(small: MergePlan, out: Path) -> None:
+    evidence = stopped(small, out)
+    found, done = (
+        outcome(evidence),
+        [task.target.name for shard in small.shards[:2] for task in shard.tasks],
+    )
+
+    assert (found.tone, found.title) == ("bad", "Stopped")
+    assert found.text.startswith("2 of 4 shards done. worker-0: the disk is gone. The same command")
+    assert [row["tensor"] for row in evidence.tensors] == done
+    assert f"{27 - len(done)} tensors not merged yet (--layers " in next(gaps(evidence))
+    rows = key_table(uses(evidence), evidence).rows
+    assert {row[4] for row in rows} == {"yes", "not yet"}
+    assert "worker-0: the disk is gone" in page(evidence, [])
+
+
+def test_a_merge_that_went_on_has_a_time_line_for_each_run(small: MergePlan, out: Path) -> None:
+    stopped(small, out)
+    merge(small, out, choice=TWO_LANES)
+    first, second = timelines(read_evidence(locate(out)))
+
+    assert (len(first.bars), len(second.bars)) == (2, len(small.shards) - 2)
+    assert [phase for phase, _, _ in second.phases] == ["proving", "merging", "verifying"]
+
+
+def test_a_merge_at_work_is_told_as_running(small: MergePlan, out: Path) -> None:
+    stopped(small, out)
+    with take(out):
+        assert outcome(read_evidence(locate(out))).title == "Running"
+
+
+def test_a_stage_that_is_done_is_no_failure(small: MergePlan, out: Path) -> None:
+    merge(dataclasses.replace(small, stage=frozenset({0, 1})), out, choice=TWO_LANES)
+    found = outcome(read_evidence(locate(out)))
+
+    assert (found.tone, found.title) == ("open", "Done with a stage")
+    assert "2 of 4 shards done; left to other stages: --layers " in found.text
+
+
+def test_a_failed_verification_names_what_failed(
+    small: MergePlan, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finding = Finding(check="digest", where="model.safetensors: a", what="is not as written")
+    honest = merge_module.verify
+
+    def spoiled(*given: object, **named: object) -> object:
+        return dataclasses.replace(honest(*given, **named), findings=(finding,))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(merge_module, "verify", spoiled)
+    with pytest.raises(VerificationError):
+        merge(small, out, choice=TWO_LANES)
+    evidence = read_evidence(locate(out))
+
+    assert outcome(evidence).title == "Verification failed"
+    assert outcome(evidence).text.startswith("1 check failed: nothing was published.")
+    assert "model.safetensors: a: is not as written" in page(evidence, [])
+
+
+def test_of_an_old_merge_the_page_says_what_is_not_known(small: MergePlan, out: Path) -> None:
+    import pyarrow.parquet as pq
+
+    merge(small, out, choice=TWO_LANES)
+    state = out / ".raymeld"
+    shutil.rmtree(state / "runs")
+    plan = json.loads((state / "plan.json").read_bytes())
+    plan["adapters"] = [{"path": a["path"], "weight": a["weight"]} for a in plan["adapters"]]
+    for name in ("architectures", "header_digests", "notes"):
+        del plan[name]
+    (state / "plan.json").write_text(json.dumps(plan))
+    table = pq.read_table(state / "ledger.parquet")
+    about = {"raymeld": json.dumps({"files": {}})}
+    pq.write_table(table.replace_schema_metadata(about), state / "ledger.parquet")
+    evidence = read_evidence(locate(out))
+
+    assert [line.split(":")[0] for line in gaps(evidence)] == [
+        "It kept no history of its runs",
+        "Its ledger does not tell when which shard was merged.",
+    ]
+    assert timelines(evidence) == []
+    assert len(uses(evidence)) == 28
+    (one,) = spectra(evidence, 1)
+    assert (one.values, one.why[:36]) == ((), "this merge kept no digests of its ad")
+    assert "When what was merged is not known" in page(evidence, [one])
+
+
+def test_the_same_evidence_gives_the_same_page(finished: Evidence) -> None:
+    assert page(finished, []) == page(finished, [])
+
+
+def test_a_mixture_of_experts_of_thousands_of_tensors_stays_under_two_megabytes(
+    moe: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = moe()
+    adapter = write_expert_adapter(tmp_path / "a", base, ["up_proj"], lora_alpha=6)
+    plan = as_sealed(make_plan(base, [adapter], shard_bytes=1))
+    shards = []
+    for copy in range(60):  # of tensors whose names and digests no compressor has seen yet
+        for shard in plan.shards:
+            tasks = tuple(_renamed(task, copy) for task in shard.tasks)
+            number, name = len(shards), f"model-{len(shards):05}.safetensors"
+            shards.append(dataclasses.replace(shard, index=number, name=name, tasks=tasks))
+    many = dataclasses.replace(plan, shards=tuple(shards))
+    text = page(read_evidence(locate(play(many, tmp_path / "out", workers=64))), [])
+
+    assert len(list(many.tasks)) > 4000
+    assert len(text) < 2_000_000
+
+
+def _renamed(task: object, copy: int) -> object:
+    name = re.sub(r"layers\.(\d+)", lambda at: f"layers.{2 * copy + int(at[1])}", task.target.name)
+    return dataclasses.replace(task, target=dataclasses.replace(task.target, name=name))
+
+
+def test_the_library_of_the_charts_is_the_published_one() -> None:
+    packed = importlib.resources.files("cluster.report").joinpath("page", LIBRARY).read_bytes()
+
+    assert hashlib.sha256(gzip.decompress(packed)).hexdigest() == ECHARTS
+
+
+def test_the_command_writes_the_page_and_answers_in_json(
+    finished: Evidence, tmp_path: Path
+) -> None:
+    command = [Path(sys.executable).with_name("raymeld"), "report", finished.status.out, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    answer, written = json.loads(done.stdout), tmp_path / "out-report.html"
+
+    assert written.read_text() == page(finished, [])
+    assert answer == {
+        "ok": True,
+        "out": str(finished.status.out),
+        "report": str(written),
+        "bytes": written.stat().st_size,
+        "outcome": "Merged and verified",
+    }
+    assert done.stderr == ""
+
+
+def test_a_directory_without_a_merge_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no merge"):
+        read_evidence(locate(tmp_path))
+
+
+def test_a_ledger_that_is_none_is_refused(small: MergePlan, out: Path) -> None:
+    merge(small, out, choice=TWO_LANES)
+    (out / ".raymeld" / "ledger.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="its ledger cannot be read"):
+        read_evidence(locate(out))
