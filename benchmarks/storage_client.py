@@ -12,7 +12,6 @@ raymeld has. Prints seconds, requests and bytes as JSON.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from merge_core.peaks import Peaks
 from merge_core.stores.location import Location, locate
 from merge_core.stores.opening import open_store
 from merge_core.stores.s3_client import checksum_of, client_for
@@ -50,6 +50,7 @@ class Requests:
 def main() -> None:
     what, *words = sys.argv[1:]
     store = next(locate(word) for word in words if word.startswith("s3://"))
+    Peaks.start("cpu")
     requests = Requests(client_for(store.access))
     clock = time.perf_counter()
     {"download": download, "upload": upload, "copy": copy, "raymeld": raymeld}[what](words)
@@ -57,7 +58,7 @@ def main() -> None:
         "seconds": time.perf_counter() - clock,
         "requests": dict(requests.by_name),
         "bytes_read": requests.read,
-        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+        "peak_memory": Peaks.since_start("cpu").memory,
         "cpu_seconds": time.process_time(),
     }
     print(json.dumps(said))

@@ -13,6 +13,7 @@ from cluster import (
     doctor_commands,
     jobs_commands,
     plan_commands,
+    push_commands,
     report_commands,
     result_commands,
 )
@@ -158,6 +159,7 @@ def spot_notice(
 plan_commands.register(app)
 result_commands.register(app)
 report_commands.register(app)
+push_commands.register(app)
 jobs_commands.register(app)
 doctor_commands.register(app)
 app.command()(spot_notice)

@@ -41,8 +41,8 @@ _INTEGERS = {"U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64":
 _COMPARED = 4 << 20
 """Elements of twins that are compared at a time: 16 MB each, where a whole one may have 5 GB."""
 
-BLOCKS_AHEAD = 2
-"""Of factors: some megabytes a layer, where the base has hundreds."""
+MOST_BLOCKS = 3
+"""Of an adapter that are held: it has some megabytes a layer, where the base has hundreds."""
 
 
 def seal(plan: MergePlan) -> MergePlan:
@@ -116,7 +116,7 @@ class FactorSource:
             yield
             return
         ranges = [Range(0, one.offset, one.offset + one.nbytes) for one in tensors]
-        with closing(ReadAhead([reader], ranges, BLOCKS_AHEAD)) as ahead:
+        with closing(ReadAhead([reader], ranges, MOST_BLOCKS)) as ahead:
             self._reader = ahead.reader(0)
             try:
                 yield

@@ -20,11 +20,14 @@ from merge_core.stores.store import Reader
 IN_FLIGHT = 8
 """Requests at the same time, beside the uploads that as many lanes are waiting for."""
 
-AHEAD = 8
-"""Blocks that are fetched before a lane wants them, so that no lane waits where the store is fast
-enough. About as many more are held that lanes are in the middle of."""
+AHEAD = 4
+"""Blocks that are fetched before a lane wants them: a lane that uploads what it merged finds its
+next block there."""
 
-MOST_BYTES = 2 * AHEAD * 2 * BLOCK_BYTES
+MOST = 10
+"""Blocks that are held: those that lanes are in the middle of, and those ahead."""
+
+MOST_BYTES = MOST * 2 * BLOCK_BYTES
 """That are held at a time; about half of it where what is read is long."""
 
 
@@ -46,13 +49,13 @@ class ReadAhead:
         readers: of the files.
         ranges: what will be read, about in that order. Anything else is read when it is asked for,
             and so is what is asked for again after it was taken.
-        ahead: blocks that are fetched before they are asked for.
+        most: blocks that are held.
     """
 
     def __init__(
-        self, readers: Sequence[Reader], ranges: Sequence[Range], ahead: int = AHEAD
+        self, readers: Sequence[Reader], ranges: Sequence[Range], most: int = MOST
     ) -> None:
-        self._readers, self._ahead = readers, ahead
+        self._readers, self._most = readers, most
         self._wanted = blocks_of(ranges)
         self._order, self._sorted = list(self._wanted), sorted(self._wanted)
         self._number = {block: number for number, block in enumerate(self._order)}
@@ -148,7 +151,7 @@ class ReadAhead:
     def _start(self, number: int) -> None:
         """Have a block fetched, and those that come next while there is room."""
         self._begin(number)
-        for ahead in range(number + 1, min(number + 1 + self._ahead, len(self._order))):
+        for ahead in range(number + 1, min(number + 1 + AHEAD, len(self._order))):
             if not self._has_room(number):
                 return
             self._begin(ahead)
@@ -164,11 +167,11 @@ class ReadAhead:
 
     def _has_room(self, number: int) -> bool:
         """Also makes it: what is wanted of a block may be asked for late, or never."""
-        if len(self._there) >= 2 * self._ahead:
+        if len(self._there) >= self._most:
             oldest = next(iter(self._there))
-            if self._number[oldest] < number - self._ahead:
+            if self._number[oldest] < number - AHEAD:
                 self._let_go(oldest)
-        return len(self._there) < 2 * self._ahead
+        return len(self._there) < self._most
 
     def _let_go(self, block: Range) -> None:
         fetched = self._there.get(block)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_core.errors import StorageError
-from merge_core.read_ahead import AHEAD, ReadAhead
+from merge_core.read_ahead import AHEAD, MOST, ReadAhead
 from merge_core.read_blocks import BLOCK_BYTES, GAP_BYTES, Range, blocks_of
 
 MIB = 1 << 20
@@ -107,7 +107,7 @@ def test_blocks_of_which_something_is_never_asked_for_give_way() -> None:
         for number in range(most):
             first = number * BLOCK_BYTES
             assert read(ahead, 0, first, first + 10) == content(first, first + 10)
-        assert len(ahead._there) <= 2 * AHEAD
+        assert len(ahead._there) <= MOST
 
     assert len(file.asked) == most
 

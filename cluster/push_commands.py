@@ -1,0 +1,41 @@
+"""``raymeld push``: a finished merge onto the Hugging Face hub."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cluster.answering import answering
+from cluster.options import Debug, Json, Quiet
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command()(push)
+
+
+def push(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The --out of a finished merge.")],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The model; made if need be.")],
+    public: Annotated[bool, typer.Option("--public", help="Anybody may see a new model.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch that exists; main if not.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Put a finished merge onto the Hugging Face hub, in one commit, with a model card.
+
+    Given again it goes on where it stopped: what the hub holds is not sent again.
+
+    Example: raymeld push merged my-org/my-model
+    """
+    with answering(as_json=as_json, debug=debug, out=out):
+        from cluster import console
+        from cluster.talk import Talk
+        from merge_core.push import push as push_merge
+
+        talk = Talk(quiet=quiet, out=out)
+        url = push_merge(out, repo, private=not public, revision=revision, say=talk.say)
+        document = {"ok": True, "out": out, "model": repo, "commit": url}
+        console.answer([f"pushed   {url}"], document, as_json=as_json)

@@ -1,0 +1,65 @@
+"""``raymeld push``, as it is typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from hub_server import Hub
+from pushes import TOKEN, assert_pushed
+
+
+def push(*words: object, hub: Hub, home: Path, token: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "HF_ENDPOINT": hub.address,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": token,
+    }
+    command = [str(Path(sys.executable).with_name("raymeld")), "push", *map(str, words)]
+    return subprocess.run(
+        command, cwd=home, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_a_merge_is_pushed_by_one_command(merged: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.tokens[TOKEN] = "me"
+
+    done = push(merged, "me/merge", "--json", hub=hub, home=tmp_path, token=TOKEN)
+
+    assert done.returncode == 0, done.stderr
+    repo = hub.repos["me/merge"]
+    assert_pushed(repo, merged)
+    assert repo.private
+    assert json.loads(done.stdout) == {
+        "ok": True,
+        "out": str(merged),
+        "model": "me/merge",
+        "commit": f"{hub.address}/me/merge/commit/{repo.refs['main']}",
+    }
+    assert "the hub holds model-00001-of-00004.safetensors" in done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+
+
+def test_a_model_is_public_where_that_is_asked_for(merged: Path, hub: Hub, tmp_path: Path) -> None:
+    hub.tokens[TOKEN] = "me"
+
+    done = push(merged, "me/merge", "--public", hub=hub, home=tmp_path, token=TOKEN)
+
+    assert done.returncode == 0, done.stderr
+    assert not hub.repos["me/merge"].private
+    assert done.stdout.startswith(f"pushed   {hub.address}/me/merge/commit/")
+
+
+def test_what_is_no_merge_is_not_pushed(hub: Hub, tmp_path: Path) -> None:
+    hub.tokens[TOKEN] = "me"
+
+    done = push(tmp_path, "me/merge", hub=hub, home=tmp_path, token=TOKEN)
+
+    assert done.returncode == 2
+    assert "is no merge of raymeld's" in done.stderr
+    assert hub.repos == {}
