@@ -180,7 +180,7 @@ def test_attempts_without_a_receipt_are_timed(small: MergePlan) -> None:
     noted: list[Attempt] = []
     timing = Timing(noted.append)
     shard = merging(small.shards[0])
-    check = checking(FileCheck(path="/out/a", level="digest", rows=()), 1, PROVING)
+    check = checking(FileCheck(file=locate("/out/a"), level="digest", rows=()), 1, PROVING)
     for worker in range(5):
         timing.handle(WorkerReady(worker=worker, host=f"host-{worker}"))
         timing.begin(worker, check if worker == 4 else shard)

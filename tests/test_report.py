@@ -77,7 +77,7 @@ def test_a_finished_merge_is_told_with_its_numbers(finished: Evidence, small: Me
 
 
 def test_changes_are_those_of_the_weights(finished: Evidence, small: MergePlan) -> None:
-    before, after = read_tensors(small.base), read_tensors(finished.status.out)
+    before, after = read_tensors(small.base.local), read_tensors(finished.status.out.local)
     first, heat = changed(finished.tensors)[0], heat_map(finished.tensors)
     norms = {name: float(tensor.double().norm()) for name, tensor in before.items()}
     moved = {n: float((after[n].double() - before[n].double()).norm()) for n in before}
@@ -229,7 +229,7 @@ def test_the_library_of_the_charts_is_the_published_one() -> None:
 def test_the_command_writes_the_page_and_answers_in_json(
     finished: Evidence, tmp_path: Path
 ) -> None:
-    command = [Path(sys.executable).with_name("raymeld"), "report", finished.status.out, "--json"]
+    command = [Path(sys.executable).with_name("raymeld"), "report", str(finished.status.out), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     answer, written = json.loads(done.stdout), tmp_path / "out-report.html"
 

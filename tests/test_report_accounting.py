@@ -126,7 +126,7 @@ def test_singular_values_are_those_of_the_whole_delta(
 def test_singular_values_of_an_adapter_that_changed_are_not_made_up(
     small: MergePlan, out: Path, tmp_path: Path
 ) -> None:
-    adapter = shutil.copytree(small.adapters[0].path, tmp_path / "adapter")
+    adapter = shutil.copytree(small.adapters[0].path.local, tmp_path / "adapter")
     merge(make_plan(small.base, [adapter]), out, choice=TWO_LANES)
     write_adapter(
         adapter, {"model.layers.0.self_attn.q_proj": (torch.ones(1, 32), torch.ones(32, 1))}

@@ -35,7 +35,7 @@ class Elsewhere(ExitStack):
         merge(plan, out, choice=TWO_LANES)
         (out / "config.json").unlink()  # it was not finished yet
         lease = self.enter_context(take(out))
-        self.file = ProgressFile(out, lease.holder.run, lambda _: None, unheard)
+        self.file = ProgressFile(locate(out), lease.holder.run, lambda _: None, unheard)
 
     def reach(self, done: int, workers: int = 2) -> None:
         """Be so far; a worker is at a shard, or idle."""

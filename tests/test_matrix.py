@@ -1,0 +1,153 @@
+"""Base, adapter and result wherever they may lie: the same bytes as from disk to disk."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from clusters import running_cluster
+from hub_client import HubClient
+from hub_server import Hub
+from models import make_adapter, make_base
+from s3_server import ENVIRONMENT
+from typer.testing import CliRunner
+
+from cluster.cli import app
+from merge_core.stores.location import Access, locate
+from merge_core.stores.opening import open_store
+from merge_core.stores.s3_client import client_for
+
+BUCKET = "matrix"
+NUMBERS = itertools.count()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Base and adapter on a disk, in S3 and on a hub, and room for results."""
+
+    folder: Path
+    endpoint: str
+    hub: str
+    inputs: dict[str, tuple[str, str]]
+
+    def result(self, kind: str) -> str:
+        name = f"out-{next(NUMBERS)}"
+        return f"s3://{BUCKET}/{name}" if kind == "s3" else str(self.folder / name)
+
+    def files(self, out: str) -> dict[str, bytes]:
+        """What lies there, but for raymeld's own."""
+        store = open_store(locate(out, Access(endpoint_url=self.endpoint)))
+        names = [listed.name for listed in store.list() if not listed.name.startswith(".")]
+        return {name: store.get(name) for name in names}
+
+    def run(self, *arguments: str) -> str:
+        """What a command that succeeds answers."""
+        done = CliRunner().invoke(app, [*arguments, "--endpoint-url", self.endpoint])
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    def merge(
+        self, base: str, adapter: str, out: str, address: str, result: str | None = None
+    ) -> str:
+        """Where the result lies."""
+        result = result or self.result(out)
+        how = ["--address", address, "--shard-size", "50KB", "--quiet"]
+        if address != "inline":
+            how += ["--workers", "2"]
+        ends = self.inputs[base][0], self.inputs[adapter][1]
+        self.run("merge", *ends, "--out", result, *how)
+        return result
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory, s3_address: str) -> Iterator[Places]:
+    folder = tmp_path_factory.mktemp("matrix")
+    base = make_base(folder / "base", shard="60KB", num_hidden_layers=1)
+    adapter = make_adapter(folder / "adapter", base)
+    with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for name, value in ENVIRONMENT.items():
+            patch.setenv(name, value)
+        hub = stack.enter_context(Hub())
+        client = HubClient(patch, folder / "hf")
+        client.use(hub.address)
+        stack.callback(client.close)
+        access = Access(endpoint_url=s3_address)
+        client_for(access).create_bucket(Bucket=BUCKET)
+        for path in (base, adapter):
+            files = {each.name: each.read_bytes() for each in path.iterdir()}
+            hub.repo(f"org/{path.name}", files)
+            for name, data in files.items():
+                open_store(locate(f"s3://{BUCKET}/{path.name}", access)).put(name, data)
+        yield Places(
+            folder=folder,
+            endpoint=s3_address,
+            hub=hub.address,
+            inputs={
+                "disk": (str(base), str(adapter)),
+                "s3": (f"s3://{BUCKET}/base", f"s3://{BUCKET}/adapter"),
+                "hub": ("hf://org/base@main", "org/adapter"),
+            },
+        )
+
+
+@pytest.fixture(scope="module")
+def expected(places: Places) -> dict[str, bytes]:
+    files = places.files(places.merge("disk", "disk", "disk", "inline"))
+    assert len([name for name in files if name.endswith(".safetensors")]) >= 3
+    return files
+
+
+@pytest.fixture(scope="module")
+def address(places: Places) -> Iterator[str]:
+    """Of a cluster that reaches S3 and the hub."""
+    seen = {
+        "HF_ENDPOINT": places.hub,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(places.folder / "hf-of-workers"),
+    }
+    with running_cluster(**seen, **ENVIRONMENT) as at:
+        yield at
+
+
+@pytest.mark.parametrize("out", ["disk", "s3"])
+@pytest.mark.parametrize("adapter", ["disk", "s3", "hub"])
+@pytest.mark.parametrize("base", ["disk", "s3", "hub"])
+def test_inline(
+    places: Places, expected: dict[str, bytes], base: str, adapter: str, out: str
+) -> None:
+    assert places.files(places.merge(base, adapter, out, "inline")) == expected
+
+
+@pytest.mark.parametrize("out", ["disk", "s3"])
+@pytest.mark.parametrize("adapter", ["disk", "s3", "hub"])
+@pytest.mark.parametrize("base", ["disk", "s3", "hub"])
+def test_on_ray(
+    places: Places,
+    expected: dict[str, bytes],
+    address: str,
+    base: str,
+    adapter: str,
+    out: str,
+) -> None:
+    assert places.files(places.merge(base, adapter, out, address)) == expected
+
+
+def test_the_other_commands_know_a_result_in_a_store(places: Places) -> None:
+    out = places.merge("hub", "s3", "s3", "inline")
+    before = open_store(locate(out, Access(endpoint_url=places.endpoint))).look("config.json")
+
+    assert json.loads(places.run("verify", out, "--level", "numeric", "--json"))["ok"] is True
+    assert json.loads(places.run("status", out, "--json"))["state"] == "finished"
+    page = places.folder / "report.html"
+    places.run("report", out, "--output", str(page), "--spectrum", "1")
+    assert "Merged and verified" in page.read_text()
+    places.merge("hub", "s3", "s3", "inline", result=out)
+    after = open_store(locate(out, Access(endpoint_url=places.endpoint))).look("config.json")
+    assert after == before
