@@ -175,7 +175,7 @@ class PartFile:
     def discard(self) -> None:
         """Close and remove the file."""
         self._close()
-        self._path.unlink(missing_ok=True)
+        _remove_if_possible(self._path)
 
     def _close(self) -> None:
         os.close(self._buffered)
@@ -204,7 +204,7 @@ def create_durably(path: Path, data: bytes) -> bool:
             _write_all(descriptor, memoryview(data), 0)
             os.fsync(descriptor)
         except OSError:  # a full disk: half a file would look like somebody else's
-            path.unlink(missing_ok=True)
+            _remove_if_possible(path)
             raise
         finally:
             os.close(descriptor)
@@ -234,12 +234,18 @@ def _replacing(path: Path, *, durable: bool) -> Iterator[int]:
                 os.fsync(descriptor)
             os.rename(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove_if_possible(temporary)
         raise
     finally:
         os.close(descriptor)
     if durable:
         sync_directory(path.parent)
+
+
+def _remove_if_possible(path: Path) -> None:
+    """What has failed is told; that a broken disk keeps the remains as well is not."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def sync_directory(directory: Path) -> None:
