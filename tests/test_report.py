@@ -229,7 +229,12 @@ def test_the_library_of_the_charts_is_the_published_one() -> None:
 def test_the_command_writes_the_page_and_answers_in_json(
     finished: Evidence, tmp_path: Path
 ) -> None:
-    command = [Path(sys.executable).with_name("raymeld"), "report", str(finished.status.out), "--json"]
+    command = [
+        Path(sys.executable).with_name("raymeld"),
+        "report",
+        str(finished.status.out),
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     answer, written = json.loads(done.stdout), tmp_path / "out-report.html"
 
