@@ -93,7 +93,7 @@ class ExaminedNode:
 
 
 class Examiner:
-    """Looks, and changes nothing but the driver's own trial directory.
+    """Looks, and changes nothing but the driver's own trial folder.
 
     Args:
         name: unique among all examiners; of the file that this one leaves there.

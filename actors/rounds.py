@@ -31,8 +31,8 @@ def examine_nodes(
     """Every live node of the connected cluster, by name.
 
     Args:
-        inputs: directories that a merge reads.
-        trial: a directory that this process made beside OUT; see ``reachable``.
+        inputs: folders that a merge reads.
+        trial: a folder that this process made beside OUT; see ``reachable``.
         seconds: that a node may take for each of its answers.
     """
     nodes = _live_nodes()

@@ -104,4 +104,8 @@ def _is_relative(path: str) -> bool:
 
 def _relative(name: str, path: str) -> Problem:
     what = f"{path!r} is relative: on the cluster, to whatever directory Ray was started in"
-    return Problem(what, name.upper(), "Give the path from / on, as the cluster's nodes have it")
+    return Problem(
+        what,
+        name.upper(),
+        "Give the path from / on, as the cluster's nodes have it; hf://org/name is the hub",
+    )

@@ -18,7 +18,7 @@ from merge_core.stores.location import Location
 
 LOOK_SECONDS = 2.0
 """Between two looks: a merge writes down how far it is once a second, and each look lists the
-lease's directory, which on a network file system or a store is a request."""
+lease's folder, which on a network file system or a store is a request."""
 
 LINE_SECONDS = 10.0
 """How often a line is printed where there is no terminal."""

@@ -36,7 +36,7 @@ LOOK_SECONDS = 1.0
 """Between two looks at the lease of somebody who may be gone."""
 
 LISTINGS = 5
-"""Of the lease's directory, until its last name can be opened: each renewal removes one name, but
+"""Of the lease's folder, until its last name can be opened: each renewal removes one name, but
 not several in a row, and a link that leads nowhere stays."""
 
 
@@ -150,7 +150,7 @@ def live_holder(out: Location) -> Holder | None:
 def taken_over(out: Location) -> LeaseLostError:
     """What a merge ends with that lost its lease."""
     return LeaseLostError(
-        "another merge has taken this directory over",
+        "another merge has taken OUT over",
         str(out),
         "Let only one run, and give each its own --out.",
     )

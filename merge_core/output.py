@@ -57,7 +57,7 @@ def accepted_shards(out: Location) -> frozenset[int]:
 
 
 def check_location(out: Location, base: Location, adapters: tuple[Location, ...]) -> list[Problem]:
-    """Problems of where OUT lies: it may share no directory with what is read."""
+    """Problems of where OUT lies: it may share no folder with what is read."""
     problems = []
     try:
         for name, path in (("BASE", base), *(("ADAPTER", adapter) for adapter in adapters)):

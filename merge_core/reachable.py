@@ -1,7 +1,7 @@
 """Whether a machine reaches the paths of a merge, and whether they are the same places everywhere.
 
 A path is only a name: what one machine has mounted there, another may lack, or have of its own. So
-inputs are compared by what lies in them, and OUT by a directory that one machine makes and the
+inputs are compared by what lies in them, and OUT by a folder that one machine makes and the
 others write into, as driver and workers do in a merge.
 """
 
@@ -63,7 +63,7 @@ class FileSight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputSight:
-    """A directory to read from, as it is seen from somewhere."""
+    """A folder to read from, as it is seen from somewhere."""
 
     path: Location
     files: tuple[FileSight, ...]

@@ -210,7 +210,7 @@ def test_a_lease_that_is_lost_while_the_inputs_are_looked_at_publishes_nothing(
             take_over(out).release()
 
     monkeypatch.setattr(LocalStore, "put", write_and_lose)
-    with pytest.raises(LeaseLostError, match="another merge has taken this directory over"):
+    with pytest.raises(LeaseLostError, match="another merge has taken OUT over"):
         assembly.publish({})
     assert not (out / "config.json").exists()
 

@@ -86,7 +86,7 @@ def test_a_lease_of_another_machine_that_is_old_is_free_at_once(
     held: Lease, tmp_path: Path
 ) -> None:
     with take_over(tmp_path) as later:
-        with pytest.raises(LeaseLostError, match="another merge has taken this directory over"):
+        with pytest.raises(LeaseLostError, match="another merge has taken OUT over"):
             held.renew()
         assert holder_of(locate(tmp_path)) == later.holder
 
@@ -98,7 +98,7 @@ def test_one_that_slept_cannot_renew_behind_the_back_of_its_successor(
         for _ in range(3):  # the numbers that the sleeper would take next are free again
             later.renew()
 
-        with pytest.raises(LeaseLostError, match="taken this directory over"):
+        with pytest.raises(LeaseLostError, match="taken OUT over"):
             held.renew()
         later.renew()
         assert holder_of(locate(tmp_path)) == later.holder

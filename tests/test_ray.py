@@ -216,7 +216,7 @@ def test_a_driver_that_lost_its_lease_ends_at_once_and_leaves_what_is_its_succes
     out, said = tmp_path / "out", list[str]()
     options = ClusterOptions(address=address, workers=2, collector=faults.LosesTheLease)
 
-    with pytest.raises(LeaseLostError, match="another merge has taken this directory over"):
+    with pytest.raises(LeaseLostError, match="another merge has taken OUT over"):
         merge_on_ray(plan, out, options, watch=lambda _: None, say=said.append)
 
     assert not any("failure" in line or "another collector" in line for line in said), said

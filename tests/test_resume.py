@@ -245,7 +245,7 @@ def test_a_merge_whose_lease_was_taken_over_publishes_nothing_more(
         if progress.phase == "merging" and progress.done > plan.shards[0].size and not taken:
             taken.append(take_over(out))
 
-    with pytest.raises(LeaseLostError, match="another merge has taken this directory over"):
+    with pytest.raises(LeaseLostError, match="another merge has taken OUT over"):
         merge(plan, out, choice=TWO_LANES, watch=watch)
 
     assert (out / plan.shards[0].name).exists()

@@ -40,5 +40,5 @@ class Loading(Protocol):
         ...
 
     def path(self, adapter: int) -> Location:
-        """The adapter's directory, for messages."""
+        """The adapter's folder, for messages."""
         ...

@@ -49,7 +49,7 @@ def merge_layer(
         held: the adapter's tensors for this layer, and those that all layers share, by name.
         base: ``weight`` and, if the layer has one, ``bias``; float32, on one device. May be
             changed in place.
-        adapter: its directory, for messages.
+        adapter: its folder, for messages.
 
     Raises:
         InputError: PEFT refuses the adapter, or expects other tensors of it.

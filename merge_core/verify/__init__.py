@@ -1,16 +1,17 @@
 """Verification of a merged checkpoint: the code behind ``raymeld verify``.
 
-It shares nothing with the merge but the exception classes: its own reading of headers, ledger and
-adapters, and its own arithmetic, so that a mistake in the merge cannot hide behind itself.
+It shares nothing with the merge but the exception classes and the way to a store: its own reading
+of headers, ledger and adapters, and its own arithmetic, so that a mistake in the merge cannot hide
+behind itself.
 
     report = verify(Path("OUT"), "numeric")
     if not report.ok:
         print(*report.findings)
 
 Read in this order: ``verification`` (what is checked), ``structure`` and ``file_check`` (the
-directory, one file), ``digests``, ``side_files``, ``against_base``, ``recipe`` and ``tied`` (what
-a tensor must be equal to), ``merged`` and ``decomposed`` (the numeric bounds and where they come
-from), ``replaced_rows``, ``untouched``, ``load``.
+folder, one file), ``places`` (how they are read), ``digests``, ``side_files``, ``against_base``,
+``recipe`` and ``tied`` (what a tensor must be equal to), ``merged`` and ``decomposed`` (the numeric
+bounds and where they come from), ``replaced_rows``, ``untouched``, ``load``.
 """
 
 from merge_core.verify.against_base import refuse_unchecked

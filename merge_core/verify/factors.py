@@ -48,7 +48,7 @@ class Factors:
 
 
 def weights_path(adapter: Location) -> Location:
-    """The weights file in the adapter's directory; safetensors win, as in PEFT.
+    """The weights file in the adapter's folder; safetensors win, as in PEFT.
 
     Raises:
         InputError: there is none.

@@ -1,4 +1,4 @@
-"""The directory as a whole: config, index, which files there are, and the ledger.
+"""The folder as a whole: config, index, which files there are, and the ledger.
 
 What is wrong inside one weight file is ``file_check``'s to say; a file whose header cannot be read
 is left out of the comparisons here.
@@ -27,7 +27,7 @@ Headers = Mapping[str, tuple[TensorEntry, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Structure:
-    """A checkpoint directory, as far as its headers, index and ledger tell."""
+    """A checkpoint, as far as its headers, index and ledger tell."""
 
     findings: tuple[Finding, ...]
     files: tuple[str, ...]
@@ -52,7 +52,7 @@ def inspect(out: Location, *, committed: bool, needs_ledger: bool) -> Structure:
     """Read everything about ``out`` but tensor data.
 
     Args:
-        out: the checkpoint's directory.
+        out: the checkpoint's folder.
         committed: False before the merge's commit, when config.json is still staged.
         needs_ledger: whether a missing ledger is a finding.
     """

@@ -1,4 +1,4 @@
-"""``verify``: plan the checks of a finished directory, run them, gather what they find."""
+"""``verify``: plan the checks of a finished merge, run them, gather what they find."""
 
 from __future__ import annotations
 

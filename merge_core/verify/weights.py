@@ -70,7 +70,7 @@ def read_index(file: Location) -> WeightIndex:
     """Read an index file.
 
     Raises:
-        MalformedError: it is no index, or names a file outside its own directory.
+        MalformedError: it is no index, or names a file outside its own folder.
         OSError: it cannot be read.
     """
     document = parse_object(read_bytes(file))
@@ -85,7 +85,7 @@ def read_index(file: Location) -> WeightIndex:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether ``name`` is a ``.safetensors`` file of the directory itself, not a path out of it."""
+    """Whether ``name`` is a ``.safetensors`` file of the folder itself, not a path out of it."""
     return PurePath(name).name == name and name.endswith(".safetensors") and "\0" not in name
 
 
