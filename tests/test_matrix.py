@@ -14,16 +14,21 @@ from clusters import running_cluster
 from hub_client import HubClient
 from hub_server import Hub
 from models import make_adapter, make_base
-from s3_server import ENVIRONMENT
+from ray import cloudpickle
+from ray._common.utils import get_default_ray_temp_dir
+from s3_server import ENVIRONMENT, TOKEN
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from merge_core.planner import make_plan
 from merge_core.stores.location import Access, locate
 from merge_core.stores.opening import open_store
 from merge_core.stores.s3_client import client_for
 
 BUCKET = "matrix"
 NUMBERS = itertools.count()
+HF_TOKEN = "hf_that-nobody-may-see"
+"""Of an account with no rights of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +81,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, s3_address: str) -> Iterato
         hub = stack.enter_context(Hub())
         client = HubClient(patch, folder / "hf")
         client.use(hub.address)
+        client.log_in(HF_TOKEN)
         stack.callback(client.close)
         access = Access(endpoint_url=s3_address)
         client_for(access).create_bucket(Bucket=BUCKET)
@@ -109,6 +115,7 @@ def address(places: Places) -> Iterator[str]:
     seen = {
         "HF_ENDPOINT": places.hub,
         "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": HF_TOKEN,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HOME": str(places.folder / "hf-of-workers"),
     }
@@ -151,3 +158,22 @@ def test_the_other_commands_know_a_result_in_a_store(places: Places) -> None:
     places.merge("hub", "s3", "s3", "inline", result=out)
     after = open_store(locate(out, Access(endpoint_url=places.endpoint))).look("config.json")
     assert after == before
+
+
+def test_no_credentials_are_kept_or_said_anywhere(places: Places, address: str) -> None:
+    out, page = places.result("s3"), places.folder / "shown.html"
+    inputs = places.inputs["hub"][0], places.inputs["s3"][1]
+    options = ["--address", address, "--workers", "2", "--debug"]
+    said = places.run("merge", *inputs, "--out", out, *options)
+    said += places.run("plan", *inputs, "--json") + places.run("status", out, "--json")
+    places.run("report", out, "--output", str(page))
+
+    access = Access(endpoint_url=places.endpoint)
+    store, plan = open_store(locate(out, access)), make_plan(inputs[0], inputs[1:], access=access)
+    found = {listed.name: store.get(listed.name) for listed in store.list()}
+    found |= {"said": said.encode(), "page": page.read_bytes(), "plan": cloudpickle.dumps(plan)}
+    logs = [path for path in Path(get_default_ray_temp_dir()).rglob("*") if path.is_file()]
+    assert any(path.name.startswith("worker-") for path in logs)
+    found |= {str(path): path.read_bytes() for path in logs}
+    assert [name for name, data in found.items() if TOKEN.encode() in data] == []
+    assert [name for name, data in found.items() if HF_TOKEN.encode() in data] == []
