@@ -135,7 +135,9 @@ def span_problems(span: str) -> list[str]:
     return [p for p in found if not re.search(r"Missing|requires an argument|not one of", p)]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/library.md"], ids=lambda name: name)
+@pytest.mark.parametrize(
+    "name", ["README.md", "README.zh-CN.md", "docs/library.md"], ids=lambda name: name
+)
 def test_the_library_works_as_shown(name: str, place: Path) -> None:
     shown = [block for block in blocks_of(ROOT / name) if block.language == "python"]
     assert shown
@@ -144,6 +146,24 @@ def test_the_library_works_as_shown(name: str, place: Path) -> None:
         if "merge_on_ray" not in block.text:
             exec(block.text, scope)
     assert verify(place / "merged", "digest").ok
+
+
+def test_the_chinese_pages_show_the_commands_and_figures_of_the_english_ones() -> None:
+    for english, chinese in (
+        ("README.md", "README.zh-CN.md"),
+        ("docs/index.md", "docs/zh/index.md"),
+    ):
+        commands = [
+            [shlex.split(c, comments=True) for b in blocks_of(ROOT / name) for c in b.commands]
+            for name in (english, chinese)
+        ]
+        assert commands[0] == commands[1]
+    figures = [
+        re.findall(r"\| ([\d.]+ \| [\d.]+ \|[^|]*)\|", (ROOT / name).read_text())
+        for name in ("README.md", "README.zh-CN.md")
+    ]
+    assert len(figures[0]) == 6
+    assert figures[0] == figures[1]
 
 
 def test_words_that_no_program_takes_are_found() -> None:
