@@ -1,9 +1,10 @@
-# Five tasks: setup, test, check, bench, demo. Each sets up .venv from the lock file first.
+# The tasks: setup, lint, test, check, docs, bench, demo. Each sets up .venv from the lock file first.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-.PHONY: setup test check bench demo
+.PHONY: setup lint test check docs bench demo
 
 setup: $(READY)
 
@@ -17,11 +18,18 @@ $(READY): requirements.lock pyproject.toml
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-check: setup
+lint: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# mkdocs counts no warnings where it is told to be quiet.
+check: lint
+	$(MKDOCS)
+
+docs: setup
+	$(MKDOCS)
 
 demo: setup
 	rm -rf demo-merge

@@ -3,8 +3,8 @@
     python benchmarks/estimates.py            # exit code 1 where a page says something else
     python benchmarks/estimates.py --write    # mend the pages
 
-In docs/*.md, a code block that begins with ``raymeld plan`` and names one of the models goes on
-with what that command prints about time. Base and adapter are made of headers alone, in no space.
+In docs/*.md, a console block whose command is ``raymeld plan`` with one of the models goes on with
+what that command prints about time. Base and adapter are made of headers alone, in no space.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from typer.testing import CliRunner
 from cluster.cli import app
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-BLOCK = re.compile(r"^```\n(raymeld plan [^\n]*)\n(?:estimate|assuming)[^`]*```$", re.MULTILINE)
+BLOCK = re.compile(
+    r"^```console\n\$ (raymeld plan [^\n]*)\n(?:estimate|assuming)[^`]*```$", re.MULTILINE
+)
 
 
 def main() -> None:
@@ -58,7 +60,7 @@ def _block(command: str, scratch: Path) -> str:
     done = CliRunner().invoke(app, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     said = [line for line in done.stdout.splitlines() if line.startswith(("estimate", "assuming"))]
-    return "\n".join(["```", command, *said, "```"])
+    return "\n".join(["```console", f"$ {command}", *said, "```"])
 
 
 if __name__ == "__main__":

@@ -18,58 +18,80 @@ from cluster import (
     result_commands,
 )
 from cluster.answering import answering
+from cluster.help_screen import CLUSTERS, ONE_MERGE, WHAT, WHERE, App
 from cluster.options import (
     Debug,
     Device,
     Json,
     Level,
     Quiet,
+    RayAddress,
     StartTimeout,
     Workers,
     refuse_workers,
 )
 from cluster.plan_options import PlanOptions, with_plan_options
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Fold PEFT LoRA adapters into Qwen1.5 checkpoints, on a Ray cluster or on this machine.",
+app = App(
+    help="""Fold PEFT LoRA adapters into Qwen1.5 checkpoints, on a Ray cluster or on this machine.
+
+    raymeld plan Qwen1.5-7B my-lora                  # what would happen
+    raymeld merge Qwen1.5-7B my-lora --out merged    # merge, verify, publish
+    raymeld merge --help                             # each command has a screen
+    """,
 )
 
 
-@app.command()
 @with_plan_options
 def merge(  # noqa: PLR0913 - one parameter an option
     *,
-    out: Annotated[str, typer.Option("--out", "-o", help="Where to: path, s3:// or gs://.")],
-    address: Annotated[
+    out: Annotated[
         str,
         typer.Option(
-            envvar="RAY_ADDRESS",
-            help="A Ray cluster; 'local': a Ray of its own; 'inline': this process, no Ray.",
+            "--out",
+            "-o",
+            metavar="OUT",
+            rich_help_panel=WHAT,
+            help="Where to: path, s3:// or gs://.",
         ),
-    ] = "local",
-    workers: Workers = None,
-    cpu_workers: Annotated[
-        int, typer.Option(min=0, help="CPU workers beside the GPU workers.")
-    ] = 0,
-    gpus_per_worker: Annotated[float, typer.Option(min=0.01, help="GPUs a worker.")] = 1.0,
-    start_timeout: StartTimeout = 1800.0,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.AUTO,
+    ],
     asked: PlanOptions,
     verify: Annotated[
-        Level, typer.Option(help="What to verify before the result is published.")
+        Level,
+        typer.Option(
+            metavar="LEVEL",
+            rich_help_panel=WHAT,
+            help="structure, digest, numeric or load.",
+        ),
     ] = Level.DIGEST,
-    overwrite: Annotated[bool, typer.Option(help="Replace an earlier merge in OUT.")] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", rich_help_panel=WHAT, help="Replace an earlier merge in OUT."),
+    ] = False,
+    address: RayAddress = "local",
+    device: Annotated[
+        Device,
+        typer.Option(metavar="DEVICE", rich_help_panel=WHERE, help="auto, cuda or cpu."),
+    ] = Device.AUTO,
+    workers: Workers = None,
+    cpu_workers: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", rich_help_panel=WHERE, help="CPU workers beside the GPU workers."
+        ),
+    ] = 0,
+    gpus_per_worker: Annotated[
+        float, typer.Option(min=0.01, metavar="N", rich_help_panel=WHERE, help="GPUs a worker.")
+    ] = 1.0,
+    start_timeout: StartTimeout = 1800.0,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Merge adapters into a base checkpoint, verify the result and publish it.
+    """Merge adapters into a base checkpoint, verify, publish.
 
-    Example: raymeld merge Qwen1.5-7B my-lora other-lora@0.5 --out merged
+    raymeld merge Qwen1.5-7B my-lora other-lora@0.5 --out merged
+    raymeld merge Qwen1.5-7B my-lora --out merged --verify numeric
     """
     with answering(as_json=as_json, debug=debug, out=out):
         from cluster import console
@@ -123,12 +145,15 @@ def merge(  # noqa: PLR0913 - one parameter an option
 
 
 def demo(
-    directory: Annotated[Path, typer.Argument(help="Where to work; must not exist.")] = Path(
-        "demo-merge"
-    ),
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIRECTORY", help="Where to work; must not exist.")
+    ] = Path("demo-merge"),
     debug: Debug = False,
 ) -> None:
-    """Make a small Qwen1.5 checkpoint, train a LoRA on it, merge, verify, and compare answers."""
+    """Make a small checkpoint and a LoRA, merge, compare answers.
+
+    raymeld demo my-demo
+    """
     with answering(as_json=False, debug=debug):
         from cluster.demo import run_demo
 
@@ -137,16 +162,21 @@ def demo(
 
 def spot_notice(
     address: Annotated[
-        str, typer.Option(envvar="RAY_ADDRESS", help="Ray's head, such as head:6379.")
+        str,
+        typer.Option(
+            envvar="RAY_ADDRESS", metavar="ADDRESS", help="Ray's head, such as head:6379."
+        ),
     ],
     metadata_url: Annotated[
         str | None, typer.Option(envvar="RAYMELD_METADATA_URL", hidden=True)
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Wait until AWS or GCP takes this spot machine back, then drain the Ray nodes on it.
+    """Drain this spot machine before AWS or GCP takes it.
 
-    Runs beside Ray on every spot machine. Example: raymeld spot-notice --address head:6379
+    Runs beside Ray on every spot machine, and waits for the cloud's notice.
+
+    raymeld spot-notice --address head:6379
     """
     with answering(as_json=False, debug=debug):
         from cluster.metadata import METADATA_URL
@@ -157,13 +187,14 @@ def spot_notice(
 
 
 plan_commands.register(app)
+app.add(merge, rich_help_panel=ONE_MERGE)
 result_commands.register(app)
 report_commands.register(app)
 push_commands.register(app)
-jobs_commands.register(app)
 doctor_commands.register(app)
-app.command()(spot_notice)
-app.command()(demo)
+jobs_commands.register(app)
+app.add(spot_notice, "spot-notice", rich_help_panel=CLUSTERS)
+app.add(demo, rich_help_panel=ONE_MERGE)
 
 
 def main() -> None:

@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from cluster.answering import answering, end
-from cluster.options import Anonymous, Debug, EndpointUrl, Json, Quiet, Region
+from cluster.help_screen import CLUSTERS, WHERE, App
+from cluster.options import Anonymous, Debug, EndpointUrl, Json, Quiet, RayAddress, Region
 from merge_core.stores.location import Access, locate
 
 
-def register(app: typer.Typer) -> None:
+def register(app: App) -> None:
     """Add the command to the command line."""
-    app.command()(doctor)
+    app.add(doctor, rich_help_panel=CLUSTERS)
 
 
 def doctor(  # noqa: PLR0913, PLR0917 - one parameter an option
@@ -22,31 +23,32 @@ def doctor(  # noqa: PLR0913, PLR0917 - one parameter an option
     ] = None,
     adapters: Annotated[
         list[str] | None,
-        typer.Argument(metavar="ADAPTER[@WEIGHT]", help="PEFT adapters, likewise."),
+        typer.Argument(metavar="ADAPTER[@WEIGHT]...", help="PEFT adapters, likewise."),
     ] = None,
-    out: Annotated[str | None, typer.Option("--out", "-o", help="Where to merge to.")] = None,
-    address: Annotated[
-        str,
-        typer.Option(
-            envvar="RAY_ADDRESS",
-            help="A Ray cluster; 'local': a Ray of its own; 'inline': this process, no Ray.",
-        ),
-    ] = "inline",
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", metavar="OUT", help="Where to merge to.")
+    ] = None,
+    address: RayAddress = "inline",
     endpoint_url: EndpointUrl = None,
     region: Region = None,
     anonymous: Anonymous = False,
     timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds that a node may take for an answer.")
+        float,
+        typer.Option(
+            min=0, metavar="SECONDS", rich_help_panel=WHERE, help="Wait so long for a node."
+        ),
     ] = 60.0,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Examine this machine, or every node of a cluster, for a merge: software, memory, GPUs, paths.
+    """Examine this machine, or each node of a cluster.
 
-    Writes a small file beside OUT on every node and removes it. Exit code: 0 fit, 1 problems.
+    Software, memory, GPUs, and whether BASE, ADAPTER and OUT are the same everywhere. Writes a
+    small file beside OUT on every node and removes it. Exit code: 0 fit, 1 problems.
 
-    Example: raymeld doctor /models/base /models/lora --out /models/merged --address head:6379
+    raymeld doctor Qwen1.5-7B my-lora --out merged
+    raymeld doctor /mnt/base /mnt/lora --out /mnt/merged --address head:6379
     """
     with answering(as_json=as_json, debug=debug):
         from cluster import console

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster.answering import answering
+from cluster.help_screen import CLUSTERS, App
 from cluster.interrupts import noted_interrupts
 from cluster.job_watch import Watch
 from cluster.jobs import STOP_SECONDS, Job, Jobs, connected, next_name
@@ -27,6 +28,7 @@ Address = Annotated[
     str,
     typer.Option(
         envvar=["RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS"],
+        metavar="URL",
         help="The dashboard of the cluster's head.",
     ),
 ]
@@ -37,14 +39,19 @@ Name = Annotated[str, typer.Argument(metavar="JOB", help="As raymeld jobs list s
 
 _INTERRUPTED = InterruptedMergeError.exit_code
 
-jobs_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-
-def register(app: typer.Typer) -> None:
+def register(app: App) -> None:
     """Add the commands to ``app``, which has the command ``merge``."""
     # What follows "merge" belongs to merge, with or without "--" before it.
-    app.command(context_settings={"allow_interspersed_args": False})(submit)
-    app.add_typer(jobs_app, name="jobs", help="List, read and stop merges that were submitted.")
+    settings = {"allow_interspersed_args": False}
+    app.add(submit, context_settings=settings, rich_help_panel=CLUSTERS)
+    jobs = App(add_completion=False)
+    jobs.add(list_jobs, "list")
+    for command in (logs, status, stop):
+        jobs.add(command)
+    app.add_typer(
+        jobs, name="jobs", help="List, read and stop submitted merges.", rich_help_panel=CLUSTERS
+    )
 
 
 def submit(
@@ -54,14 +61,14 @@ def submit(
     wait: Annotated[bool, typer.Option(help="Print the log until the job has ended.")] = True,
     debug: Debug = False,
 ) -> None:
-    """Run a merge on a Ray cluster, as a Ray Job, with the raymeld that is running here.
+    """Run a merge on a Ray cluster, as a Ray Job.
 
-    Prints the job's log and ends with the exit code of its merge; with --no-wait, prints the job's
-    name and leaves. Ctrl-C stops the job (130), a second one leaves without waiting for that; a
-    closed terminal leaves it alone. The same merge is refused while it is under way (2).
+    The raymeld that is running here goes along. Prints the job's log and ends with the exit code of
+    its merge; with --no-wait, prints the job's name and leaves. Ctrl-C stops the job (130), a
+    second one leaves without waiting for that; a closed terminal leaves it alone. The same merge
+    is refused while it is under way (2).
 
-    Example: raymeld submit --address http://head:8265 -- merge /models/base /models/my-lora
-    --out /models/merged
+    raymeld submit --address http://head:8265 -- merge /m/base /m/lora -o /m/out
     """
     parsed = parse_merge(words, context)
     with answering(as_json=False, debug=debug):
@@ -72,9 +79,8 @@ def submit(
     raise typer.Exit(code)
 
 
-@jobs_app.command("list")
 def list_jobs(address: Address = DASHBOARD, as_json: Json = False, debug: Debug = False) -> None:
-    """List the merges that were submitted to a cluster, the oldest first."""
+    """List the merges of a cluster, the oldest first."""
     with answering(as_json=as_json, debug=debug):
         from cluster import console
 
@@ -85,7 +91,6 @@ def list_jobs(address: Address = DASHBOARD, as_json: Json = False, debug: Debug 
         console.answer(lines or [f"no merge was submitted to {address}"], document, as_json=as_json)
 
 
-@jobs_app.command()
 def logs(
     name: Name,
     address: Address = DASHBOARD,
@@ -94,9 +99,12 @@ def logs(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Print what a job has said so far; with --follow, until it ends, with its exit code.
+    """Print what a job has said so far.
 
-    Ctrl-C leaves; the job goes on. With RAYMELD_LOG=json the log is printed as it is: JSON lines.
+    With --follow, until it ends, with its exit code. Ctrl-C leaves; the job goes on. With
+    RAYMELD_LOG=json the log is printed as it is: JSON lines.
+
+    raymeld jobs logs --follow raymeld-1f0c52aa9be3-1
     """
     with answering(as_json=False, debug=debug), connected(address) as jobs:
         jobs.find(name)
@@ -110,7 +118,6 @@ def logs(
     raise typer.Exit(code)
 
 
-@jobs_app.command()
 def status(
     name: Name, address: Address = DASHBOARD, as_json: Json = False, debug: Debug = False
 ) -> None:
@@ -135,16 +142,16 @@ def status(
     raise typer.Exit(job.exit_code or 0)
 
 
-@jobs_app.command()
 def stop(
     name: Name,
     address: Address = DASHBOARD,
     wait: Annotated[bool, typer.Option(help="Wait until it has stopped.")] = True,
     debug: Debug = False,
 ) -> None:
-    """Stop a job; what it has not published yet, it does not publish.
+    """Stop a job.
 
-    Exit code 0 once it has stopped (with --no-wait: once it was asked to), or had ended before.
+    What it has not published yet, it does not publish. Exit code 0 once it has stopped (with
+    --no-wait: once it was asked to), or had ended before.
     """
     with answering(as_json=False, debug=debug), connected(address) as jobs:
         if not jobs.find(name).alive:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from cluster.help_screen import STORES, TALK, VALUES, WHAT, WHERE
 from merge_core.errors import refuse
 from merge_core.updates.combined import Method, SignMethod
 
@@ -42,26 +43,61 @@ Base = Annotated[
     str, typer.Argument(metavar="BASE", help="Base checkpoint: path, s3://, gs:// or hub id.")
 ]
 Adapters = Annotated[
-    list[str], typer.Argument(metavar="ADAPTER[@WEIGHT]...", help="PEFT adapters, likewise.")
+    list[str],
+    typer.Argument(
+        metavar="ADAPTER[@WEIGHT]...", help="PEFT adapters, likewise, such as my-lora@0.5."
+    ),
 ]
 EndpointUrl = Annotated[
-    str | None, typer.Option("--endpoint-url", help="Of an S3 that is not Amazon's.")
+    str | None,
+    typer.Option(
+        "--endpoint-url",
+        metavar="URL",
+        rich_help_panel=STORES,
+        help="Of an S3 that is not Amazon's.",
+    ),
 ]
-Region = Annotated[str | None, typer.Option(help="Of the S3.")]
+Region = Annotated[
+    str | None, typer.Option(metavar="NAME", rich_help_panel=STORES, help="Of the S3.")
+]
 Anonymous = Annotated[
-    bool, typer.Option("--anonymous", help="Read public S3 buckets without credentials.")
+    bool,
+    typer.Option(
+        "--anonymous", rich_help_panel=STORES, help="Read public buckets without credentials."
+    ),
 ]
-DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Dtype of the result.")]
-ShardSize = Annotated[str, typer.Option(help="Size limit of an output file, such as 2GB.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Most workers at a time.")]
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option(
+        "--dtype",
+        metavar="DTYPE",
+        rich_help_panel=WHAT,
+        help="bfloat16, float16 or float32, not the base's.",
+    ),
+]
+ShardSize = Annotated[
+    str,
+    typer.Option(metavar="SIZE", rich_help_panel=WHAT, help="Size limit of an output file."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", rich_help_panel=WHERE, help="Most workers at a time."),
+]
 DeviceMapFile = Annotated[
-    Path | None, typer.Option("--device-map", help="JSON of module names and cuda or cpu.")
+    Path | None,
+    typer.Option(
+        "--device-map",
+        metavar="FILE",
+        rich_help_panel=WHERE,
+        help="JSON of modules and cuda or cpu.",
+    ),
 ]
 KeepTied = Annotated[
     bool,
     typer.Option(
         "--keep-tied",
-        help="Leave tied embeddings and head one tensor, whatever was trained of either.",
+        rich_help_panel=VALUES,
+        help="Leave tied embeddings and head one tensor.",
     ),
 ]
 Combine = Annotated[
@@ -69,39 +105,81 @@ Combine = Annotated[
     typer.Option(
         "--combine",
         metavar="METHOD",
-        help="How adapters become one: sum (default), cat, linear, svd, ties, dare_linear,"
-        " dare_ties, magnitude_prune; the last four also with _svd behind.",
+        rich_help_panel=VALUES,
+        help="sum, cat, linear, svd; ties, dare_linear, dare_ties, magnitude_prune, also with"
+        " _svd behind.  [sum]",
     ),
 ]
 Density = Annotated[
-    float | None, typer.Option(help="Share of elements that pruning leaves (ties, dare, ...).")
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        rich_help_panel=VALUES,
+        help="Of elements, what pruning leaves (ties, dare).",
+    ),
 ]
 MajoritySign = Annotated[
-    SignMethod | None, typer.Option("--majority-sign", help="What elects a sign (ties).")
+    SignMethod | None,
+    typer.Option(
+        "--majority-sign",
+        metavar="HOW",
+        rich_help_panel=VALUES,
+        help="What elects a sign (ties): total or frequency.",
+    ),
 ]
-Seed = Annotated[int | None, typer.Option(min=0, help="Of what dare drops; 0 if not given.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="N", rich_help_panel=VALUES, help="Of what dare drops.  [0]"),
+]
 Layers = Annotated[
     str | None,
-    typer.Option(help="Merge in stages: only files with these layers, such as 0-39 or 40-79,rest."),
+    typer.Option(
+        metavar="LAYERS",
+        rich_help_panel=WHAT,
+        help="A stage: files with these, as 0-39 or 40-79,rest.",
+    ),
 ]
 Dequantize = Annotated[
     bool,
     typer.Option(
         "--dequantize",
-        help="Decode a quantised base (GPTQ, AWQ, bitsandbytes, FP8) to the dtype of its config.",
+        rich_help_panel=VALUES,
+        help="Decode a base in GPTQ, AWQ, bitsandbytes or FP8.",
     ),
 ]
 SimulateNf4 = Annotated[
     bool,
     typer.Option(
         "--simulate-nf4",
-        help="Round the base's linear layers through NF4 first, as QLoRA saw them in training.",
+        rich_help_panel=VALUES,
+        help="Round the base through NF4, as QLoRA saw it.",
     ),
 ]
-StartTimeout = Annotated[float, typer.Option(min=0, help="Seconds to wait for the first worker.")]
-Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON document on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No talk on stderr.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+StartTimeout = Annotated[
+    float,
+    typer.Option(
+        min=0, metavar="SECONDS", rich_help_panel=WHERE, help="Wait so long for a worker."
+    ),
+]
+RayAddress = Annotated[
+    str,
+    typer.Option(
+        envvar="RAY_ADDRESS",
+        metavar="ADDRESS",
+        rich_help_panel=WHERE,
+        help="A Ray cluster; local: its own; inline: no Ray; or $RAY_ADDRESS.",
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", rich_help_panel=TALK, help="Answer with one JSON document on stdout."),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", rich_help_panel=TALK, help="No talk on stderr.")
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", rich_help_panel=TALK, help="Show the traceback of an error.")
+]
 
 
 def size_in_bytes(text: str) -> int:

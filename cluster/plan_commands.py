@@ -9,40 +9,64 @@ from typing import Annotated
 import typer
 
 from cluster.answering import answering
+from cluster.help_screen import ONE_MERGE, TIME, WHAT, App
 from cluster.options import Debug, Device, Json, Level, bytes_a_second, node_counts
 from cluster.plan_options import PlanOptions, with_plan_options
 
 
-def register(app: typer.Typer) -> None:
+def register(app: App) -> None:
     """Add the command to ``app``."""
-    app.command()(plan)
+    app.add(plan, rich_help_panel=ONE_MERGE)
 
 
 @with_plan_options
 def plan(  # noqa: PLR0913 - one parameter an option
     *,
-    out: Annotated[str | None, typer.Option("--out", "-o", help="Check this destination.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out", "-o", metavar="OUT", rich_help_panel=WHAT, help="Check this place as well."
+        ),
+    ] = None,
     asked: PlanOptions,
     nodes: Annotated[
-        str, typer.Option(help="Estimate the time on so many equal nodes, such as 1,8,64.")
+        str,
+        typer.Option(
+            metavar="LIST", rich_help_panel=TIME, help="On so many equal nodes, as 1,8,64."
+        ),
     ] = "1",
-    workers_per_node: Annotated[int, typer.Option(min=1, help="Workers of such a node.")] = 1,
-    device: Annotated[Device, typer.Option(help="What they compute on; auto: cpu.")] = Device.AUTO,
+    workers_per_node: Annotated[
+        int, typer.Option(min=1, metavar="N", rich_help_panel=TIME, help="Workers of such a node.")
+    ] = 1,
+    device: Annotated[
+        Device,
+        typer.Option(metavar="DEVICE", rich_help_panel=TIME, help="cuda or cpu; auto: cpu."),
+    ] = Device.AUTO,
     node_bandwidth: Annotated[
-        str, typer.Option(help="Between such a node and the storage, each way, such as 10Gbit/s.")
+        str,
+        typer.Option(
+            metavar="RATE", rich_help_panel=TIME, help="Node to storage, each way, as 10Gbit/s."
+        ),
     ] = "1.25GB/s",
     storage_bandwidth: Annotated[
-        str | None, typer.Option(help="Of the storage, for all nodes, both ways together.")
+        str | None,
+        typer.Option(
+            metavar="RATE", rich_help_panel=TIME, help="The storage's, for all, both ways together."
+        ),
     ] = None,
     verify: Annotated[
-        Level, typer.Option(help="What is verified before the result is published.")
+        Level,
+        typer.Option(
+            metavar="LEVEL", rich_help_panel=TIME, help="structure, digest, numeric or load."
+        ),
     ] = Level.DIGEST,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a merge would do, need and take, and what is wrong; reads only headers.
+    """Say what a merge would do, need and take; reads headers.
 
-    Example: raymeld plan Qwen1.5-72B my-lora --nodes 1,8,64 --device cuda --node-bandwidth 25Gbit/s
+    raymeld plan Qwen1.5-7B my-lora --out merged
+    raymeld plan Qwen1.5-72B my-lora --nodes 1,8,64 --node-bandwidth 25Gbit/s
     """
     with answering(as_json=as_json, debug=debug):
         from cluster import console

@@ -7,19 +7,22 @@ from typing import Annotated
 import typer
 
 from cluster.answering import answering
+from cluster.help_screen import ONE_MERGE, App
 from cluster.options import Debug, Json, Quiet
 
 
-def register(app: typer.Typer) -> None:
+def register(app: App) -> None:
     """Add the command to the command line."""
-    app.command()(push)
+    app.add(push, rich_help_panel=ONE_MERGE)
 
 
 def push(
     out: Annotated[str, typer.Argument(metavar="OUT", help="The --out of a finished merge.")],
     repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The model; made if need be.")],
     public: Annotated[bool, typer.Option("--public", help="Anybody may see a new model.")] = False,
-    revision: Annotated[str | None, typer.Option(help="A branch that exists; main if not.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="One that exists; main, unless given.")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -28,7 +31,7 @@ def push(
 
     Given again it goes on where it stopped: what the hub holds is not sent again.
 
-    Example: raymeld push merged my-org/my-model
+    raymeld push merged my-org/my-model
     """
     with answering(as_json=as_json, debug=debug, out=out):
         from cluster import console

@@ -8,22 +8,26 @@ from typing import Annotated
 import typer
 
 from cluster.answering import answering
+from cluster.help_screen import ONE_MERGE, App
 from cluster.options import Anonymous, Debug, EndpointUrl, Json, Region
 
 
-def register(app: typer.Typer) -> None:
+def register(app: App) -> None:
     """Add the command to the command line."""
-    app.command()(report)
+    app.add(report, rich_help_panel=ONE_MERGE)
 
 
 def report(
     out: Annotated[str, typer.Argument(metavar="OUT", help="The --out of a merge.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="The page; OUT-report.html here, unless given."),
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="The page; OUT-report.html here, unless given."
+        ),
     ] = None,
     spectrum: Annotated[
-        int, typer.Option(min=0, help="Singular values of so many of the largest deltas.")
+        int,
+        typer.Option(min=0, metavar="N", help="Singular values of so many of the largest deltas."),
     ] = 0,
     endpoint_url: EndpointUrl = None,
     region: Region = None,
@@ -31,9 +35,9 @@ def report(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write one HTML page about a merge, finished or not: what, how, where, by how much.
+    """Write one HTML page about a merge, finished or not.
 
-    Example: raymeld report merged --spectrum 10
+    raymeld report merged --spectrum 10
     """
     with answering(as_json=as_json, debug=debug, out=out):
         from cluster import console

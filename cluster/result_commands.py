@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cluster.answering import answering, end
+from cluster.help_screen import ONE_MERGE, WHERE, App
 from cluster.options import (
     Anonymous,
     Debug,
@@ -26,23 +27,30 @@ if TYPE_CHECKING:
     from cluster.status import Status
 
 
-def register(app: typer.Typer) -> None:
+def register(app: App) -> None:
     """Add the commands to the command line."""
-    app.command()(verify)
-    app.command()(status)
+    app.add(verify, rich_help_panel=ONE_MERGE)
+    app.add(status, rich_help_panel=ONE_MERGE)
 
 
 def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
     out: Annotated[str, typer.Argument(metavar="OUT", help="A merged checkpoint.")],
-    level: Annotated[Level, typer.Option(help="How deep to look.")] = Level.DIGEST,
-    base: Annotated[str | None, typer.Option(help="The base, for numeric.")] = None,
+    level: Annotated[
+        Level, typer.Option(metavar="LEVEL", help="structure, digest, numeric or load.")
+    ] = Level.DIGEST,
+    base: Annotated[
+        str | None, typer.Option(metavar="BASE", help="For numeric, if it has moved.")
+    ] = None,
     adapter: Annotated[
-        list[str] | None, typer.Option(metavar="ADAPTER[@WEIGHT]", help="An adapter, for numeric.")
+        list[str] | None,
+        typer.Option(metavar="ADAPTER[@WEIGHT]", help="For numeric, if it has moved."),
     ] = None,
     address: Annotated[
         str,
         typer.Option(
-            help="A Ray cluster to read with; 'inline' (whatever RAY_ADDRESS is): no Ray."
+            metavar="ADDRESS",
+            rich_help_panel=WHERE,
+            help="A Ray cluster to read with; inline, whatever RAY_ADDRESS is: no Ray.",
         ),
     ] = "inline",
     workers: Workers = None,
@@ -54,9 +62,11 @@ def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Check a merged checkpoint against its ledger, its inputs, or the model class.
+    """Check a result against its ledger, inputs, or model class.
 
     Base and adapters are those that the merge recorded, unless given.
+
+    raymeld verify merged --level numeric
     """
     with answering(as_json=as_json, debug=debug, out=out):
         from cluster import console
@@ -110,9 +120,12 @@ def status(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a running or stopped merge has done; reads OUT alone.
+    """Say what a running or stopped merge has done.
 
-    With --watch: exit code 0 when the merge has ended, however it did; Ctrl-C leaves it alone.
+    Reads OUT alone. With --watch: exit code 0 when the merge has ended, however it did; Ctrl-C
+    leaves it alone.
+
+    raymeld status merged --watch
     """
     with answering(as_json=as_json, debug=debug):
         from cluster import console

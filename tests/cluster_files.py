@@ -209,8 +209,3 @@ def version_problems(dockerfile: str) -> list[str]:
         *(f"{name} is not pinned" for name in missing),
         *(f"{name}: {v}, not {wanted[name]}" for name, v in installed.items() if v != wanted[name]),
     ]
-
-
-def fenced_code(markdown: str) -> str:
-    """The code blocks of a page."""
-    return "\n".join(re.findall(r"^ *```\w*\n(.*?)^ *```", markdown, re.DOTALL | re.MULTILINE))

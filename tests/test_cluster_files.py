@@ -21,8 +21,6 @@ from cluster_files import (
     RAY_JOB,
     ROOT,
     SLURM,
-    call_problems,
-    fenced_code,
     kuberay_problems,
     launcher_problems,
     load,
@@ -256,18 +254,6 @@ def test_every_file_names_the_version_of_ray_and_our_own() -> None:
     for path in (*LAUNCHER.values(), *KUBERAY.values(), DOCKERFILE):
         named = re.findall(r"raymeld:([\w.]+)-(?:cuda|cpu)", path.read_text())
         assert set(named) == {__version__}, path
-
-
-def test_the_page_calls_only_what_there_is() -> None:
-    code = fenced_code((ROOT / "docs" / "cluster.md").read_text())
-
-    assert "raymeld merge" in code
-    assert "ray up" in code
-    assert call_problems(code) == []
-    assert call_problems("raymeld merge a b --out c --gpus 3")
-    assert call_problems("raymeld submit --address x -- merge a b --outt c")
-    assert call_problems("ray exec x.yaml 'raymeld mrege a b --out c'")
-    assert call_problems("ray upp x.yaml")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 #
 #   sbatch examples/clusters/slurm.sh /mnt/models/Qwen1.5-72B /mnt/models/my-lora /mnt/models/merged
 #
-# docs/cluster.md says what must be there first. Yours to fill in: nodes, GPUs and time below, and
+# docs/slurm.md says what must be there first. Yours to fill in: nodes, GPUs and time below, and
 # RAYMELD_VENV, a virtual environment with raymeld on a file system that every node has.
 # RAYMELD_SCRATCH is a directory on a local disk, for Ray's logs and sockets; keep it short.
 #SBATCH --job-name=raymeld
