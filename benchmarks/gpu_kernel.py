@@ -152,7 +152,7 @@ def _merge_table(base: Path, adapter: Path, rounds: int) -> Iterator[str]:
         torch.cuda.reset_peak_memory_stats()
         for _ in range(rounds):
             shutil.rmtree(out, ignore_errors=True)
-            _read_all(plan.base / file.name for file in plan.base_files)
+            _read_all(plan.base.local / file.name for file in plan.base_files)
             spent.append(merge(plan, out, level=level, device="cuda").seconds)
         shutil.rmtree(out)
         vram = torch.cuda.max_memory_allocated() / 1e6

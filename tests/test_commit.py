@@ -35,7 +35,7 @@ from merge_core.factors import seal
 from merge_core.lease import holder_of
 from merge_core.ledger import Receipt, TensorRecord
 from merge_core.merge import claim, merge
-from merge_core.output import LEASE, PROGRESS, VERIFIED
+from merge_core.output import LEASE, PROGRESS, RUNS, VERIFIED
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.progress import Progress
@@ -220,7 +220,8 @@ def breaking(monkeypatch: pytest.MonkeyPatch, name: str, fatal: int) -> Iterator
     calls, real = itertools.count(1), getattr(LocalStore, name)
 
     def call(store: LocalStore, what: str, *args: Any, **options: Any) -> Any:
-        counts = what != PROGRESS and not what.startswith(LEASE)  # these come when it is time
+        # Those come when it is time, or are never an error.
+        counts = not what.startswith((PROGRESS, LEASE, RUNS))
         if counts and next(calls) == fatal:
             raise StorageError("broken disk", what)
         return real(store, what, *args, **options)

@@ -1,4 +1,8 @@
-"""Base, adapter and result wherever they may lie: the same bytes as from disk to disk."""
+"""Base, adapter and result wherever they may lie: the same bytes as from disk to disk.
+
+In this process every combination; on Ray, whose workers take seconds to start, each place in each
+role.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +65,7 @@ class Places:
     ) -> str:
         """Where the result lies."""
         result = result or self.result(out)
-        how = ["--address", address, "--shard-size", "50KB", "--quiet"]
+        how = ["--address", address, "--shard-size", "80KB", "--quiet"]
         if address != "inline":
             how += ["--workers", "2"]
         ends = self.inputs[base][0], self.inputs[adapter][1]
@@ -105,7 +109,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, s3_address: str) -> Iterato
 @pytest.fixture(scope="module")
 def expected(places: Places) -> dict[str, bytes]:
     files = places.files(places.merge("disk", "disk", "disk", "inline"))
-    assert len([name for name in files if name.endswith(".safetensors")]) >= 3
+    assert len([name for name in files if name.endswith(".safetensors")]) >= 2
     return files
 
 
@@ -132,9 +136,10 @@ def test_inline(
     assert places.files(places.merge(base, adapter, out, "inline")) == expected
 
 
-@pytest.mark.parametrize("out", ["disk", "s3"])
-@pytest.mark.parametrize("adapter", ["disk", "s3", "hub"])
-@pytest.mark.parametrize("base", ["disk", "s3", "hub"])
+@pytest.mark.parametrize(
+    ("base", "adapter", "out"),
+    [("disk", "hub", "s3"), ("s3", "disk", "disk"), ("hub", "s3", "s3")],
+)
 def test_on_ray(
     places: Places,
     expected: dict[str, bytes],
