@@ -33,7 +33,7 @@ RUN case "${TORCH}" in \
         "torch==2.13.0" "ray[default]==2.60.0" \
         "boto3==1.44.5" "google-api-python-client==2.202.0"
 
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY merge_core merge_core
 COPY actors actors
 COPY cluster cluster

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
+import sys
 import traceback
 from collections.abc import Iterator
 from typing import NoReturn
@@ -15,22 +17,21 @@ from merge_core.errors import InterruptedMergeError, RaymeldError, refuse
 
 
 @contextlib.contextmanager
-def answering(*, as_json: bool, debug: bool, out: object | None = None) -> Iterator[None]:
+def answering(
+    *, as_json: bool, debug: bool, out: object | None = None, resumes: bool = False
+) -> Iterator[None]:
     """Turn what goes wrong inside into one paragraph and an exit code.
 
     Args:
         out: what the command is about, for who looks for that in a log.
+        resumes: the same command, after Ctrl-C, goes on where this one stopped.
     """
     try:
         refuse_unknown_form()
         _refuse_deleted_directory()
         yield
     except KeyboardInterrupt:
-        error: RaymeldError = InterruptedMergeError(
-            "interrupted",
-            "",
-            "A merge whose OUT has no config.json was not published; the same command goes on.",
-        )
+        error: RaymeldError = InterruptedMergeError("interrupted", "", _way_on() * resumes)
     except RaymeldError as raised:
         error = raised
         _trace(debug=debug)
@@ -54,6 +55,11 @@ def end(code: int, why: str, out: object | None = None) -> NoReturn:
     if logs_json():
         log(why, level="error", exit_code=code, out=out)
     raise typer.Exit(code)
+
+
+def _way_on() -> str:
+    command = shlex.join(["raymeld", *sys.argv[1:]])
+    return f"What is finished stays, unpublished. Go on with:\n  {command}"
 
 
 def _trace(*, debug: bool) -> None:

@@ -93,7 +93,7 @@ def merge(  # noqa: PLR0913 - one parameter an option
     raymeld merge Qwen1.5-7B my-lora other-lora@0.5 --out merged
     raymeld merge Qwen1.5-7B my-lora --out merged --verify numeric
     """
-    with answering(as_json=as_json, debug=debug, out=out):
+    with answering(as_json=as_json, debug=debug, out=out, resumes=True):
         from cluster import console
         from cluster.pools import find_pools
         from cluster.talk import Talk

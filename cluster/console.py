@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ from cluster.explain import (
     counts_of,
     summary,
 )
+from cluster.folding import fold
 from cluster.log_lines import log, logs_json
 from cluster.pools import EligiblePool
 from cluster.stderr import Stderr
@@ -33,7 +35,14 @@ from merge_core.verify import VerifyReport
 
 def answer(lines: Iterable[str], document: dict[str, Any], *, as_json: bool) -> None:
     """Print the answer on stdout: ``lines`` for people, or ``document`` as JSON."""
-    _print(json.dumps(document, indent=2) if as_json else "\n".join(lines))
+    _print(json.dumps(document, indent=2) if as_json else "\n".join(map(_fitting, lines)))
+
+
+def _fitting(line: str) -> str:
+    """As wide as the terminal, if stdout is one."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return line
+    return fold(line, shutil.get_terminal_size().columns)
 
 
 def complain(error: RaymeldError, *, as_json: bool, out: object | None = None) -> None:

@@ -7,6 +7,7 @@ adapter together.
 
 from __future__ import annotations
 
+import logging
 import shlex
 import subprocess
 import sys
@@ -41,10 +42,10 @@ def run_demo(directory: Path) -> None:
     base, adapter, out = (directory / name for name in ("base", "adapter", "merged"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers and PEFT deprecate things between them
-        _without_progress_bars()
+        _only_our_words()
         console.print("[bold]1. a small Qwen1.5 checkpoint[/], untrained, in bfloat16")
         make_base(base)
-        console.print(f"   {base}: {', '.join(sorted(p.name for p in base.glob('*.safetensors')))}")
+        console.print(f"   {base}: {len([*base.glob('*.safetensors')])} files of weights")
         console.print(f"[bold]2. a LoRA adapter[/], trained with PEFT for {STEPS} steps")
         first, last = train_adapter(base, adapter)
         console.print(f"   loss {first:.2f} -> {last:.4f}")
@@ -144,10 +145,14 @@ def _compare(console: Console, base: Path, adapter: Path, out: Path) -> None:
         )
 
 
-def _without_progress_bars() -> None:
-    from transformers.utils import logging
+def _only_our_words() -> None:
+    """No bars of transformers, and no word of bitsandbytes, which PEFT imports where it is there,
+    about kernels that it misses.
+    """
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _byte_tokenizer() -> Any:

@@ -25,6 +25,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column
 from rich.text import Text
 
+from cluster.folding import fold
 from cluster.log_lines import log, logs_json
 from cluster.stderr import Stderr
 from merge_core.errors import counted
@@ -63,7 +64,8 @@ class Talk:
         if self._json:
             log(line, out=self._out, **fields)
         else:
-            self._console.print(line, markup=False, soft_wrap=True)
+            shown = fold(line, self._console.width) if self._console.is_terminal else line
+            self._console.print(shown, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[None]:

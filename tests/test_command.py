@@ -182,7 +182,8 @@ def test_an_interrupted_merge_publishes_nothing_and_ends_its_ray(
     _, rest = process.communicate(timeout=60)
 
     assert process.returncode == 130, rest
-    assert "error: interrupted" in rest
+    assert "error: interrupted. " in rest
+    assert rest.splitlines()[-1] == f"  raymeld merge {base} {adapter} --out out"  # to go on
     assert not (tmp_path / "out" / "config.json").exists()
     until(lambda: not processes_of(tmp_path))  # Ray's agents notice that its raylet is gone
 

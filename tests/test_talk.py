@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from cluster import talk
+from cluster.folding import fold
 from merge_core.progress import Progress, WorkerProgress
 
 
@@ -115,3 +116,21 @@ def test_the_bars_fit_into_one_line_each(width: int) -> None:
     assert [line.split()[0] for line in lines] == ["merging", "worker-0", "worker-1"]
     assert "1.0/4.0 GB" in lines[0]
     assert "0/0" not in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("short", "short"),
+        ("adapter  one two three four", "adapter  one two\n         three four"),
+        ("         one two three four", "         one two\n         three four"),
+        (
+            "adapter  /a/path/that/is/long of it",
+            "adapter\n         /a/path/that/is/long\n         of it",
+        ),
+        ("interrupted by somebody else", "interrupted by\nsomebody else"),
+        ("config.json has one field less", "config.json has one\nfield less"),
+    ],
+)
+def test_lines_are_broken_between_words_below_what_they_are_about(line: str, shown: str) -> None:
+    assert fold(line, 20) == shown
