@@ -27,9 +27,10 @@ def push(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Put a finished merge onto the Hugging Face hub, in one commit, with a model card.
+    """Put a finished merge onto the Hugging Face hub.
 
-    Given again it goes on where it stopped: what the hub holds is not sent again.
+    All of it in one commit, with a model card. Given again it goes on where it stopped: what the
+    hub holds is not sent again.
 
     raymeld push merged my-org/my-model
     """

@@ -22,7 +22,7 @@ from cluster.help_screen import TALK
 from cluster.options import Device, Dtype, Level
 from merge_core.updates.combined import SignMethod
 
-SCREEN = 42
+SCREEN = 45
 """Lines that a merge's two dozen options may take; a window of 80 columns has that many, or does
 at the second look."""
 

@@ -27,6 +27,7 @@ from merge_core.nvidia import GpuProcess
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.progress import Progress
+from merge_core.stores.location import locate
 
 TYPES = {
     bool: "boolean",
@@ -126,7 +127,7 @@ def running(inputs: tuple[Path, Path], out: Path) -> Any:
 
     def watch(now: Progress) -> None:
         if now.phase == "merging" and now.workers:
-            status = read_status(out)
+            status = read_status(locate(out))
             content = {**status.progress, **dataclasses.asdict(now), "lines": [(1.0, "a decision")]}
             seen.append(status_document(replace(status, progress=content)))
 

@@ -65,13 +65,14 @@ def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 
 def runs_here(command: str) -> bool:
-    """Whether it is a raymeld that needs neither a cluster nor a GPU."""
+    """Whether it is a raymeld that needs no cluster, no GPU and no store."""
     words = command.split()
     return (
         words[0] == "raymeld"
         and words[1] in RUN
         and (MOUNT not in command or words[1] == "plan")
         and ("--address" not in words or "inline" in words)
+        and "://" not in command
         and not (words[1] == "merge" and "--device cuda" in command)
     )
 

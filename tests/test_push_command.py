@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hub_server import Hub
 from pushes import TOKEN, assert_pushed
+from test_json import hold
 
 
 def push(*words: object, hub: Hub, home: Path, token: str) -> subprocess.CompletedProcess[str]:
@@ -35,7 +36,9 @@ def test_a_merge_is_pushed_by_one_command(merged: Path, hub: Hub, tmp_path: Path
     repo = hub.repos["me/merge"]
     assert_pushed(repo, merged)
     assert repo.private
-    assert json.loads(done.stdout) == {
+    document = json.loads(done.stdout)
+    hold("push", document)
+    assert document == {
         "ok": True,
         "out": str(merged),
         "model": "me/merge",
