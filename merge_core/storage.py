@@ -92,9 +92,7 @@ class RangeReader:
 
         For small things that several workers of a machine read, such as LoRA factors.
         """
-        # From the system itself: malloc would keep what is freed, in each thread's own arena.
-        large = nbytes >= DIRECT_MIN_BYTES
-        buffer = memoryview(mmap.mmap(-1, nbytes)) if large else memoryview(bytearray(nbytes))
+        buffer = own_memory(nbytes)
         with reported(self._path):
             self._fill(self._buffered, buffer, offset, nbytes, nbytes)
         return buffer
@@ -181,6 +179,15 @@ class PartFile:
         os.close(self._buffered)
         if self._direct is not None:
             os.close(self._direct)
+
+
+def own_memory(nbytes: int) -> memoryview:
+    """Memory for something that is read and kept for a while.
+
+    Much of it is from the system itself: malloc would keep what is freed, in each thread's arena.
+    """
+    large = nbytes >= DIRECT_MIN_BYTES
+    return memoryview(mmap.mmap(-1, nbytes) if large else bytearray(nbytes))
 
 
 def write_durably(path: Path, data: bytes, *, durable: bool = True) -> None:
