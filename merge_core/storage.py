@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from merge_core.errors import AbsentError, RaymeldError, StorageError
+from merge_core.errors import AbsentError, RaymeldError, StorageError, replaced
 from merge_core.layout import ALIGNMENT
 
 SLACK = 2 * ALIGNMENT
@@ -44,13 +44,6 @@ def reported(path: object) -> Iterator[None]:
             remedy = "Free space there, or choose another --out."
         kind = AbsentError if error.errno in _ABSENT else StorageError
         raise kind(error.strerror or str(error), str(path), remedy) from error
-
-
-def replaced(where: object) -> StorageError:
-    """The error for an input that changed while it was being merged."""
-    return StorageError(
-        "the file changed while it was being merged", str(where), "Start again with stable input."
-    )
 
 
 class RangeReader:

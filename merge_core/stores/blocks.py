@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from merge_core.errors import replaced
 from merge_core.storage import own_memory
-from merge_core.stores.failures import replaced
 from merge_core.stores.location import Location
 from merge_core.stores.store import FileIdentity
 

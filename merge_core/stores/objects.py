@@ -18,8 +18,9 @@ import obstore
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import GCSStore, MemoryStore
 
+from merge_core.errors import replaced
 from merge_core.stores.blocks import BlockReader
-from merge_core.stores.failures import ATTEMPT, gone, incomplete, misplaced, replaced, taken
+from merge_core.stores.failures import ATTEMPT, gone, incomplete, misplaced, taken
 from merge_core.stores.location import Location
 from merge_core.stores.object_errors import reported
 from merge_core.stores.object_parts import ObjectPartWriter

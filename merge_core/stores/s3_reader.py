@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from merge_core.errors import replaced
 from merge_core.stores.blocks import BlockReader
-from merge_core.stores.failures import misplaced, replaced
+from merge_core.stores.failures import misplaced
 from merge_core.stores.retries import Retries
 from merge_core.stores.s3_client import client_for
 from merge_core.stores.s3_errors import BROKEN, TAKEN, code_of, reported
