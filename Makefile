@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup test check bench demo
+.PHONY: setup test check bench bench-storage demo
 
 setup: $(READY)
 
@@ -32,3 +32,7 @@ MODEL ?= 4B
 DIR ?= /tmp/raymeld-bench
 bench: setup
 	$(BIN)/python benchmarks/bench.py --model $(MODEL) --dir $(DIR)
+
+# The same from S3 to S3, on a server that it starts; 1.8B unless MODEL is given.
+bench-storage: setup
+	$(BIN)/python benchmarks/storage.py --dir $(DIR) $(if $(filter command line,$(origin MODEL)),--model $(MODEL))
