@@ -148,9 +148,10 @@ class ReadAhead:
 
     def _start(self, number: int) -> None:
         """Have a block fetched, and those that come next while there is room."""
+        self._make_room(number)
         self._begin(number)
         for ahead in range(number + 1, min(number + 1 + AHEAD, len(self._order))):
-            if not self._has_room(number):
+            if len(self._there) >= self._most:
                 return
             self._begin(ahead)
 
@@ -163,13 +164,12 @@ class ReadAhead:
         data = self._threads.submit(self._fetch, block, buffer)
         self._there[block] = _Fetched(buffer, data, self._wanted[block])
 
-    def _has_room(self, number: int) -> bool:
-        """Also makes it: what is wanted of a block may be asked for late, or never."""
+    def _make_room(self, number: int) -> None:
+        """What is wanted of a block may never be asked for. No lane is so many blocks behind."""
         if len(self._there) >= self._most:
             oldest = next(iter(self._there))
-            if self._number[oldest] < number - AHEAD:
+            if self._number[oldest] <= number - self._most:
                 self._let_go(oldest)
-        return len(self._there) < self._most
 
     def _let_go(self, block: Range) -> None:
         fetched = self._there.get(block)
