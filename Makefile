@@ -1,9 +1,9 @@
-# The tasks: setup, lint, test, check, docs, dist, bench, demo. Each sets up .venv from the lock file first.
+# The tasks: setup, lint, test, check, docs, dist, bench, bench-storage, demo. Each sets up .venv from the lock file first.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup lint test check docs dist bench demo
+.PHONY: setup lint test check docs dist bench bench-storage demo
 
 setup: $(READY)
 
@@ -44,3 +44,7 @@ MODEL ?= 4B
 DIR ?= /tmp/raymeld-bench
 bench: setup
 	$(BIN)/python benchmarks/bench.py --model $(MODEL) --dir $(DIR)
+
+# The same from S3 to S3, on a server that it starts; 1.8B unless MODEL is given.
+bench-storage: setup
+	$(BIN)/python benchmarks/storage.py --dir $(DIR) $(if $(filter command line,$(origin MODEL)),--model $(MODEL))

@@ -99,7 +99,7 @@ def merge(  # noqa: PLR0913 - one parameter an option
         from cluster.talk import Talk
 
         talk = Talk(quiet=quiet, out=out)
-        target, plan = asked.locate(out), asked.plan()
+        target, plan = asked.locate_out(out), asked.plan()
         for line in console.plan_lines(plan, find_pools(plan)):
             talk.say(line)
         with talk.progress():

@@ -9,7 +9,7 @@ import typer
 from cluster.answering import answering, end
 from cluster.help_screen import CLUSTERS, WHERE, App
 from cluster.options import Anonymous, Debug, EndpointUrl, Json, Quiet, RayAddress, Region
-from merge_core.stores.location import Access, locate
+from merge_core.stores.location import Access, locate, locate_out
 
 
 def register(app: App) -> None:
@@ -61,7 +61,7 @@ def doctor(  # noqa: PLR0913, PLR0917 - one parameter an option
         intent = Intent(
             base=locate(base, access) if base is not None else None,
             adapters=adapters or [],
-            out=locate(out, access) if out is not None else None,
+            out=locate_out(out, access) if out is not None else None,
             access=access,
         )
         checkup = examine(address, intent, seconds=timeout, say=Talk(quiet=quiet).say)

@@ -88,7 +88,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
         planned = asked.plan()
         there: frozenset[int] = frozenset()
         if out is not None:
-            target = asked.locate(out)
+            target = asked.locate_out(out)
             check_destination(target, planned)
             there = shards_there(target, planned)
             notes = map(str, notes_on(target))

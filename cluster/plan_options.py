@@ -28,7 +28,7 @@ from cluster.options import (
 )
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
-from merge_core.stores.location import Access, Location, locate
+from merge_core.stores.location import Access, Location, locate_out
 from merge_core.updates.combined import Combination
 
 
@@ -58,9 +58,9 @@ class PlanOptions:
         """How the stores are reached."""
         return Access(endpoint_url=self.endpoint_url, region=self.region, anonymous=self.anonymous)
 
-    def locate(self, place: str) -> Location:
-        """What ``place`` means, reached like base and adapters."""
-        return locate(place, self.access)
+    def locate_out(self, out: str) -> Location:
+        """What ``out`` means, reached like base and adapters."""
+        return locate_out(out, self.access)
 
     def plan(self) -> MergePlan:
         """See ``make_plan``."""

@@ -6,7 +6,7 @@ import hashlib
 import secrets
 from contextlib import closing
 
-from merge_core.storage import replaced
+from merge_core.errors import replaced
 from merge_core.stores.location import Location
 from merge_core.stores.opening import open_store
 from merge_core.stores.store import FileIdentity

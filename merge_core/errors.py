@@ -150,3 +150,9 @@ class gathered:  # noqa: N801 - read as a verb: "with gathered(problems):"
             self._problems.extend(error.problems)
             return True
         return False
+
+
+def replaced(where: object) -> StorageError:
+    """The error for an input that changed while it was being merged."""
+    what = "the file changed while it was being merged"
+    return StorageError(what, str(where), "Start again with stable input.")

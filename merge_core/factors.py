@@ -13,12 +13,11 @@ import numpy as np
 
 from merge_core.adapter import load_pickle
 from merge_core.digest import CELL_BYTES, bytes_digest, cell_digest, tensor_digest
-from merge_core.errors import InputError, Problem
+from merge_core.errors import InputError, Problem, replaced
 from merge_core.layout import DTYPE_BYTES, TensorSpec
 from merge_core.plan import AdapterInput, MergePlan
 from merge_core.read_ahead import ReadAhead
 from merge_core.read_blocks import Range
-from merge_core.storage import replaced
 from merge_core.stores.location import Location
 from merge_core.stores.opening import check_unchanged, open_store
 from merge_core.stores.store import Reader

@@ -88,7 +88,7 @@ class Inputs:
                 used = (tensor for task in shard.tasks for tensor in task.read_of(number))
                 inside.enter_context(source.fetched_ahead(used))
             if not self.plan.base.is_local:
-                ranges = [one for task in shard.tasks for one in _ranges(task.source)]
+                ranges = [one for task in shard.tasks for one in _ranges(task)]
                 ahead = inside.enter_context(closing(ReadAhead(self._readers, ranges)))
                 inside.callback(setattr, self, "_readers", self._readers)
                 self._readers = [ahead.reader(number) for number in range(len(self._readers))]
@@ -112,14 +112,10 @@ class Inputs:
         self._opened.close()
 
 
-def _ranges(source: Source) -> Iterator[Range]:
+def _ranges(task: TensorTask) -> Iterator[Range]:
     """What is read of the base's files for it."""
-    places = [(source.file, source.tensor)]
-    if source.decoding is not None:
-        places = [(stored.file, stored.tensor) for stored in source.decoding.stored]
-    for file, tensor in places:
-        if file is not None:
-            yield Range(file, tensor.offset, tensor.offset + tensor.nbytes)
+    for file, tensor in ((one.file, one.tensor) for one in task.source.stored):
+        yield Range(file, tensor.offset, tensor.offset + tensor.nbytes)
 
 
 class _Kept:

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import PurePosixPath
-from types import TracebackType
 from typing import Self
 
 from merge_core.errors import AbsentError, InputError, LeaseLostError, StorageError, refuse
@@ -66,12 +65,7 @@ class Lease:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
     def renew(self) -> None:

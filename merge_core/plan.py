@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from merge_core.decoding import Decoding
+from merge_core.decoding.stored import Stored
 from merge_core.layout import DTYPE_BYTES, FileLayout, TensorSpec, lay_out
 from merge_core.stores.location import Location
 from merge_core.stores.store import FileIdentity
@@ -43,18 +44,23 @@ class Source:
         return DTYPE_BYTES[self.tensor.dtype]
 
     @property
+    def stored(self) -> Sequence[Stored]:
+        """What is read of the base for it; nothing where an adapter brings it."""
+        if self.decoding is not None:
+            return self.decoding.stored
+        return [] if self.file is None else [Stored(file=self.file, tensor=self.tensor)]
+
+    @property
     def base_files(self) -> set[int]:
         """The files of the base that it is read from."""
-        if self.decoding is not None:
-            return {stored.file for stored in self.decoding.stored}
-        return set() if self.file is None else {self.file}
+        return {stored.file for stored in self.stored}
 
     @property
     def bytes_read(self) -> int:
         """Bytes that are read for it."""
-        if self.decoding is not None:
-            return sum(stored.tensor.nbytes for stored in self.decoding.stored)
-        return self.tensor.nbytes
+        if self.adapter is not None:
+            return self.tensor.nbytes
+        return sum(stored.tensor.nbytes for stored in self.stored)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

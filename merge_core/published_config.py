@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
+from merge_core.errors import replaced
 from merge_core.json_text import parse_object
 from merge_core.plan import MergePlan
 from merge_core.side_files import CONFIG
-from merge_core.storage import replaced
 from merge_core.stores.opening import read_file
 
 

@@ -15,7 +15,7 @@ from merge_core.side_files import CONFIG, INDEX
 from merge_core.stores.hub_files import HubEntry
 from merge_core.stores.hub_push import HubPush, Sent
 from merge_core.stores.hub_retries import PATIENT, Retries
-from merge_core.stores.location import Location, Place, locate
+from merge_core.stores.location import Location, Place, locate, locate_out
 from merge_core.stores.opening import open_store, read_file
 
 RECIPE = "raymeld.json"
@@ -51,7 +51,7 @@ def push(
         StorageError: the hub cannot be reached, or refuses, or somebody else has committed.
         VerificationError: what the hub has afterwards is not what was sent.
     """
-    folder = locate(out)
+    folder = locate_out(out)
     plan = _finished(folder)
     small, shards = _small_files(folder, plan), [shard["name"] for shard in plan["shards"]]
     target = HubPush.begin(repo, revision, private=private, retries=retries)

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from merge_core.read_blocks import BLOCK_BYTES, KEPT_BYTES, Range, blocks_of, overlapping
-from merge_core.storage import SLACK
+from merge_core.storage import SLACK, own_memory
 from merge_core.stores.store import Reader
 
 IN_FLIGHT = 8
@@ -78,8 +78,7 @@ class ReadAhead:
         Raises:
             StorageError: as the file's reader does.
         """
-        if self._is_kept(wanted):
-            target[:] = self._kept[wanted]
+        if self._copy_kept(target, wanted):
             return
         done = wanted.first
         for block in overlapping(self._sorted, wanted):
@@ -136,23 +135,23 @@ class ReadAhead:
                 small.setdefault(block, []).append(each)
         return small
 
-    def _is_kept(self, wanted: Range) -> bool:
-        """Waits for its block, if it is one of those that are."""
+    def _copy_kept(self, target: memoryview, wanted: Range) -> bool:
+        """Copy what is kept of its block, once that is there; False for what is not kept."""
         block = next(overlapping(self._sorted, wanted), None)
         if block is None or wanted not in self._small.get(block, ()):
             return False
-        with self._lock:
-            self._start(self._number[block])
-            fetched = self._there.get(block)
-        if fetched is not None:
-            fetched.data.result()
-        return wanted in self._kept
+        self._take(target[:0], Range(wanted.file, wanted.first, wanted.first), block)
+        if wanted not in self._kept:
+            return False
+        target[:] = self._kept[wanted]
+        return True
 
     def _start(self, number: int) -> None:
         """Have a block fetched, and those that come next while there is room."""
+        self._make_room(number)
         self._begin(number)
         for ahead in range(number + 1, min(number + 1 + AHEAD, len(self._order))):
-            if not self._has_room(number):
+            if len(self._there) >= self._most:
                 return
             self._begin(ahead)
 
@@ -165,13 +164,12 @@ class ReadAhead:
         data = self._threads.submit(self._fetch, block, buffer)
         self._there[block] = _Fetched(buffer, data, self._wanted[block])
 
-    def _has_room(self, number: int) -> bool:
-        """Also makes it: what is wanted of a block may be asked for late, or never."""
+    def _make_room(self, number: int) -> None:
+        """What is wanted of a block may never be asked for. No lane is so many blocks behind."""
         if len(self._there) >= self._most:
             oldest = next(iter(self._there))
-            if self._number[oldest] < number - AHEAD:
+            if self._number[oldest] <= number - self._most:
                 self._let_go(oldest)
-        return len(self._there) < self._most
 
     def _let_go(self, block: Range) -> None:
         fetched = self._there.get(block)
@@ -202,8 +200,7 @@ class _Reader:
         return view
 
     def read(self, offset: int, nbytes: int) -> memoryview:
-        # From the system itself: malloc would keep what is freed, in each thread's own arena.
-        return self.read_into(memoryview(mmap.mmap(-1, max(nbytes, 1))), offset, nbytes)
+        return self.read_into(own_memory(nbytes), offset, nbytes)
 
     def close(self) -> None:
         """It holds nothing of its own."""

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from merge_core.errors import AbsentError, RaymeldError, StorageError
+from merge_core.errors import AbsentError, RaymeldError, StorageError, replaced
 from merge_core.layout import ALIGNMENT
 
 SLACK = 2 * ALIGNMENT
@@ -44,13 +44,6 @@ def reported(path: object) -> Iterator[None]:
             remedy = "Free space there, or choose another --out."
         kind = AbsentError if error.errno in _ABSENT else StorageError
         raise kind(error.strerror or str(error), str(path), remedy) from error
-
-
-def replaced(where: object) -> StorageError:
-    """The error for an input that changed while it was being merged."""
-    return StorageError(
-        "the file changed while it was being merged", str(where), "Start again with stable input."
-    )
 
 
 class RangeReader:
@@ -92,9 +85,7 @@ class RangeReader:
 
         For small things that several workers of a machine read, such as LoRA factors.
         """
-        # From the system itself: malloc would keep what is freed, in each thread's own arena.
-        large = nbytes >= DIRECT_MIN_BYTES
-        buffer = memoryview(mmap.mmap(-1, nbytes)) if large else memoryview(bytearray(nbytes))
+        buffer = own_memory(nbytes)
         with reported(self._path):
             self._fill(self._buffered, buffer, offset, nbytes, nbytes)
         return buffer
@@ -181,6 +172,15 @@ class PartFile:
         os.close(self._buffered)
         if self._direct is not None:
             os.close(self._direct)
+
+
+def own_memory(nbytes: int) -> memoryview:
+    """Memory for something that is read and kept for a while.
+
+    Much of it is from the system itself: malloc would keep what is freed, in each thread's arena.
+    """
+    large = nbytes >= DIRECT_MIN_BYTES
+    return memoryview(mmap.mmap(-1, nbytes) if large else bytearray(nbytes))
 
 
 def write_durably(path: Path, data: bytes, *, durable: bool = True) -> None:

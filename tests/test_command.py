@@ -90,6 +90,18 @@ def test_merge_inline_then_verify_then_the_same_again(
     assert json.loads(again.stdout)["already_there"] is True
 
 
+def test_out_may_lie_in_a_folder_that_is_yet_to_be_made(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    merged = raymeld(
+        *("merge", base, adapter, "--out", "results/new", "--address", "inline"), cwd=tmp_path
+    )
+
+    assert merged.returncode == 0, merged.stderr
+    assert (tmp_path / "results" / "new" / "config.json").exists()
+    assert raymeld("verify", "results/new", cwd=tmp_path).returncode == 0
+
+
 def test_a_flipped_bit_ends_verify_with_exit_code_3(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:

@@ -122,7 +122,8 @@ def test_what_is_read_again_is_asked_for_again() -> None:
     assert file.asked == [(0, MIB), (1024, 1024)]
 
 
-def test_a_failed_fetch_fails_who_wants_it_and_may_be_tried_again() -> None:
+@pytest.mark.parametrize("size", [1000, MIB])
+def test_a_failed_fetch_fails_who_wants_it_and_may_be_tried_again(size: int) -> None:
     failing = [True]
 
     def fail(offset: int) -> None:
@@ -130,12 +131,12 @@ def test_a_failed_fetch_fails_who_wants_it_and_may_be_tried_again() -> None:
             raise StorageError(f"at {offset}", "file")
 
     file = Recorded(fail)
-    with closing(ReadAhead([file], [Range(0, 0, MIB)])) as ahead:
+    with closing(ReadAhead([file], [Range(0, 0, size)])) as ahead:
         with pytest.raises(StorageError, match="at 0"):
-            read(ahead, 0, 0, 100)
+            read(ahead, 0, 0, 1000)
         failing[0] = False
 
-        assert read(ahead, 0, 0, 100) == content(0, 100)
+        assert read(ahead, 0, 0, 1000) == content(0, 1000)
 
 
 @given(

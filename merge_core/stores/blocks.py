@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+
+from merge_core.errors import replaced
+from merge_core.storage import own_memory
+from merge_core.stores.location import Location
+from merge_core.stores.store import FileIdentity
 
 BLOCK_BYTES = 16 << 20
 """Of one request at most: long enough that its round trip does not matter, short enough that what
@@ -36,3 +42,37 @@ def fill_in_blocks(
                 each.result()
         finally:
             threads.shutdown(cancel_futures=True)
+
+
+class BlockReader(ABC):
+    """See ``store.Reader``: of a store that is asked for one range after the other.
+
+    Args:
+        where: of the file itself.
+    """
+
+    def __init__(self, where: Location, file: FileIdentity) -> None:
+        self._where, self._file = where, file
+
+    def read_into(self, buffer: memoryview, offset: int, nbytes: int) -> memoryview:
+        """See ``store.Reader``."""
+        view = buffer[:nbytes]
+        self._fill(view, offset)
+        return view
+
+    def read(self, offset: int, nbytes: int) -> memoryview:
+        """See ``store.Reader``."""
+        return self.read_into(own_memory(nbytes), offset, nbytes)
+
+    def close(self) -> None:  # noqa: B027 - complete as it is
+        """See ``store.Reader``: it holds nothing."""
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        if not 0 <= offset <= offset + len(view) <= self._file.size:
+            raise replaced(self._where)
+        if view:
+            fill_in_blocks(view, offset, self._fill_block)
+
+    @abstractmethod
+    def _fill_block(self, view: memoryview, offset: int) -> None:
+        """Fill ``view``, of at most ``BLOCK_BYTES``, with what lies at ``offset``."""

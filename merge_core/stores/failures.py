@@ -16,12 +16,6 @@ def absent(where: Location) -> AbsentError:
     return AbsentError(what, str(where), "Check the name, and that it was not removed.")
 
 
-def replaced(where: Location) -> StorageError:
-    """An input changed while it was being merged."""
-    what = "the file changed while it was being merged"
-    return StorageError(what, str(where), "Start again with stable input.")
-
-
 def misplaced(where: Location, asked: str, got: str) -> StorageError:
     """The answer to a read is not what was asked for."""
     what = f"asked for {asked}, the server answers {got}"

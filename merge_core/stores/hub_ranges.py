@@ -6,7 +6,6 @@ expires; then the hub is asked again.
 
 from __future__ import annotations
 
-import mmap
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import get_session, hf_hub_url
 
 from merge_core.errors import StorageError
-from merge_core.storage import DIRECT_MIN_BYTES
+from merge_core.storage import own_memory
 from merge_core.stores.blocks import fill_in_blocks
 from merge_core.stores.hub_errors import HubPlace
 from merge_core.stores.hub_files import HubEntry
@@ -79,9 +78,7 @@ class HubReader:
 
     def read(self, offset: int, nbytes: int) -> memoryview:
         """The ``nbytes`` at ``offset`` in memory of their own. Raises as ``read_into`` does."""
-        # From the system itself: malloc would keep what is freed, in each thread's own arena.
-        large = nbytes >= DIRECT_MIN_BYTES
-        buffer = memoryview(mmap.mmap(-1, nbytes)) if large else memoryview(bytearray(nbytes))
+        buffer = own_memory(nbytes)
         known = self._read_head()[offset : offset + nbytes] if offset < HEAD_BYTES else b""
         buffer[: len(known)] = known
         self._fill(buffer[len(known) :], offset + len(known))

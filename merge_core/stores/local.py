@@ -7,13 +7,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from merge_core.errors import AbsentError, StorageError
+from merge_core.errors import AbsentError, StorageError, replaced
 from merge_core.storage import (
     PartFile,
     RangeReader,
     create_durably,
     make_directory,
-    replaced,
     reported,
     sync_directory,
     write_durably,

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from obstore import exceptions
 
-from merge_core.errors import RaymeldError, StorageError
-from merge_core.stores.failures import absent, replaced
+from merge_core.errors import RaymeldError, StorageError, replaced
+from merge_core.stores.failures import absent
 from merge_core.stores.location import Location
 
 _DENIED = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError, PermissionError)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import mmap
 import secrets
 import threading
 from collections.abc import Iterator
@@ -19,8 +18,9 @@ import obstore
 from obstore.exceptions import AlreadyExistsError
 from obstore.store import GCSStore, MemoryStore
 
-from merge_core.stores.blocks import fill_in_blocks
-from merge_core.stores.failures import ATTEMPT, gone, incomplete, misplaced, replaced, taken
+from merge_core.errors import replaced
+from merge_core.stores.blocks import BlockReader
+from merge_core.stores.failures import ATTEMPT, gone, incomplete, misplaced, taken
 from merge_core.stores.location import Location
 from merge_core.stores.object_errors import reported
 from merge_core.stores.object_parts import ObjectPartWriter
@@ -144,33 +144,12 @@ class ObjectsStore:
         return found.attributes.get(ATTEMPT) == attempt
 
 
-class ObjectReader:
+class ObjectReader(BlockReader):
     """See ``store.Reader``. Every request names the ETag that was pinned."""
 
     def __init__(self, backend: Any, where: Location, file: FileIdentity) -> None:
-        self._backend, self._where, self._file = backend, where, file
-
-    def read_into(self, buffer: memoryview, offset: int, nbytes: int) -> memoryview:
-        """See ``store.Reader``."""
-        view = buffer[:nbytes]
-        self._fill(view, offset)
-        return view
-
-    def read(self, offset: int, nbytes: int) -> memoryview:
-        """See ``store.Reader``."""
-        # From the system itself: malloc would keep what is freed, in each thread's own arena.
-        view = memoryview(mmap.mmap(-1, nbytes) if nbytes else b"")
-        self._fill(view, offset)
-        return view
-
-    def close(self) -> None:
-        """See ``store.Reader``: it holds nothing."""
-
-    def _fill(self, view: memoryview, offset: int) -> None:
-        if not 0 <= offset <= offset + len(view) <= self._file.size:
-            raise replaced(self._where)
-        if view:
-            fill_in_blocks(view, offset, self._fill_block)
+        super().__init__(where, file)
+        self._backend = backend
 
     def _fill_block(self, view: memoryview, offset: int) -> None:
         end = offset + len(view)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from merge_core.errors import AbsentError, StorageError
-from merge_core.storage import replaced
+from merge_core.errors import AbsentError, StorageError, replaced
 from merge_core.stores.location import Location
 from merge_core.stores.store import FileIdentity, Reader, Store
 

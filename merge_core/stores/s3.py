@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from merge_core.errors import AbsentError, StorageError
-from merge_core.stores.failures import ATTEMPT, gone, incomplete, replaced, taken
+from merge_core.errors import AbsentError, StorageError, replaced
+from merge_core.stores.failures import ATTEMPT, gone, incomplete, taken
 from merge_core.stores.location import Location
 from merge_core.stores.retries import Retries
 from merge_core.stores.s3_client import checksum_of, client_for

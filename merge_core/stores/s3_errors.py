@@ -14,8 +14,8 @@ from typing import Any
 from botocore import exceptions
 from urllib3.exceptions import HTTPError
 
-from merge_core.errors import RaymeldError, StorageError
-from merge_core.stores.failures import absent, replaced
+from merge_core.errors import RaymeldError, StorageError, replaced
+from merge_core.stores.failures import absent
 from merge_core.stores.location import Location
 
 ABSENT = frozenset(("404", "NoSuchKey"))

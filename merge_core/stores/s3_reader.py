@@ -3,54 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 from collections.abc import Iterator
 from typing import Any
 
-from merge_core.stores.blocks import fill_in_blocks
-from merge_core.stores.failures import misplaced, replaced
-from merge_core.stores.location import Location
+from merge_core.errors import replaced
+from merge_core.stores.blocks import BlockReader
+from merge_core.stores.failures import misplaced
 from merge_core.stores.retries import Retries
 from merge_core.stores.s3_client import client_for
 from merge_core.stores.s3_errors import BROKEN, TAKEN, code_of, reported
-from merge_core.stores.store import FileIdentity
 
 _STEP_BYTES = 1 << 20
 """urllib3 reads into memory of its own and copies. With so much at a time that takes no more of a
 core than reading into ours would, 0.5 s a GB; with 64 KiB it takes 0.8 s."""
 
 
-class S3Reader:
-    """See ``store.Reader``. Every request names the ETag that was pinned.
-
-    Args:
-        where: of the object itself.
-    """
-
-    def __init__(self, where: Location, file: FileIdentity) -> None:
-        self._where, self._file = where, file
-
-    def read_into(self, buffer: memoryview, offset: int, nbytes: int) -> memoryview:
-        """See ``store.Reader``."""
-        view = buffer[:nbytes]
-        self._fill(view, offset)
-        return view
-
-    def read(self, offset: int, nbytes: int) -> memoryview:
-        """See ``store.Reader``."""
-        # From the system itself: malloc would keep what is freed, in each thread's own arena.
-        view = memoryview(mmap.mmap(-1, nbytes) if nbytes else b"")
-        self._fill(view, offset)
-        return view
-
-    def close(self) -> None:
-        """See ``store.Reader``: it holds nothing."""
-
-    def _fill(self, view: memoryview, offset: int) -> None:
-        if not 0 <= offset <= offset + len(view) <= self._file.size:
-            raise replaced(self._where)
-        if view:
-            fill_in_blocks(view, offset, self._fill_block)
+class S3Reader(BlockReader):
+    """See ``store.Reader``. Every request names the ETag that was pinned."""
 
     def _fill_block(self, view: memoryview, offset: int) -> None:
         """In one request, or in several where answers break off: each asks for what is left."""
