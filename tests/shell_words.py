@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 from cluster_files import ROOT, call_problems
@@ -82,13 +83,10 @@ def _look_up(words: list[str]) -> list[str]:
 
 
 def _ask_pip(words: list[str]) -> list[str]:
-    from pip._internal.commands import create_command
-
-    try:
-        create_command(words[0]).parse_args(words[1:])
-    except SystemExit:
-        return [f"pip takes no {words}"]
-    return []
+    """By a process of its own: once imported, pip keeps setuptools out of the one it is in."""
+    command = [sys.executable, "-m", "pip", *words, "--help"]  # what does not exist comes first
+    done = subprocess.run(command, capture_output=True, text=True)
+    return [f"pip: {done.stderr}"] if done.returncode else []
 
 
 def _ask_hf(words: list[str]) -> list[str]:
@@ -100,7 +98,7 @@ def _ask_hf(words: list[str]) -> list[str]:
 
 
 def _ask_make(words: list[str]) -> list[str]:
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     asked = [word for word in words if "=" not in word]
     return [f"make has no {target}" for target in asked if target not in targets]
 
