@@ -72,10 +72,20 @@ def read_merge(words: Sequence[str], parsed: typer.Context) -> MergeWords:
     problems: list[Problem] = []
     with gathered(problems):
         size_in_bytes(parsed.params["shard_size"])
-    problems += [_relative(n, path) for n, path in _paths(parsed.params) if _is_relative(path)]
+    named = _named(parsed.params)
+    problems += [_relative(n, path) for n, path in _paths(named) if _is_relative(path)]
     if problems:
         raise InputError(problems)
-    return MergeWords(words=tuple(words), recipe=recipe_digest(parsed.params))
+    return MergeWords(words=tuple(words), recipe=recipe_digest(named))
+
+
+def _named(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """With the first of several words as base, as far as words alone can tell."""
+    others = dict(parameters)
+    first, *adapters = others.pop("words")
+    if not adapters:
+        return {**others, "adapters": [first]}
+    return {**others, "base": first, "adapters": adapters}
 
 
 def recipe_digest(parameters: Mapping[str, Any]) -> str:
@@ -95,7 +105,8 @@ def recipe_digest(parameters: Mapping[str, Any]) -> str:
 
 def _paths(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
     named = [(n, str(value)) for n, value in parameters.items() if isinstance(value, Path)]
-    return [*named, *(("adapters", adapter) for adapter in parameters["adapters"])]
+    base = [("base", parameters["base"])] if "base" in parameters else []
+    return [*base, *named, *(("adapters", adapter) for adapter in parameters["adapters"])]
 
 
 def _is_relative(path: str) -> bool:

@@ -38,9 +38,21 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
-Base = Annotated[Path, typer.Argument(metavar="BASE", help="Directory of the base checkpoint.")]
-Adapters = Annotated[
-    list[str], typer.Argument(metavar="ADAPTER[@WEIGHT]...", help="Directories of PEFT adapters.")
+Words = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="[BASE] ADAPTER[@WEIGHT]...",
+        help="Directories of the base checkpoint, if the adapters' own one is not meant, and of"
+        " PEFT adapters.",
+        show_default=False,
+    ),
+]
+AdapterName = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter-name",
+        help="Which adapter, of several in one directory, such as checkpoint-500.",
+    ),
 ]
 DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Dtype of the result.")]
 ShardSize = Annotated[str, typer.Option(help="Size limit of an output file, such as 2GB.")]

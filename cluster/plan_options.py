@@ -8,8 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, get_type_hints
 
 from cluster.options import (
-    Adapters,
-    Base,
+    AdapterName,
     Combine,
     Density,
     Dequantize,
@@ -21,10 +20,12 @@ from cluster.options import (
     Seed,
     ShardSize,
     SimulateNf4,
+    Words,
     size_in_bytes,
 )
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
+from merge_core.trainer_output import split_words
 from merge_core.updates.combined import Combination
 
 
@@ -32,8 +33,8 @@ from merge_core.updates.combined import Combination
 class PlanOptions:
     """What is merged into what, and how."""
 
-    base: Base
-    adapters: Adapters
+    words: Words
+    adapter_name: AdapterName = None
     dtype: DtypeOption = None
     shard_size: ShardSize = "2GB"
     device_map: DeviceMapFile = None
@@ -48,9 +49,11 @@ class PlanOptions:
 
     def plan(self) -> MergePlan:
         """See ``make_plan``."""
+        base, adapters = split_words(self.words)
         return make_plan(
-            self.base,
-            self.adapters,
+            base,
+            adapters,
+            adapter_name=self.adapter_name,
             dtype=self.dtype,
             shard_bytes=size_in_bytes(self.shard_size),
             device_map=self.device_map,

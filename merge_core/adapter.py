@@ -31,11 +31,15 @@ class Adapter:
     """What a PEFT adapter consists of, and the weight that it is merged with."""
 
     path: Path
+    given: Path
+    """The directory that was named for it: ``path``, or one above."""
     weight: float
     file: FileIdentity
     config_file: FileIdentity
     config: AdapterConfig
     trained: Trained
+    base_name: str | None
+    """``base_model_name_or_path``; None: it names none."""
     notes: tuple[str, ...]
 
 
@@ -47,8 +51,12 @@ def parse_adapter(text: str | Path) -> tuple[Path, float]:
     return Path(match["path"]), float(match["weight"])
 
 
-def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
+def open_adapter(path: Path, weight: float = 1.0, given: Path | None = None) -> Adapter:
     """Open the adapter in directory ``path``.
+
+    Args:
+        weight: that it is merged with.
+        given: the directory that was named for it, if that is another.
 
     Raises:
         InputError: with every problem of its config and its keys.
@@ -88,11 +96,13 @@ def open_adapter(path: Path, weight: float = 1.0) -> Adapter:
         notes.append(f"{path}: {PICKLE} is left out, as PEFT does beside {SAFETENSORS}")
     return Adapter(
         path=path,
+        given=given or path,
         weight=weight,
         file=file,
         config_file=config_file,
         config=config,
         trained=trained,
+        base_name=_base_name(fields),
         notes=tuple(notes),
     )
 
@@ -128,12 +138,21 @@ def load_pickle(path: Path) -> dict[str, Any]:
     return {key: value.detach() for key, value in state.items()}
 
 
+def _base_name(fields: dict[str, Any]) -> str | None:
+    name = fields.get("base_model_name_or_path")
+    return name if isinstance(name, str) and name.strip() else None
+
+
 def _no_adapter(path: Path) -> InputError:
     where = str(path)
     if not os.path.isdir(path):
         kind = "is a file, not an adapter directory" if os.path.exists(path) else "does not exist"
         return refuse(f"ADAPTER {kind}", where, f"Give the directory that holds {CONFIG}")
-    below = sorted(p.parent.name for p in path.glob(f"*/{CONFIG}"))
+    below = sorted(
+        str(file.parent.relative_to(path))
+        for depth in ("*", "*/*", "*/*/*")  # ms-swift: output/MODEL/RUN/checkpoint-STEP
+        for file in path.glob(f"{depth}/{CONFIG}")
+    )
     if below:
         remedy = f"Give one of its adapters, for example {path / below[0]}"
         return refuse(f"has no {CONFIG}; there is one in {', '.join(below[:5])}", where, remedy)

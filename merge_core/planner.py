@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from merge_core.adapter import Adapter, open_adapter, parse_adapter
+from merge_core.adapter import Adapter
 from merge_core.architecture import HEAD
 from merge_core.checkpoint import Checkpoint, Decode, open_checkpoint
 from merge_core.combining import check_combination, combined
@@ -18,7 +17,9 @@ from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.layout import DTYPE_NAMES, MERGEABLE, lay_out
 from merge_core.matched import Matched
 from merge_core.matching import check_together, match
+from merge_core.named_base import base_named_by, notes_on_base
 from merge_core.plan import AdapterInput, MergePlan, Shard, Source, TensorTask
+from merge_core.published_config import config_changes
 from merge_core.quantised import quantisation_of, read_packed
 from merge_core.replication import describe_copies, layer_order, replicated
 from merge_core.shards import OutputTensor, cut_shards, shard_name
@@ -26,6 +27,7 @@ from merge_core.side_files import CONFIG
 from merge_core.simulated import round_to_nf4
 from merge_core.stages import shards_of
 from merge_core.ties import settle_ties, tied_embeddings
+from merge_core.trainer_output import open_named
 from merge_core.tuning import tune
 from merge_core.updates import Update
 from merge_core.updates.combined import Combination
@@ -37,9 +39,10 @@ is some 80 files; the hub's own limit is 5 GB for smooth downloads."""
 
 
 def make_plan(  # noqa: PLR0913 - one parameter an option
-    base: str | Path,
+    base: str | Path | None,
     adapters: Sequence[str | Path],
     *,
+    adapter_name: str | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     device_map: str | Path | None = None,
@@ -52,8 +55,11 @@ def make_plan(  # noqa: PLR0913 - one parameter an option
     """Plan the merge of ``adapters`` into ``base``, reading nothing but headers.
 
     Args:
-        base: directory of a Qwen1.5 checkpoint in safetensors.
-        adapters: directories of PEFT adapters, each with an optional weight: ``path@0.5``.
+        base: directory of a Qwen1.5 checkpoint in safetensors; None: the one that the adapters
+            name.
+        adapters: directories of PEFT adapters, or what trainers leave (see ``trainer_output``),
+            each with an optional weight: ``path@0.5``.
+        adapter_name: which adapter, where a directory holds several.
         dtype: ``bfloat16``, ``float16`` or ``float32``; None keeps each tensor's own.
         shard_bytes: size limit of an output file, see ``shards.cut_shards``.
         device_map: JSON file that pins modules to devices, see ``device_map``.
@@ -68,22 +74,28 @@ def make_plan(  # noqa: PLR0913 - one parameter an option
         InputError: with every problem of the base, the adapters and the options.
     """
     problems: list[Problem] = []
+    of_adapters: list[Problem] = []
     checkpoint: Checkpoint | None = None
     opened: list[Adapter] = []
     with gathered(problems):
         _check_options(adapters, dtype, shard_bytes)
     with gathered(problems):
         check_combination(combination, len(adapters))
+    for text in adapters:
+        with gathered(of_adapters):
+            opened.append(open_named(text, adapter_name))
     with gathered(problems):
         decode = _decode(dequantize=dequantize, simulate=simulate_nf4)
-        checkpoint = open_checkpoint(Path(base).absolute(), decode)
+        if base is not None:
+            checkpoint = open_checkpoint(Path(base).absolute(), decode)
+        elif opened and not of_adapters:
+            checkpoint = open_checkpoint(base_named_by(opened), decode)
+            said = "BASE is the one that the adapters name"
+            checkpoint = replace(checkpoint, notes=(said, *checkpoint.notes))
     devices: DeviceMap | None = None
     with gathered(problems):
         devices = None if device_map is None else read_device_map(Path(device_map).absolute())
-    for text in adapters:
-        with gathered(problems):
-            path, weight = parse_adapter(text)
-            opened.append(open_adapter(path.absolute(), weight))
+    problems += of_adapters
     if checkpoint is None:
         raise InputError(problems)
     with gathered(problems):
@@ -208,7 +220,7 @@ def _assemble(
         base_files=tuple(file.identity for file in checkpoint.files),
         header_digests=tuple(file.header_digest for file in checkpoint.files),
         config=checkpoint.config,
-        config_changes=_config_changes(checkpoint, matched, dtype),
+        config_changes=config_changes(checkpoint.config, matched.config_changes, dtype),
         stored_head=checkpoint.stored_head,
         side_files=checkpoint.side_files,
         adapters=tuple(
@@ -224,6 +236,7 @@ def _assemble(
             *checkpoint.notes,
             *matched.notes,
             *[_TOKENIZER] * ("vocab_size" in matched.config_changes),
+            *notes_on_base(checkpoint.path, checkpoint.config, adapters),
             *_notes_of(adapters),
         ),
     )
@@ -277,14 +290,3 @@ def _shard(
 
 def _dtype(of_base: str, asked: str | None) -> str:
     return DTYPE_NAMES[asked] if asked and of_base in MERGEABLE else of_base
-
-
-def _config_changes(checkpoint: Checkpoint, matched: Matched, dtype: str | None) -> dict[str, Any]:
-    """Transformers 5 writes ``dtype``, older ones ``torch_dtype``: both say the same after it."""
-    config, changes = checkpoint.config, dict(matched.config_changes)
-    if quantisation_of(config) is not None:
-        changes["quantization_config"] = None
-    if dtype is not None:
-        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-        changes |= dict.fromkeys(keys, dtype)
-    return {key: value for key, value in changes.items() if config.get(key) != value}

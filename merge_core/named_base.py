@@ -1,0 +1,86 @@
+"""The base that adapters name: ``base_model_name_or_path`` in their configs.
+
+It is a path, relative to the current directory as PEFT takes it, or an id on the hub.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from merge_core.adapter import Adapter
+from merge_core.errors import InputError, Problem, refuse, shortened
+
+FIELD = "base_model_name_or_path"
+
+_CACHED = re.compile(r"models--[^/]+?--(?P<name>[^/]+)/snapshots/")
+"""A snapshot in huggingface_hub's cache."""
+
+_PACKED = re.compile(r"(-unsloth)?-bnb-4bit$")
+"""How unsloth calls the packed copy of a model that it trains on in its place."""
+
+
+def base_named_by(adapters: Sequence[Adapter]) -> Path:
+    """The one base that all of ``adapters`` name.
+
+    Raises:
+        InputError: one names none, they name different ones, or it is not on this disk.
+    """
+    unnamed = [
+        Problem(f"names no base ({FIELD})", str(adapter.path), "Give BASE before ADAPTER")
+        for adapter in adapters
+        if adapter.base_name is None
+    ]
+    if unnamed:
+        raise InputError(unnamed)
+    named = {_same(str(adapter.base_name)): str(adapter.base_name) for adapter in adapters}
+    if len(named) > 1:
+        said = ", ".join(f"{adapter.path}: {adapter.base_name}" for adapter in adapters)
+        what = f"the adapters were trained on {len(named)} different bases ({said})"
+        raise refuse(what, FIELD, "Give the BASE that they are to be merged into")
+    (name,) = named.values()
+    if not os.path.isdir(name):
+        where = str(adapters[0].path)
+        what = f"its base is {_shown(name)}, which is not on this disk"
+        raise refuse(what, where, "Download it, and give its directory as BASE before ADAPTER")
+    return Path(name).absolute()
+
+
+def notes_on_base(
+    base: Path, config: Mapping[str, Any], adapters: Sequence[Adapter]
+) -> Iterator[str]:
+    """What is to be said if adapters were trained on another base than ``base``, by its name.
+
+    Args:
+        config: the base's config.json, which may say how the base is called elsewhere.
+    """
+    known = {_plain(str(base)), _plain(str(config.get("_name_or_path") or base))}
+    for adapter in adapters:
+        name = adapter.base_name
+        if name is None or _same(name) == _same(str(base)) or _plain(name) in known:
+            continue
+        yield (
+            f"{adapter.path} was trained on {_shown(name)}, by its name another base than"
+            f" {base.name}: if it is another, the result answers wrongly"
+        )
+
+
+def _shown(name: str) -> str:
+    """Whole: names of models are longer than what ``shortened`` leaves."""
+    return repr(name) if len(name) <= 200 else shortened(name)
+
+
+def _same(name: str) -> str:
+    """Equal for all names of one directory."""
+    return os.path.realpath(name) if os.path.exists(name) else name
+
+
+def _plain(name: str) -> str:
+    """What is left of a name when case, places and packings are left out."""
+    cached = _CACHED.search(name)
+    last = cached["name"] if cached else name.rstrip("/").rpartition("/")[2]
+    dotted = last.replace("___", ".")  # ModelScope's cache
+    return _PACKED.sub("", dotted.casefold())
