@@ -54,6 +54,12 @@ AdapterName = Annotated[
         help="Which adapter, of several in one directory, such as checkpoint-500.",
     ),
 ]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="base|ADAPTER", help="Whose tokenizer the result gets, if adapters bring one."
+    ),
+]
 DtypeOption = Annotated[Dtype | None, typer.Option("--dtype", help="Dtype of the result.")]
 ShardSize = Annotated[str, typer.Option(help="Size limit of an output file, such as 2GB.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Most workers at a time.")]

@@ -20,6 +20,7 @@ from cluster.options import (
     Seed,
     ShardSize,
     SimulateNf4,
+    Tokenizer,
     Words,
     size_in_bytes,
 )
@@ -35,6 +36,7 @@ class PlanOptions:
 
     words: Words
     adapter_name: AdapterName = None
+    tokenizer: Tokenizer = None
     dtype: DtypeOption = None
     shard_size: ShardSize = "2GB"
     device_map: DeviceMapFile = None
@@ -54,6 +56,7 @@ class PlanOptions:
             base,
             adapters,
             adapter_name=self.adapter_name,
+            tokenizer=self.tokenizer,
             dtype=self.dtype,
             shard_bytes=size_in_bytes(self.shard_size),
             device_map=self.device_map,

@@ -14,7 +14,7 @@ from merge_core.digest import bytes_digest
 from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.json_text import parse_object
 from merge_core.layout import TensorSpec, header_length, parse_header
-from merge_core.plan import Source, StoredHead
+from merge_core.plan import SideFile, Source, StoredHead
 from merge_core.quantised import (
     Decodings,
     Read,
@@ -45,7 +45,7 @@ class Checkpoint:
     path: Path
     config: Mapping[str, Any]
     files: tuple[WeightFile, ...]
-    side_files: tuple[FileIdentity, ...]
+    side_files: tuple[SideFile, ...]
     """Carried over byte for byte: tokenizer, generation config, chat template, licence, ..."""
     notes: tuple[str, ...]
     """What the user should know, though nothing is wrong."""
@@ -104,7 +104,7 @@ def open_checkpoint(path: Path, decode: Decode | None = None) -> Checkpoint:
             notes += check_architecture(config, shapes, str(path))
             stored_head = find_stored_head(config, sources, str(path))
             notes += [NOTE] * (stored_head is not None)
-    side_files: tuple[FileIdentity, ...] = ()
+    side_files: tuple[SideFile, ...] = ()
     with gathered(problems):
         side_files = find_side_files(path, quantised=quantised)
     if problems or config is None:

@@ -135,8 +135,10 @@ class Assembly:
             LeaseLostError: another merge has taken OUT over.
         """
         self._check_run()
-        for file in (*self._plan.base_files, *self._plan.side_files):
+        for file in self._plan.base_files:
             file.check(self._plan.base)
+        for side in self._plan.side_files:
+            side.file.check(side.folder)
         for adapter in self._plan.adapters:
             adapter.file.check(adapter.path)
             adapter.config_file.check(adapter.path)
@@ -197,12 +199,12 @@ class Assembly:
     def _copy_side_files(self) -> dict[str, str]:
         """sha256 of each, by name."""
         digests = {}
-        for file in self._plan.side_files:
-            source, target = self._plan.base / file.name, self._out / file.name
+        for side in self._plan.side_files:
+            source, target = side.folder / side.file.name, self._out / side.name
             with reported(target):
                 target.parent.mkdir(exist_ok=True)
-            size, digests[file.name] = copy_durably(source, target)
-            if size != file.size:
+            size, digests[side.name] = copy_durably(source, target)
+            if size != side.file.size:
                 raise replaced(source)
         return digests
 

@@ -85,7 +85,7 @@ def is_finished(out: Path, plan: MergePlan) -> bool:
     except OSError:
         return False
     sizes = {shard.name: shard.size for shard in plan.shards}
-    sizes |= {file.name: file.size for file in plan.side_files}
+    sizes |= {side.name: side.file.size for side in plan.side_files}
     if len(plan.shards) > 1 and not (out / INDEX).is_file():
         return False
     return all(
@@ -149,7 +149,7 @@ def check_space(out: Path, plan: MergePlan, freed: int = 0) -> None:
         freed: bytes that will be free before it is written.
     """
     existing = next(path for path in (out, *out.parents) if path.exists())
-    needed = sum(s.size for s in plan.shards) + sum(file.size for file in plan.side_files)
+    needed = sum(s.size for s in plan.shards) + sum(side.file.size for side in plan.side_files)
     free = shutil.disk_usage(existing).free + freed
     if free < needed:
         raise StorageError(
@@ -172,7 +172,12 @@ def describe(plan: MergePlan) -> dict[str, Any]:
         "keep_tied": plan.keep_tied,
         "combination": dataclasses.asdict(plan.combination),
         "simulate_nf4": plan.simulates_nf4,
-        "side_files": [file.name for file in plan.side_files],
+        "side_files": [side.name for side in plan.side_files],
+        "side_sources": {
+            side.name: [None if side.folder == plan.base else str(side.folder), side.file.name]
+            for side in plan.side_files
+            if (side.folder, side.file.name) != (plan.base, side.name)
+        },
         "header_digests": list(plan.header_digests),
         "notes": list(plan.notes),
         "shards": [dataclasses.asdict(shard) for shard in plan.shards],
@@ -201,7 +206,7 @@ def _inputs(plan: MergePlan) -> list[list[Any]]:
     same wherever the base lies; but two models trained from one differ in values alone, and
     only the times tell them apart before every byte is read.
     """
-    files = (*plan.base_files, *plan.side_files)
+    files = (*plan.base_files, *(side.file for side in plan.side_files))
     return [[file.name, file.size, file.mtime_ns] for file in files]
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from merge_core.adapter import Adapter
-from merge_core.architecture import HEAD
-from merge_core.checkpoint import Checkpoint, Decode, open_checkpoint
-from merge_core.combining import check_combination, combined
+from merge_core.architecture import HEAD, embeddings_among
+from merge_core.asked import Asked
+from merge_core.checkpoint import Checkpoint, open_checkpoint
+from merge_core.combining import combined
 from merge_core.completeness import missing_parts
-from merge_core.device_map import DeviceMap, read_device_map
+from merge_core.device_map import DeviceMap
 from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.layout import DTYPE_NAMES, MERGEABLE, lay_out
 from merge_core.matched import Matched
@@ -20,13 +21,13 @@ from merge_core.matching import check_together, match
 from merge_core.named_base import base_named_by, notes_on_base
 from merge_core.plan import AdapterInput, MergePlan, Shard, Source, TensorTask
 from merge_core.published_config import config_changes
-from merge_core.quantised import quantisation_of, read_packed
+from merge_core.quantised import quantisation_of
 from merge_core.replication import describe_copies, layer_order, replicated
 from merge_core.shards import OutputTensor, cut_shards, shard_name
 from merge_core.side_files import CONFIG
-from merge_core.simulated import round_to_nf4
 from merge_core.stages import shards_of
 from merge_core.ties import settle_ties, tied_embeddings
+from merge_core.tokenizer_choice import TokenizerChoice, choose_tokenizer
 from merge_core.trainer_output import open_named
 from merge_core.tuning import tune
 from merge_core.updates import Update
@@ -43,6 +44,7 @@ def make_plan(  # noqa: PLR0913 - one parameter an option
     adapters: Sequence[str | Path],
     *,
     adapter_name: str | None = None,
+    tokenizer: str | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     device_map: str | Path | None = None,
@@ -60,6 +62,8 @@ def make_plan(  # noqa: PLR0913 - one parameter an option
         adapters: directories of PEFT adapters, or what trainers leave (see ``trainer_output``),
             each with an optional weight: ``path@0.5``.
         adapter_name: which adapter, where a directory holds several.
+        tokenizer: ``base``, or the adapter whose tokenizer the result gets, see
+            ``tokenizer_choice``.
         dtype: ``bfloat16``, ``float16`` or ``float32``; None keeps each tensor's own.
         shard_bytes: size limit of an output file, see ``shards.cut_shards``.
         device_map: JSON file that pins modules to devices, see ``device_map``.
@@ -73,33 +77,20 @@ def make_plan(  # noqa: PLR0913 - one parameter an option
     Raises:
         InputError: with every problem of the base, the adapters and the options.
     """
+    asked = Asked(
+        adapter_name=adapter_name,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        device_map=None if device_map is None else Path(device_map),
+        keep_tied=keep_tied,
+        combination=combination,
+        layers=layers,
+        dequantize=dequantize,
+        simulate_nf4=simulate_nf4,
+    )
     problems: list[Problem] = []
-    of_adapters: list[Problem] = []
-    checkpoint: Checkpoint | None = None
-    opened: list[Adapter] = []
-    with gathered(problems):
-        _check_options(adapters, dtype, shard_bytes)
-    with gathered(problems):
-        check_combination(combination, len(adapters))
-    for text in adapters:
-        with gathered(of_adapters):
-            opened.append(open_named(text, adapter_name))
-    with gathered(problems):
-        decode = _decode(dequantize=dequantize, simulate=simulate_nf4)
-        if base is not None:
-            checkpoint = open_checkpoint(Path(base).absolute(), decode)
-        elif opened and not of_adapters:
-            checkpoint = open_checkpoint(base_named_by(opened), decode)
-            said = "BASE is the one that the adapters name"
-            checkpoint = replace(checkpoint, notes=(said, *checkpoint.notes))
-    devices: DeviceMap | None = None
-    with gathered(problems):
-        devices = None if device_map is None else read_device_map(Path(device_map).absolute())
-    problems += of_adapters
-    if checkpoint is None:
-        raise InputError(problems)
-    with gathered(problems):
-        _check_dtype(checkpoint, dtype)
+    checkpoint, opened, devices = _open(base, adapters, asked, problems)
     matched = _match(checkpoint, opened, problems, keep_tied=keep_tied)
     updates: Mapping[str, Sequence[Update]] = {}
     if not problems:
@@ -108,52 +99,51 @@ def make_plan(  # noqa: PLR0913 - one parameter an option
     with gathered(problems):
         if devices is not None:
             devices.check(matched.sources)
-    if problems:
+    brought: TokenizerChoice | None = None
+    with gathered(problems):
+        embeddings = embeddings_among(matched.sources)
+        rows = None if embeddings is None else matched.sources[embeddings].tensor.shape[0]
+        brought = choose_tokenizer(checkpoint.path, checkpoint.side_files, opened, tokenizer, rows)
+    if problems or brought is None:
         raise InputError(problems)
-    output = _Output(
-        dtype=dtype,
-        shard_bytes=shard_bytes,
-        devices=devices,
-        keep_tied=keep_tied,
-        combination=combination,
-        layers=layers,
-    )
-    return _assemble(checkpoint, opened, matched, updates, output)
+    return _assemble(checkpoint, opened, matched, updates, devices, brought, asked)
 
 
-def _decode(*, dequantize: bool, simulate: bool) -> Decode | None:
-    if dequantize and simulate:
-        what = "a base is quantised, or is rounded as if it had been: one of the two"
-        raise refuse(what, "--dequantize --simulate-nf4", "Leave --simulate-nf4 out")
-    if dequantize:
-        return read_packed
-    return round_to_nf4 if simulate else None
+def _open(
+    base: str | Path | None,
+    adapters: Sequence[str | Path],
+    asked: Asked,
+    problems: list[Problem],
+) -> tuple[Checkpoint, list[Adapter], DeviceMap | None]:
+    """Open everything, and gather what is wrong with it.
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Output:
-    """What the options say about the result."""
-
-    dtype: str | None
-    shard_bytes: int
-    devices: DeviceMap | None
-    keep_tied: bool
-    combination: Combination
-    layers: str | None
-
-
-def _check_options(adapters: Sequence[str | Path], dtype: str | None, shard_bytes: int) -> None:
-    problems = []
-    if not adapters:
-        problems.append(Problem("no adapter given", "ADAPTER", "Name at least one adapter"))
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        what = f"{dtype!r} is no dtype to merge into"
-        problems.append(Problem(what, "--dtype", f"Use one of {', '.join(DTYPE_NAMES)}"))
-    if shard_bytes < 1:
-        what = f"{shard_bytes} bytes hold no tensor"
-        problems.append(Problem(what, "--shard-size", "Give a size such as 2GB"))
-    if problems:
+    Raises:
+        InputError: with all of ``problems``, where there is no base to go on with.
+    """
+    checkpoint: Checkpoint | None = None
+    devices: DeviceMap | None = None
+    opened: list[Adapter] = []
+    of_adapters: list[Problem] = []
+    with gathered(problems):
+        asked.check(len(adapters))
+    for text in adapters:
+        with gathered(of_adapters):
+            opened.append(open_named(text, asked.adapter_name))
+    with gathered(problems):
+        if base is not None:
+            checkpoint = open_checkpoint(Path(base).absolute(), asked.decode())
+        elif opened and not of_adapters:
+            checkpoint = open_checkpoint(base_named_by(opened), asked.decode())
+            said = "BASE is the one that the adapters name"
+            checkpoint = replace(checkpoint, notes=(said, *checkpoint.notes))
+    with gathered(problems):
+        devices = asked.devices()
+    problems += of_adapters
+    if checkpoint is None:
         raise InputError(problems)
+    with gathered(problems):
+        _check_dtype(checkpoint, asked.dtype)
+    return checkpoint, opened, devices
 
 
 def _check_dtype(checkpoint: Checkpoint, asked: str | None) -> None:
@@ -197,9 +187,11 @@ def _assemble(
     adapters: Sequence[Adapter],
     matched: Matched,
     updates: Mapping[str, Sequence[Update]],
-    output: _Output,
+    devices: DeviceMap | None,
+    brought: TokenizerChoice,
+    asked: Asked,
 ) -> MergePlan:
-    dtype, devices = output.dtype, output.devices
+    dtype = asked.dtype
     outputs = [
         OutputTensor(
             name=name,
@@ -210,7 +202,7 @@ def _assemble(
         for name, source in matched.sources.items()
     ]
     there = checkpoint.sources
-    cut = cut_shards(outputs, output.shard_bytes)
+    cut = cut_shards(outputs, asked.shard_bytes)
     shards = tuple(
         _shard(n, shard_name(n + 1, len(cut)), tensors, matched.sources, updates)
         for n, tensors in enumerate(cut)
@@ -222,20 +214,21 @@ def _assemble(
         config=checkpoint.config,
         config_changes=config_changes(checkpoint.config, matched.config_changes, dtype),
         stored_head=checkpoint.stored_head,
-        side_files=checkpoint.side_files,
+        side_files=brought.side_files,
         adapters=tuple(
             _input(adapter, matched.tunings.get(number)) for number, adapter in enumerate(adapters)
         ),
         twins=tuple(matched.twins),
-        keep_tied=output.keep_tied,
-        combination=output.combination,
+        keep_tied=asked.keep_tied,
+        combination=asked.combination,
         added=tuple(name for name in matched.sources if name not in there),
         shards=shards,
-        stage=shards_of(shards, output.layers),
+        stage=shards_of(shards, asked.layers),
         notes=(
             *checkpoint.notes,
             *matched.notes,
-            *[_TOKENIZER] * ("vocab_size" in matched.config_changes),
+            *brought.notes,
+            *[_TOKENIZER] * ("vocab_size" in matched.config_changes and brought.adapter is None),
             *notes_on_base(checkpoint.path, checkpoint.config, adapters),
             *_notes_of(adapters),
         ),

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from merge_core.errors import InputError, Problem
+from merge_core.plan import SideFile
 from merge_core.storage import FileIdentity
 
 INDEX = "model.safetensors.index.json"
@@ -30,7 +31,7 @@ def descriptions(path: Path) -> list[str]:
     return [name for name in _DESCRIPTIONS if (path / name).exists()]
 
 
-def find_side_files(path: Path, *, quantised: bool) -> tuple[FileIdentity, ...]:
+def find_side_files(path: Path, *, quantised: bool) -> tuple[SideFile, ...]:
     """Those of the base in directory ``path``.
 
     Args:
@@ -48,8 +49,7 @@ def find_side_files(path: Path, *, quantised: bool) -> tuple[FileIdentity, ...]:
         and not entry.name.endswith((*_WEIGHT_SUFFIXES, ".index.json"))
         and entry.name not in left_out
     ]
-    if (path / TEMPLATES).is_dir():
-        names += [f"{TEMPLATES}/{entry.name}" for entry in (path / TEMPLATES).glob("*.jinja")]
+    names += templates_in(path)
     problems = [
         Problem(
             "is a link that leads nowhere, or no file that may be read",
@@ -61,4 +61,13 @@ def find_side_files(path: Path, *, quantised: bool) -> tuple[FileIdentity, ...]:
     ]
     if problems:
         raise InputError(problems)
-    return tuple(FileIdentity.of(path, name) for name in sorted(names))
+    return tuple(
+        SideFile(name=name, folder=path, file=FileIdentity.of(path, name)) for name in sorted(names)
+    )
+
+
+def templates_in(path: Path) -> list[str]:
+    """The chat templates beside the one that a tokenizer uses by default."""
+    if not (path / TEMPLATES).is_dir():
+        return []
+    return [f"{TEMPLATES}/{entry.name}" for entry in (path / TEMPLATES).glob("*.jinja")]

@@ -59,7 +59,8 @@ def test_the_final_adapter_is_taken_and_its_checkpoints_are_said(
     output = make(tmp_path / "output")
     plan = make_plan(base, [output])
     assert paths(plan) == [output]
-    (note,) = plan.notes
+    tokenizer, note = plan.notes
+    assert tokenizer.startswith(f"the tokenizer is that of {output}")
     assert f"{output}: its own adapter is merged; checkpoint-5, checkpoint-10 in it not" in note
     chosen = make_plan(base, [output], adapter_name="checkpoint-10")
     assert paths(chosen) == [output / "checkpoint-10"]
@@ -131,7 +132,8 @@ def test_adapters_that_peft_saves_under_their_names_are_listed(base: Path, tmp_p
 def test_unsloths_packed_copy_of_the_base_is_the_base(tmp_path: Path) -> None:
     base = write_base(tmp_path / "Qwen1.5-7B-Chat", random_tensors(SMALL), SMALL.config)
     adapter = unsloth(tmp_path / "lora")
-    assert make_plan(base, [adapter]).notes == ()
+    (note,) = make_plan(base, [adapter]).notes
+    assert note == f"the tokenizer is that of {adapter}, in place of the base's"
     text = refusal(None, adapter)
     assert "its base is 'unsloth/Qwen1.5-7B-Chat-bnb-4bit', which is not on this disk" in text
 

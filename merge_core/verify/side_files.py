@@ -1,7 +1,8 @@
 """The files beside the weights: config, index, tokenizer, licence.
 
 Against the ledger every byte must be the one that the merge wrote. Against the base they must be
-the base's own, but for the fields of config.json that a merge may change.
+the base's own, or an adapter's where its tokenizer won, but for the fields of config.json that a
+merge may change.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_core.verify.report import Finding
+from merge_core.verify.sources import Sources
 from merge_core.verify.strict_json import MalformedError, parse_object
 from merge_core.verify.structure import config_path
 from merge_core.verify.weights import INDEX
@@ -49,25 +51,29 @@ def check_recorded(out: Path, recorded: Mapping[str, str], *, committed: bool) -
 
 def compare_with_base(
     out: Path,
-    base: Path,
+    sources: Sources,
     recorded: Mapping[str, str],
     changes: Mapping[str, Any],
     *,
     committed: bool,
 ) -> Iterator[Finding]:
-    """Compare them with the base's files of the same names.
+    """Compare them with the files that they come from: the base's of the same names, but for those
+    of which ``sources`` says otherwise.
 
     Args:
         changes: fields of config.json that the adapters change, and their new values.
     """
     for name in sorted(recorded.keys() - {CONFIG, INDEX}):
+        folder, there = sources.side_sources.get(name, (None, name))
+        whose = "the base's" if folder is None else f"that of {folder}"
         try:
-            if not filecmp.cmp(out / name, base / name, shallow=False):
-                yield Finding(check="base", where=name, what="it differs from the base's")
+            if not filecmp.cmp(out / name, (folder or sources.base) / there, shallow=False):
+                yield Finding(check="base", where=name, what=f"it differs from {whose}")
         except OSError as error:
-            what = f"it cannot be compared with the base's ({error.strerror})"
+            what = f"it cannot be compared with {whose} ({error.strerror})"
             yield Finding(check="base", where=name, what=what)
-    yield from _compare_configs(config_path(out, committed=committed), base / CONFIG, changes)
+    config = sources.base / CONFIG
+    yield from _compare_configs(config_path(out, committed=committed), config, changes)
 
 
 def _compare_configs(path: Path, base: Path, changes: Mapping[str, Any]) -> Iterator[Finding]:

@@ -1,0 +1,64 @@
+"""What a plan is asked for, apart from the base and the adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from merge_core.checkpoint import Decode
+from merge_core.combining import check_combination
+from merge_core.device_map import DeviceMap, read_device_map
+from merge_core.errors import InputError, Problem, gathered, refuse
+from merge_core.layout import DTYPE_NAMES
+from merge_core.quantised import read_packed
+from merge_core.simulated import round_to_nf4
+from merge_core.updates.combined import Combination
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """See ``planner.make_plan``."""
+
+    adapter_name: str | None
+    tokenizer: str | None
+    dtype: str | None
+    shard_bytes: int
+    device_map: Path | None
+    keep_tied: bool
+    combination: Combination
+    layers: str | None
+    dequantize: bool
+    simulate_nf4: bool
+
+    def check(self, adapters: int) -> None:
+        """Raise InputError with everything that is wrong without a look at any file.
+
+        Args:
+            adapters: how many there are.
+        """
+        problems = []
+        if not adapters:
+            problems.append(Problem("no adapter given", "ADAPTER", "Name at least one adapter"))
+        if self.dtype is not None and self.dtype not in DTYPE_NAMES:
+            what = f"{self.dtype!r} is no dtype to merge into"
+            problems.append(Problem(what, "--dtype", f"Use one of {', '.join(DTYPE_NAMES)}"))
+        if self.shard_bytes < 1:
+            what = f"{self.shard_bytes} bytes hold no tensor"
+            problems.append(Problem(what, "--shard-size", "Give a size such as 2GB"))
+        with gathered(problems):
+            check_combination(self.combination, adapters)
+        if problems:
+            raise InputError(problems)
+
+    def decode(self) -> Decode | None:
+        """What finds the weights of the base that are not taken as they are."""
+        if self.dequantize and self.simulate_nf4:
+            what = "a base is quantised, or is rounded as if it had been: one of the two"
+            raise refuse(what, "--dequantize --simulate-nf4", "Leave --simulate-nf4 out")
+        if self.dequantize:
+            return read_packed
+        return round_to_nf4 if self.simulate_nf4 else None
+
+    def devices(self) -> DeviceMap | None:
+        """What the device map says, if there is one."""
+        return None if self.device_map is None else read_device_map(self.device_map.absolute())
