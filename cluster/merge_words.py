@@ -1,6 +1,7 @@
 """The words of a merge that is to run elsewhere: checked by the command's own parser, and named.
 
-Nothing is read: the paths in the words are those of the cluster.
+No input is read: the paths in the words are those of the cluster. A recipe is one of this machine,
+so its options are sent as words.
 """
 
 from __future__ import annotations
@@ -15,7 +16,12 @@ from typing import Any
 
 import typer
 
+from cluster.option_groups import options_of
 from cluster.options import size_in_bytes
+from cluster.plan_options import PlanOptions
+from cluster.run_options import RunOptions
+from cluster.words import is_recipe, named_by
+from merge_core.adapter import AdapterWord, parse_adapter
 from merge_core.errors import InputError, Problem, gathered
 
 SPEED = frozenset(
@@ -72,11 +78,36 @@ def read_merge(words: Sequence[str], parsed: typer.Context) -> MergeWords:
     problems: list[Problem] = []
     with gathered(problems):
         size_in_bytes(parsed.params["shard_size"])
+    with gathered(problems):
+        if is_recipe(parsed.params["words"][0]):
+            parsed.params["words"] = _words_of(*named_by(parsed.params["words"]))
+            words = unfolded(parsed.params)
     named = _named(parsed.params)
     problems += [_relative(n, path) for n, path in _paths(named) if _is_relative(path)]
     if problems:
         raise InputError(problems)
     return MergeWords(words=tuple(words), recipe=recipe_digest(named))
+
+
+def unfolded(parameters: Mapping[str, Any]) -> list[str]:
+    """The words of a merge whose recipe is on this machine alone, its options as flags.
+
+    Its address is left out: a job runs on the cluster that it is submitted to.
+    """
+    words = ["merge", *parameters["words"]]
+    for option in [*options_of(PlanOptions), *options_of(RunOptions)]:
+        value = parameters[option.name]
+        if option.name != "address" and value != option.default:
+            words += [option.flag] if value is True else [option.flag, str(value)]
+    own = {"overwrite": "--overwrite", "as_json": "--json", "quiet": "--quiet", "debug": "--debug"}
+    return words + [flag for name, flag in own.items() if parameters[name]]
+
+
+def _words_of(base: str | None, adapters: Sequence[AdapterWord]) -> list[str]:
+    words = [] if base is None else [base]
+    for path, weight in map(parse_adapter, adapters):
+        words.append(f"{path}@{weight!r}" if weight != 1 else str(path))
+    return words
 
 
 def _named(parameters: Mapping[str, Any]) -> dict[str, Any]:

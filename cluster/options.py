@@ -38,15 +38,6 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
-Words = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="[BASE] ADAPTER[@WEIGHT]...",
-        help="Directories of the base checkpoint, if the adapters' own one is not meant, and of"
-        " PEFT adapters.",
-        show_default=False,
-    ),
-]
 AdapterName = Annotated[
     str | None,
     typer.Option(

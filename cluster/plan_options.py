@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, get_type_hints
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cluster.options import (
     AdapterName,
@@ -21,12 +19,11 @@ from cluster.options import (
     ShardSize,
     SimulateNf4,
     Tokenizer,
-    Words,
     size_in_bytes,
 )
+from merge_core.adapter import AdapterWord
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
-from merge_core.trainer_output import split_words
 from merge_core.updates.combined import Combination
 
 
@@ -34,7 +31,6 @@ from merge_core.updates.combined import Combination
 class PlanOptions:
     """What is merged into what, and how."""
 
-    words: Words
     adapter_name: AdapterName = None
     tokenizer: Tokenizer = None
     dtype: DtypeOption = None
@@ -49,9 +45,8 @@ class PlanOptions:
     dequantize: Dequantize = False
     simulate_nf4: SimulateNf4 = False
 
-    def plan(self) -> MergePlan:
+    def plan(self, base: str | None, adapters: Sequence[AdapterWord]) -> MergePlan:
         """See ``make_plan``."""
-        base, adapters = split_words(self.words)
         return make_plan(
             base,
             adapters,
@@ -71,31 +66,3 @@ class PlanOptions:
             dequantize=self.dequantize,
             simulate_nf4=self.simulate_nf4,
         )
-
-
-def with_plan_options(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` as typer is to see it, which reads options off a signature: with those above in
-    the place of its parameter ``asked``.
-    """
-    hints = get_type_hints(PlanOptions, include_extras=True)
-    shared = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(PlanOptions)
-    ]
-    own = list(inspect.signature(command, eval_str=True).parameters.values())
-    place = [parameter.name for parameter in own].index("asked")
-
-    def called(**given: Any) -> None:
-        asked = PlanOptions(**{parameter.name: given.pop(parameter.name) for parameter in shared})
-        command(asked=asked, **given)
-
-    called.__name__, called.__doc__ = command.__name__, command.__doc__
-    called.__annotations__ = {}
-    signature = inspect.Signature([*own[:place], *shared, *own[place + 1 :]])
-    called.__signature__ = signature  # type: ignore[attr-defined]
-    return called

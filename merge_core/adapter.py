@@ -43,8 +43,14 @@ class Adapter:
     notes: tuple[str, ...]
 
 
-def parse_adapter(text: str | Path) -> tuple[Path, float]:
+AdapterWord = str | Path | tuple[str, float]
+"""How an adapter is named: with its weight in the text, if it has one, or beside it."""
+
+
+def parse_adapter(text: AdapterWord) -> tuple[Path, float]:
     """Split ``path@0.5`` into path and weight; a path that exists as a whole has weight 1."""
+    if isinstance(text, tuple):
+        return Path(text[0]), text[1]
     match = _WEIGHT.match(str(text))
     if match is None or os.path.exists(text):
         return Path(text), 1.0

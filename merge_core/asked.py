@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from merge_core.adapter import Adapter, parse_adapter
 from merge_core.checkpoint import Decode
 from merge_core.combining import check_combination
 from merge_core.device_map import DeviceMap, read_device_map
@@ -62,3 +65,32 @@ class Asked:
     def devices(self) -> DeviceMap | None:
         """What the device map says, if there is one."""
         return None if self.device_map is None else read_device_map(self.device_map.absolute())
+
+    def recipe(self, base: Path, adapters: Sequence[Adapter]) -> dict[str, Any]:
+        """What the same merge is made from again: by the names that recipes have for it.
+
+        ``layers`` is left out: what is made now and what later changes no byte.
+        """
+        how = self.combination
+        tokenizer = self.tokenizer
+        if tokenizer not in (None, "base"):
+            tokenizer = str(parse_adapter(tokenizer)[0].absolute())
+        said: dict[str, Any] = {
+            "adapter_name": self.adapter_name,
+            "tokenizer": tokenizer,
+            "dtype": self.dtype,
+            "shard_size": str(self.shard_bytes),
+            "device_map": None if self.device_map is None else str(self.device_map.absolute()),
+            "keep_tied": self.keep_tied or None,
+            "combine": how.method,
+            "density": how.density,
+            "majority_sign": how.majority_sign,
+            "seed": how.seed,
+            "dequantize": self.dequantize or None,
+            "simulate_nf4": self.simulate_nf4 or None,
+        }
+        return {
+            "base": str(base),
+            "adapters": [{"path": str(one.given), "weight": one.weight} for one in adapters],
+            **{name: value for name, value in said.items() if value is not None},
+        }

@@ -5,6 +5,7 @@ OUT/model.safetensors.index.json       written when all shards are there
 OUT/config.json                        written last: before it nothing loads OUT as a checkpoint
 OUT/.raymeld/lease/                    who is at work
 OUT/.raymeld/plan.json                 what is being done
+OUT/.raymeld/recipe.yaml               the same, for who wants to do it again
 OUT/.raymeld/parts/                    unfinished files of workers
 OUT/.raymeld/receipts/                 one small file a finished shard
 OUT/.raymeld/runs/                     how each run went
@@ -22,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merge_core import __version__
+from merge_core import __version__, recipe_text
 from merge_core.errors import InputError, Problem, StorageError, refuse
 from merge_core.plan import AdapterInput, MergePlan
 from merge_core.published_config import config_to_publish
@@ -137,6 +138,7 @@ def prepare(out: Path, plan: MergePlan, *, overwrite: bool = False) -> None:
         for directory in (parts_directory(out), receipts_directory(out)):
             directory.mkdir(parents=True, exist_ok=True)
     write_durably(state / CONFIG, config)
+    write_durably(state / recipe_text.FILE, recipe_text.recipe_of(plan).encode())
     write_durably(_plan_path(out), json.dumps(describe(plan), indent=1).encode())
     sync_directory(out)
     sync_directory(out.parent)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from merge_core.adapter import Adapter
+from merge_core.adapter import Adapter, AdapterWord
 from merge_core.architecture import HEAD, embeddings_among
 from merge_core.asked import Asked
 from merge_core.checkpoint import Checkpoint, open_checkpoint
@@ -41,7 +41,7 @@ is some 80 files; the hub's own limit is 5 GB for smooth downloads."""
 
 def make_plan(  # noqa: PLR0913 - one parameter an option
     base: str | Path | None,
-    adapters: Sequence[str | Path],
+    adapters: Sequence[AdapterWord],
     *,
     adapter_name: str | None = None,
     tokenizer: str | None = None,
@@ -60,7 +60,7 @@ def make_plan(  # noqa: PLR0913 - one parameter an option
         base: directory of a Qwen1.5 checkpoint in safetensors; None: the one that the adapters
             name.
         adapters: directories of PEFT adapters, or what trainers leave (see ``trainer_output``),
-            each with an optional weight: ``path@0.5``.
+            each with an optional weight: ``path@0.5`` or ``(path, 0.5)``.
         adapter_name: which adapter, where a directory holds several.
         tokenizer: ``base``, or the adapter whose tokenizer the result gets, see
             ``tokenizer_choice``.
@@ -111,7 +111,7 @@ def make_plan(  # noqa: PLR0913 - one parameter an option
 
 def _open(
     base: str | Path | None,
-    adapters: Sequence[str | Path],
+    adapters: Sequence[AdapterWord],
     asked: Asked,
     problems: list[Problem],
 ) -> tuple[Checkpoint, list[Adapter], DeviceMap | None]:
@@ -222,6 +222,7 @@ def _assemble(
         keep_tied=asked.keep_tied,
         combination=asked.combination,
         added=tuple(name for name in matched.sources if name not in there),
+        recipe=asked.recipe(checkpoint.path, adapters),
         shards=shards,
         stage=shards_of(shards, asked.layers),
         notes=(

@@ -17,7 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from merge_core.adapter import CONFIG, PICKLE, SAFETENSORS, Adapter, open_adapter, parse_adapter
+from merge_core.adapter import (
+    CONFIG,
+    PICKLE,
+    SAFETENSORS,
+    Adapter,
+    AdapterWord,
+    open_adapter,
+    parse_adapter,
+)
 from merge_core.errors import refuse, some_of
 
 OWN = "default"
@@ -67,7 +75,7 @@ def choose_adapter(given: Path, name: str | None = None) -> Chosen:
     return Chosen(path=path, given=given, notes=tuple(notes))
 
 
-def open_named(text: str | Path, name: str | None = None) -> Adapter:
+def open_named(text: AdapterWord, name: str | None = None) -> Adapter:
     """Open the adapter that ``path`` or ``path@0.5`` means, see ``choose_adapter``.
 
     Raises:
