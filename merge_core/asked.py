@@ -78,7 +78,7 @@ class Asked:
         said: dict[str, Any] = {
             "adapter_name": self.adapter_name,
             "tokenizer": tokenizer,
-            "dtype": self.dtype,
+            "dtype": None if self.dtype is None else str(self.dtype),
             "shard_size": str(self.shard_bytes),
             "device_map": None if self.device_map is None else str(self.device_map.absolute()),
             "keep_tied": self.keep_tied or None,

@@ -20,6 +20,7 @@ from merge_core import __version__
 from merge_core.errors import RaymeldError
 from merge_core.lease import is_held, taken_over
 from merge_core.ledger import Receipt, TensorRecord, write_ledger
+from merge_core.model_card import CARD
 from merge_core.output import (
     parts_directory,
     receipts_directory,
@@ -110,7 +111,7 @@ class Assembly:
         if missing:
             raise RaymeldError(f"shards {sorted(missing)} are missing", str(self._out))
         config = config_to_publish(self._plan)
-        files = {CONFIG: hashlib.sha256(config).hexdigest(), **self._copy_side_files()}
+        files = {CONFIG: hashlib.sha256(config).hexdigest(), **self._write_side_files()}
         if len(self._plan.shards) > 1:
             index = index_json(self._plan)
             write_durably(self._out / INDEX, index)
@@ -196,9 +197,11 @@ class Assembly:
             if size != shard.size or file.read(len(header)) != header:
                 raise RaymeldError(f"its part ({size} bytes) is not as planned", where)
 
-    def _copy_side_files(self) -> dict[str, str]:
+    def _write_side_files(self) -> dict[str, str]:
         """sha256 of each, by name."""
-        digests = {}
+        card = self._plan.card.encode()
+        write_durably(self._out / CARD, card)
+        digests = {CARD: hashlib.sha256(card).hexdigest()}
         for side in self._plan.side_files:
             source, target = side.folder / side.file.name, self._out / side.name
             with reported(target):

@@ -19,6 +19,8 @@ FIELD = "base_model_name_or_path"
 _CACHED = re.compile(r"models--[^/]+?--(?P<name>[^/]+)/snapshots/")
 """A snapshot in huggingface_hub's cache."""
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
 _PACKED = re.compile(r"(-unsloth)?-bnb-4bit$")
 """How unsloth calls the packed copy of a model that it trains on in its place."""
 
@@ -71,6 +73,19 @@ def notes_on_base(
 def _shown(name: str) -> str:
     """Whole: names of models are longer than what ``shortened`` leaves."""
     return repr(name) if len(name) <= 200 else shortened(name)
+
+
+def hub_name_of(base: Path, config: Mapping[str, Any], adapters: Sequence[Adapter]) -> str | None:
+    """The hub's name of ``base``, if its config or an adapter gives it one that fits; see
+    ``notes_on_base``.
+    """
+    said = [config.get("_name_or_path"), *(adapter.base_name for adapter in adapters)]
+    for name in said:
+        if not isinstance(name, str) or _HUB_ID.fullmatch(name) is None or os.path.exists(name):
+            continue
+        if _plain(name) == _plain(str(base)) and not _PACKED.search(name.casefold()):
+            return name
+    return None
 
 
 def _same(name: str) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 
 from merge_core import __version__, recipe_text
 from merge_core.errors import InputError, Problem, StorageError, refuse
+from merge_core.model_card import CARD
 from merge_core.plan import AdapterInput, MergePlan
 from merge_core.published_config import config_to_publish
 from merge_core.side_files import CONFIG, INDEX, TEMPLATES
@@ -87,7 +88,8 @@ def is_finished(out: Path, plan: MergePlan) -> bool:
         return False
     sizes = {shard.name: shard.size for shard in plan.shards}
     sizes |= {side.name: side.file.size for side in plan.side_files}
-    if len(plan.shards) > 1 and not (out / INDEX).is_file():
+    made = [CARD, *[INDEX] * (len(plan.shards) > 1)]  # a card may be written on
+    if not all((out / name).is_file() for name in made):
         return False
     return all(
         (out / name).is_file() and (out / name).stat().st_size == size
@@ -174,7 +176,7 @@ def describe(plan: MergePlan) -> dict[str, Any]:
         "keep_tied": plan.keep_tied,
         "combination": dataclasses.asdict(plan.combination),
         "simulate_nf4": plan.simulates_nf4,
-        "side_files": [side.name for side in plan.side_files],
+        "side_files": [CARD, *(side.name for side in plan.side_files)],
         "side_sources": {
             side.name: [None if side.folder == plan.base else str(side.folder), side.file.name]
             for side in plan.side_files

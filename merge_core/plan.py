@@ -203,6 +203,8 @@ class MergePlan:
     shards: tuple[Shard, ...]
     stage: frozenset[int]
     """Those that are to be made now; it changes no byte of any."""
+    card: str
+    """README.md of the result. Not in the fingerprint, as names of directories stand in it."""
     recipe: Mapping[str, Any]
     """What it is made from, as ``recipe_text`` writes it and ``raymeld merge`` reads it again."""
     notes: tuple[str, ...]

@@ -16,6 +16,7 @@ from merge_core.completeness import missing_parts
 from merge_core.device_map import DeviceMap
 from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.layout import DTYPE_NAMES, MERGEABLE, lay_out
+from merge_core.lineage import card_of
 from merge_core.matched import Matched
 from merge_core.matching import check_together, match
 from merge_core.named_base import base_named_by, notes_on_base
@@ -207,6 +208,7 @@ def _assemble(
         _shard(n, shard_name(n + 1, len(cut)), tensors, matched.sources, updates)
         for n, tensors in enumerate(cut)
     )
+    recipe = asked.recipe(checkpoint.path, adapters)
     return MergePlan(
         base=checkpoint.path,
         base_files=tuple(file.identity for file in checkpoint.files),
@@ -222,7 +224,8 @@ def _assemble(
         keep_tied=asked.keep_tied,
         combination=asked.combination,
         added=tuple(name for name in matched.sources if name not in there),
-        recipe=asked.recipe(checkpoint.path, adapters),
+        card=card_of(checkpoint, adapters, recipe, shards),
+        recipe=recipe,
         shards=shards,
         stage=shards_of(shards, asked.layers),
         notes=(

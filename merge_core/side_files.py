@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from merge_core.errors import InputError, Problem
@@ -16,8 +17,12 @@ _WEIGHT_SUFFIXES = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5"),
     *(".msgpack", ".ot", ".npz", ".tflite"),
 )
-_NOT_CARRIED = frozenset({CONFIG, INDEX, "README.md", "pytorch_model.bin.index.json"})
-"""config.json is written last by the commit; the base's model card would describe another model."""
+_NOT_CARRIED = frozenset({CONFIG, INDEX, "pytorch_model.bin.index.json"})
+"""config.json is written last by the commit."""
+
+_CARDS = re.compile(r"^README((?:\.base)*)\.md$")
+"""The base's model card describes another model. It is carried over as ``README.base.md``, for the
+licence's sake, and that of the base's own base as ``README.base.base.md``."""
 
 TEMPLATES = "additional_chat_templates"
 """The one subfolder that belongs to a tokenizer."""
@@ -61,9 +66,11 @@ def find_side_files(path: Path, *, quantised: bool) -> tuple[SideFile, ...]:
     ]
     if problems:
         raise InputError(problems)
-    return tuple(
-        SideFile(name=name, folder=path, file=FileIdentity.of(path, name)) for name in sorted(names)
+    files = (
+        SideFile(name=_CARDS.sub(r"README\1.base.md", name), folder=path, file=identity)
+        for name, identity in ((name, FileIdentity.of(path, name)) for name in names)
     )
+    return tuple(sorted(files, key=lambda file: file.name))
 
 
 def templates_in(path: Path) -> list[str]:

@@ -247,13 +247,14 @@ def test_whichever_write_fails_there_is_no_config_json_and_the_same_merge_again_
         merge(sealed, out, choice=TWO_LANES)
         assert published(out) == published(tmp_path / "reference"), fatal
 
-    # Every one was the one that failed. Written are receipts, index, verified.json, config.json;
-    # renamed are these, the side files, each part, what is staged, and the ledger.
+    # Every one was the one that failed. Written are receipts, index, card, verified.json and
+    # config.json; renamed are these, the side files, each part, config, plan and recipe in
+    # .raymeld, and the ledger.
     shards, side_files = len(sealed.shards), len(sealed.side_files)
     times = {
-        "write_durably": shards + 3,
+        "write_durably": shards + 4,
         "copy_durably": side_files,
-        "rename": shards + 3 + side_files + shards + 3,
+        "rename": shards + 4 + side_files + shards + 4,
     }
     assert next(calls) == fatal == 1 + times[name]
     assert (out / "config.json").read_bytes() == (sealed.base / "config.json").read_bytes()

@@ -21,6 +21,9 @@ from merge_core.verify.weights import INDEX
 
 CONFIG = "config.json"
 
+CARD = "README.md"
+"""Written for the result. Once that is published it may be written on."""
+
 MAY_CHANGE = ("dtype", "torch_dtype")
 """Fields of config.json that ``--dtype`` changes."""
 
@@ -32,6 +35,8 @@ def check_recorded(out: Path, recorded: Mapping[str, str], *, committed: bool) -
         committed: False before the merge's commit, when config.json is still staged.
     """
     for name, digest in sorted(recorded.items()):
+        if name == CARD and committed:
+            continue
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             what = "the ledger names it, outside of the checkpoint"
             yield Finding(check="ledger", where=name, what=what)
@@ -63,7 +68,7 @@ def compare_with_base(
     Args:
         changes: fields of config.json that the adapters change, and their new values.
     """
-    for name in sorted(recorded.keys() - {CONFIG, INDEX}):
+    for name in sorted(recorded.keys() - {CARD, CONFIG, INDEX}):
         folder, there = sources.side_sources.get(name, (None, name))
         whose = "the base's" if folder is None else f"that of {folder}"
         try:
