@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from handmade import TWO_LANES, random_tensors, write_base, write_json
 from models import edit_json
+from tokenizers import Tokenizer, models, pre_tokenizers
 from trainers import SMALL, adapter_at, swift_2, tokenizer_at
+from transformers import PreTrainedTokenizerFast
 
 from merge_core.errors import InputError
 from merge_core.merge import merge
@@ -155,3 +157,29 @@ def test_a_base_whose_tokenizer_cannot_be_read_is_said(base: Path, tmp_path: Pat
     shutil.copy(base / "tokenizer.json", adapter / "tokenizer.json")
     (adapter / "chat_template.jinja").write_text("mine")
     assert "tokenizer.json: is no JSON" in refusal(base, adapter)
+
+
+def real_tokenizer(path: Path, *added: str) -> PreTrainedTokenizerFast:
+    """One of bytes, as transformers saves it, trained on nothing."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:60]
+    model = models.BPE(vocab={letter: n for n, letter in enumerate(letters)}, merges=[])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model))
+    tokenizer.chat_template = f"{{{{ messages[0].content }}}}{''.join(added)}"
+    tokenizer.add_special_tokens({"additional_special_tokens": list(added)})
+    tokenizer.save_pretrained(path)
+    return tokenizer
+
+
+def test_transformers_loads_the_tokenizer_that_was_trained_with(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", random_tensors(SMALL), SMALL.config)
+    adapter, out = adapter_at(tmp_path / "adapter"), tmp_path / "out"
+    real_tokenizer(base)
+    trained_with = real_tokenizer(adapter, "<think>", "</think>")
+    plan = make_plan(base, [adapter])
+    assert plan.notes[0].endswith("with 2 tokens more: '<think>', '</think>'")
+    merge(plan, out, device="cpu", choice=TWO_LANES)
+    loaded = PreTrainedTokenizerFast.from_pretrained(out)
+    assert loaded.get_vocab() == trained_with.get_vocab()
+    assert loaded.chat_template == trained_with.chat_template
+    text = "<think>AB</think>"
+    assert loaded(text).input_ids == trained_with(text).input_ids
