@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -14,21 +14,22 @@ from cluster import (
     jobs_commands,
     plan_commands,
     push_commands,
+    recipe_commands,
     report_commands,
     result_commands,
 )
 from cluster.answering import answering
-from cluster.options import (
-    Debug,
-    Device,
-    Json,
-    Level,
-    Quiet,
-    StartTimeout,
-    Workers,
-    refuse_workers,
-)
-from cluster.plan_options import PlanOptions, with_plan_options
+from cluster.option_groups import with_options
+from cluster.options import Debug, Json, Quiet, refuse_workers
+from cluster.plan_options import PlanOptions
+from cluster.run_options import RunOptions
+from cluster.words import Words, named_by
+
+if TYPE_CHECKING:
+    from cluster.talk import Talk
+    from merge_core.merge import MergeResult
+    from merge_core.plan import MergePlan
+    from merge_core.stores.location import Location
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,28 +41,12 @@ app = typer.Typer(
 
 
 @app.command()
-@with_plan_options
-def merge(  # noqa: PLR0913 - one parameter an option
+@with_options(asked=PlanOptions, run=RunOptions)
+def merge(
     *,
-    out: Annotated[str, typer.Option("--out", "-o", help="Where to: path, s3:// or gs://.")],
-    address: Annotated[
-        str,
-        typer.Option(
-            envvar="RAY_ADDRESS",
-            help="A Ray cluster; 'local': a Ray of its own; 'inline': this process, no Ray.",
-        ),
-    ] = "local",
-    workers: Workers = None,
-    cpu_workers: Annotated[
-        int, typer.Option(min=0, help="CPU workers beside the GPU workers.")
-    ] = 0,
-    gpus_per_worker: Annotated[float, typer.Option(min=0.01, help="GPUs a worker.")] = 1.0,
-    start_timeout: StartTimeout = 1800.0,
-    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.AUTO,
+    words: Words,
     asked: PlanOptions,
-    verify: Annotated[
-        Level, typer.Option(help="What to verify before the result is published.")
-    ] = Level.DIGEST,
+    run: RunOptions,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier merge in OUT.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -71,55 +56,60 @@ def merge(  # noqa: PLR0913 - one parameter an option
 
     Example: raymeld merge Qwen1.5-7B my-lora other-lora@0.5 --out merged
     """
-    with answering(as_json=as_json, debug=debug, out=out):
+    with answering(as_json=as_json, debug=debug, out=run.out):
         from cluster import console
         from cluster.pools import find_pools
         from cluster.talk import Talk
 
-        talk = Talk(quiet=quiet, out=out)
-        target, plan = asked.locate(out), asked.plan()
+        talk = Talk(quiet=quiet, out=run.out)
+        target, plan = asked.locate_out(run.out), asked.plan(*named_by(words, asked.access))
         for line in console.plan_lines(plan, find_pools(plan)):
             talk.say(line)
         with talk.progress():
-            if address == "inline":
-                refuse_workers(workers, cpu_workers)
-                from merge_core.merge import merge as merge_inline
-
-                result = merge_inline(
-                    plan,
-                    target,
-                    level=verify,
-                    device=device,
-                    overwrite=overwrite,
-                    watch=talk.watch,
-                    say=talk.say,
-                )
-            else:
-                from cluster.driver import merge_on_ray
-                from cluster.workers import ClusterOptions
-
-                options = ClusterOptions(
-                    address=address,
-                    device=device,
-                    workers=workers,
-                    cpu_workers=cpu_workers,
-                    gpus_per_worker=gpus_per_worker,
-                    start_timeout=start_timeout,
-                )
-                result = merge_on_ray(
-                    plan,
-                    target,
-                    options,
-                    level=verify,
-                    overwrite=overwrite,
-                    watch=talk.watch,
-                    say=talk.say,
-                )
+            result = _merge(plan, target, run, talk, overwrite=overwrite)
         console.answer(
             console.result_lines(result, plan),
             console.result_document(result, plan),
             as_json=as_json,
         )
+
+
+def _merge(
+    plan: MergePlan, target: Location, run: RunOptions, talk: Talk, *, overwrite: bool
+) -> MergeResult:
+    if run.address == "inline":
+        refuse_workers(run.workers, run.cpu_workers)
+        from merge_core.merge import merge as merge_inline
+
+        return merge_inline(
+            plan,
+            target,
+            level=run.verify,
+            device=run.device,
+            overwrite=overwrite,
+            watch=talk.watch,
+            say=talk.say,
+        )
+    from cluster.driver import merge_on_ray
+    from cluster.workers import ClusterOptions
+
+    options = ClusterOptions(
+        address=run.address,
+        device=run.device,
+        workers=run.workers,
+        cpu_workers=run.cpu_workers,
+        gpus_per_worker=run.gpus_per_worker,
+        start_timeout=run.start_timeout,
+    )
+    return merge_on_ray(
+        plan,
+        target,
+        options,
+        level=run.verify,
+        overwrite=overwrite,
+        watch=talk.watch,
+        say=talk.say,
+    )
 
 
 def demo(
@@ -157,6 +147,7 @@ def spot_notice(
 
 
 plan_commands.register(app)
+recipe_commands.register(app)
 result_commands.register(app)
 report_commands.register(app)
 push_commands.register(app)

@@ -8,7 +8,7 @@ import typer
 
 from cluster.answering import answering, end
 from cluster.options import Anonymous, Debug, EndpointUrl, Json, Quiet, Region
-from merge_core.stores.location import Access, locate
+from merge_core.stores.location import Access, locate, locate_out
 
 
 def register(app: typer.Typer) -> None:
@@ -59,7 +59,7 @@ def doctor(  # noqa: PLR0913, PLR0917 - one parameter an option
         intent = Intent(
             base=locate(base, access) if base is not None else None,
             adapters=adapters or [],
-            out=locate(out, access) if out is not None else None,
+            out=locate_out(out, access) if out is not None else None,
             access=access,
         )
         checkup = examine(address, intent, seconds=timeout, say=Talk(quiet=quiet).say)

@@ -26,7 +26,7 @@ from merge_core.output import check_usable
 from merge_core.plan import MergePlan
 from merge_core.progress import Watch
 from merge_core.reachable import refuse_private
-from merge_core.stores.location import Location, Place, locate
+from merge_core.stores.location import Location, Place, locate_out
 from merge_core.stores.opening import open_store
 from merge_core.verdict import conclude, verify_deeper
 
@@ -49,7 +49,7 @@ def merge_on_ray(
     Raises:
         RaymeldError: and its subclasses, as the merge in one process does.
     """
-    clock, target = time.perf_counter(), locate(out, plan.base.access)
+    clock, target = time.perf_counter(), locate_out(out, plan.base.access)
     refuse_private(plan.base, target, *(adapter.path for adapter in plan.adapters))
     plan = begin(plan, target, level)
     if not overwrite and holds_result(target, plan, say):  # it needs no Ray, unless it is read back

@@ -38,11 +38,18 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
-Base = Annotated[
-    str, typer.Argument(metavar="BASE", help="Base checkpoint: path, s3://, gs:// or hub id.")
+AdapterName = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter-name",
+        help="Which adapter, of several in one folder, such as checkpoint-500.",
+    ),
 ]
-Adapters = Annotated[
-    list[str], typer.Argument(metavar="ADAPTER[@WEIGHT]...", help="PEFT adapters, likewise.")
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="base|ADAPTER", help="Whose tokenizer the result gets, if adapters bring one."
+    ),
 ]
 EndpointUrl = Annotated[
     str | None, typer.Option("--endpoint-url", help="Of an S3 that is not Amazon's.")

@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 
 from cluster.answering import answering
+from cluster.option_groups import with_options
 from cluster.options import Debug, Device, Json, Level, bytes_a_second, node_counts
-from cluster.plan_options import PlanOptions, with_plan_options
+from cluster.plan_options import PlanOptions
+from cluster.words import Words, named_by
 
 
 def register(app: typer.Typer) -> None:
@@ -18,9 +20,10 @@ def register(app: typer.Typer) -> None:
     app.command()(plan)
 
 
-@with_plan_options
+@with_options(asked=PlanOptions)
 def plan(  # noqa: PLR0913 - one parameter an option
     *,
+    words: Words,
     out: Annotated[str | None, typer.Option("--out", "-o", help="Check this destination.")] = None,
     asked: PlanOptions,
     nodes: Annotated[
@@ -61,10 +64,10 @@ def plan(  # noqa: PLR0913 - one parameter an option
             if storage_bandwidth
             else math.inf,
         )
-        planned = asked.plan()
+        planned = asked.plan(*named_by(words, asked.access))
         there: frozenset[int] = frozenset()
         if out is not None:
-            target = asked.locate(out)
+            target = asked.locate_out(out)
             check_destination(target, planned)
             there = shards_there(target, planned)
             notes = map(str, notes_on(target))

@@ -42,10 +42,10 @@ def report(
         from cluster.report.page import page
         from cluster.report.spectrum import spectra
         from merge_core.storage import reported
-        from merge_core.stores.location import Access, locate
+        from merge_core.stores.location import Access, locate_out
 
         access = Access(endpoint_url=endpoint_url, region=region, anonymous=anonymous)
-        place = locate(out, access)
+        place = locate_out(out, access)
         evidence = read_evidence(place)
         text = page(evidence, spectra(evidence, spectrum) if spectrum else []).encode()
         target = output or Path(f"{place.name}-report.html")

@@ -20,7 +20,7 @@ from cluster.options import (
     refuse_workers,
 )
 from merge_core.errors import InterruptedMergeError, VerificationError, counted, refuse
-from merge_core.stores.location import Access, Location, locate
+from merge_core.stores.location import Access, Location, locate, locate_out
 
 if TYPE_CHECKING:
     from cluster.status import Status
@@ -64,7 +64,7 @@ def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
         from merge_core.verify import verify as verify_checkpoint
 
         access = Access(endpoint_url=endpoint_url, region=region, anonymous=anonymous)
-        target, source = locate(out, access), locate(base, access) if base else None
+        target, source = locate_out(out, access), locate(base, access) if base else None
         given = [parse_weighted(text, access) for text in adapter] if adapter else None
         if address == "inline":
             refuse_workers(workers, 0)
@@ -122,7 +122,7 @@ def status(
             remedy = "Ask for one of them"
             raise refuse("an answer in JSON is given once", "--json with --watch", remedy)
         access = Access(endpoint_url=endpoint_url, region=region, anonymous=anonymous)
-        target = locate(out, access)
+        target = locate_out(out, access)
         found = _watched(target) if watch else read_status(target)
         console.answer(status_lines(found), status_document(found), as_json=as_json)
 

@@ -28,7 +28,7 @@ from merge_core.output import (
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, Watch, WorkerProgress
 from merge_core.stored_head import check_stored_head
-from merge_core.stores.location import Location, Place, locate
+from merge_core.stores.location import Location, Place, locate_out
 from merge_core.stores.opening import open_store
 from merge_core.verdict import conclude, unproven, verify_deeper
 from merge_core.verify import (
@@ -95,7 +95,7 @@ def merge(
         RaymeldError: the merge failed; nothing that loads as a checkpoint is left.
     """
     clock, watch, say = time.perf_counter(), watch or _unwatched, say or _unheard
-    target = locate(out, plan.base.access)
+    target = locate_out(out, plan.base.access)
     _check_device(plan, device)
     with ThreadPoolExecutor(1) as pool:
         importing = pool.submit(importlib.import_module, "merge_core.worker")  # torch takes seconds

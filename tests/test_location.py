@@ -13,7 +13,7 @@ from cluster.workers import ClusterOptions
 from merge_core.errors import InputError
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
-from merge_core.stores.location import Access, Location, is_bare_hub_id, locate
+from merge_core.stores.location import Access, Location, is_bare_hub_id, locate, locate_out
 from merge_core.stores.opening import open_store
 
 
@@ -44,6 +44,12 @@ def test_what_could_be_a_path_is_one(text: str) -> None:
     assert found.is_local
     assert found.local == Path(text).absolute()
     assert not is_bare_hub_id(text, exists=there("org"))
+
+
+def test_out_is_a_path_though_nothing_is_there_yet() -> None:
+    assert locate_out("results/new").local == Path("results/new").absolute()
+    assert locate_out("s3://bucket/a") == locate("s3://bucket/a")
+    assert locate_out("hf://org/name").scheme == "hf"  # which a merge refuses by that name
 
 
 def test_access_is_kept_whatever_it_is() -> None:

@@ -119,6 +119,16 @@ def locate(
     return text if isinstance(text, Location) else replace(_parse(text, exists), access=access)
 
 
+def locate_out(text: Place, access: Access = DEFAULT_ACCESS) -> Location:
+    """What ``text`` means as OUT: no bare id of the hub, where no merge is written, since
+    ``results/new`` is a path that is yet to be made.
+
+    Raises:
+        InputError: see ``locate``.
+    """
+    return locate(text, access, exists=lambda _: True)
+
+
 def _parse(text: str | Path, exists: Exists) -> Location:
     url = _URL.match(str(text)) if isinstance(text, str) else None
     if url is None:

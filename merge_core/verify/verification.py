@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 
 from merge_core.errors import counted, refuse, some_of
-from merge_core.stores.location import Location, Place, locate
+from merge_core.stores.location import Location, Place, locate_out
 from merge_core.verify.against_base import Comparison, pair_with_base
 from merge_core.verify.file_check import FileCheck, FileResult, check_file
 from merge_core.verify.load import check_load
@@ -54,7 +54,7 @@ def verify(
             feature that this program cannot check (each is named).
     """
     started = time.perf_counter()
-    out = locate(out)
+    out = locate_out(out)
     if level not in LEVELS:
         raise refuse(f"there is no level {level!r}", "--level", f"Take one of {', '.join(LEVELS)}")
     if not (out.local.is_dir() if out.is_local else names_in(out)):
@@ -73,9 +73,7 @@ def verify(
         pairing = pair_with_base(structure, sources)
         comparisons, unchecked = pairing.comparisons, pairing.unchecked
         findings += pairing.findings
-        findings += compare_with_base(
-            out, sources.base, recorded, pairing.config, committed=committed
-        )
+        findings += compare_with_base(out, sources, recorded, pairing.config, committed=committed)
     checks = _file_checks(out, level, structure, comparisons)
     results = list(run(check_file, checks))
     findings += chain.from_iterable(result.findings for result in _in_order(checks, results))
