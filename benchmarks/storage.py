@@ -76,14 +76,17 @@ def _options() -> argparse.Namespace:
 
 def _fill(base: Path) -> None:
     from merge_core.carrying import carry
+    from merge_core.plan import SideFile
     from merge_core.stores.location import DEFAULT_ACCESS, locate
     from merge_core.stores.opening import open_store
     from merge_core.stores.s3_client import client_for
 
     client_for(DEFAULT_ACCESS).create_bucket(Bucket="bench")
     source = locate(base)
-    for file in base.iterdir():
-        carry(source, open_store(source).look(file.name), locate("s3://bench/base"))
+    for path in base.iterdir():
+        file = open_store(source).look(path.name)
+        side = SideFile(name=path.name, folder=source, file=file)
+        carry(side, locate("s3://bench/base"))
 
 
 def _round(number: int, adapter: Path, sizes: list[int]) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -14,23 +14,23 @@ from cluster import (
     jobs_commands,
     plan_commands,
     push_commands,
+    recipe_commands,
     report_commands,
     result_commands,
 )
 from cluster.answering import answering
-from cluster.help_screen import CLUSTERS, ONE_MERGE, WHAT, WHERE, App
-from cluster.options import (
-    Debug,
-    Device,
-    Json,
-    Level,
-    Quiet,
-    RayAddress,
-    StartTimeout,
-    Workers,
-    refuse_workers,
-)
-from cluster.plan_options import PlanOptions, with_plan_options
+from cluster.help_screen import CLUSTERS, ONE_MERGE, WHAT, App
+from cluster.option_groups import with_options
+from cluster.options import Debug, Json, Quiet, refuse_workers
+from cluster.plan_options import PlanOptions
+from cluster.run_options import RunOptions
+from cluster.words import Words, named_by
+
+if TYPE_CHECKING:
+    from cluster.talk import Talk
+    from merge_core.merge import MergeResult
+    from merge_core.plan import MergePlan
+    from merge_core.stores.location import Location
 
 app = App(
     help="""Fold PEFT LoRA adapters into Qwen1.5 checkpoints, on a Ray cluster or on this machine.
@@ -42,48 +42,16 @@ app = App(
 )
 
 
-@with_plan_options
-def merge(  # noqa: PLR0913 - one parameter an option
+@with_options(run=RunOptions, asked=PlanOptions)
+def merge(
     *,
-    out: Annotated[
-        str,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="OUT",
-            rich_help_panel=WHAT,
-            help="Where to: path, s3:// or gs://.",
-        ),
-    ],
+    words: Words,
+    run: RunOptions,
     asked: PlanOptions,
-    verify: Annotated[
-        Level,
-        typer.Option(
-            metavar="LEVEL",
-            rich_help_panel=WHAT,
-            help="structure, digest, numeric or load.",
-        ),
-    ] = Level.DIGEST,
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", rich_help_panel=WHAT, help="Replace an earlier merge in OUT."),
     ] = False,
-    address: RayAddress = "local",
-    device: Annotated[
-        Device,
-        typer.Option(metavar="DEVICE", rich_help_panel=WHERE, help="auto, cuda or cpu."),
-    ] = Device.AUTO,
-    workers: Workers = None,
-    cpu_workers: Annotated[
-        int,
-        typer.Option(
-            min=0, metavar="N", rich_help_panel=WHERE, help="CPU workers beside the GPU workers."
-        ),
-    ] = 0,
-    gpus_per_worker: Annotated[
-        float, typer.Option(min=0.01, metavar="N", rich_help_panel=WHERE, help="GPUs a worker.")
-    ] = 1.0,
-    start_timeout: StartTimeout = 1800.0,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -93,55 +61,60 @@ def merge(  # noqa: PLR0913 - one parameter an option
     raymeld merge Qwen1.5-7B my-lora other-lora@0.5 --out merged
     raymeld merge Qwen1.5-7B my-lora --out merged --verify numeric
     """
-    with answering(as_json=as_json, debug=debug, out=out, resumes=True):
+    with answering(as_json=as_json, debug=debug, out=run.out, resumes=True):
         from cluster import console
         from cluster.pools import find_pools
         from cluster.talk import Talk
 
-        talk = Talk(quiet=quiet, out=out)
-        target, plan = asked.locate_out(out), asked.plan()
+        talk = Talk(quiet=quiet, out=run.out)
+        target, plan = asked.locate_out(run.out), asked.plan(*named_by(words, asked.access))
         for line in console.plan_lines(plan, find_pools(plan)):
             talk.say(line)
         with talk.progress():
-            if address == "inline":
-                refuse_workers(workers, cpu_workers)
-                from merge_core.merge import merge as merge_inline
-
-                result = merge_inline(
-                    plan,
-                    target,
-                    level=verify,
-                    device=device,
-                    overwrite=overwrite,
-                    watch=talk.watch,
-                    say=talk.say,
-                )
-            else:
-                from cluster.driver import merge_on_ray
-                from cluster.workers import ClusterOptions
-
-                options = ClusterOptions(
-                    address=address,
-                    device=device,
-                    workers=workers,
-                    cpu_workers=cpu_workers,
-                    gpus_per_worker=gpus_per_worker,
-                    start_timeout=start_timeout,
-                )
-                result = merge_on_ray(
-                    plan,
-                    target,
-                    options,
-                    level=verify,
-                    overwrite=overwrite,
-                    watch=talk.watch,
-                    say=talk.say,
-                )
+            result = _merge(plan, target, run, talk, overwrite=overwrite)
         console.answer(
             console.result_lines(result, plan),
             console.result_document(result, plan),
             as_json=as_json,
         )
+
+
+def _merge(
+    plan: MergePlan, target: Location, run: RunOptions, talk: Talk, *, overwrite: bool
+) -> MergeResult:
+    if run.address == "inline":
+        refuse_workers(run.workers, run.cpu_workers)
+        from merge_core.merge import merge as merge_inline
+
+        return merge_inline(
+            plan,
+            target,
+            level=run.verify,
+            device=run.device,
+            overwrite=overwrite,
+            watch=talk.watch,
+            say=talk.say,
+        )
+    from cluster.driver import merge_on_ray
+    from cluster.workers import ClusterOptions
+
+    options = ClusterOptions(
+        address=run.address,
+        device=run.device,
+        workers=run.workers,
+        cpu_workers=run.cpu_workers,
+        gpus_per_worker=run.gpus_per_worker,
+        start_timeout=run.start_timeout,
+    )
+    return merge_on_ray(
+        plan,
+        target,
+        options,
+        level=run.verify,
+        overwrite=overwrite,
+        watch=talk.watch,
+        say=talk.say,
+    )
 
 
 def demo(
@@ -188,6 +161,7 @@ def spot_notice(
 
 plan_commands.register(app)
 app.add(merge, rich_help_panel=ONE_MERGE)
+recipe_commands.register(app)
 result_commands.register(app)
 report_commands.register(app)
 push_commands.register(app)

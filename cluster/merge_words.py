@@ -1,6 +1,7 @@
 """The words of a merge that is to run elsewhere: checked by the command's own parser, and named.
 
-Nothing is read: the paths in the words are those of the cluster.
+No input is read: the paths in the words are those of the cluster. A recipe is one of this machine,
+so its options are sent as words.
 """
 
 from __future__ import annotations
@@ -14,8 +15,14 @@ from typing import Any
 
 import typer
 
+from cluster.option_groups import options_of
 from cluster.options import size_in_bytes
+from cluster.plan_options import PlanOptions
+from cluster.run_options import RunOptions
+from cluster.words import is_recipe, named_by
+from merge_core.adapter import AdapterWord, parse_adapter
 from merge_core.errors import InputError, Problem, gathered
+from merge_core.stores.location import Place
 
 SPEED = frozenset(
     {
@@ -72,10 +79,46 @@ def read_merge(words: Sequence[str], parsed: typer.Context) -> MergeWords:
     problems: list[Problem] = []
     with gathered(problems):
         size_in_bytes(parsed.params["shard_size"])
-    problems += [_relative(n, path) for n, path in _paths(parsed.params) if _is_relative(path)]
+    with gathered(problems):
+        if is_recipe(parsed.params["words"][0]):
+            parsed.params["words"] = _words_of(*named_by(parsed.params["words"]))
+            words = unfolded(parsed.params)
+    named = _named(parsed.params)
+    problems += [_relative(n, path) for n, path in _paths(named) if _is_relative(path)]
     if problems:
         raise InputError(problems)
-    return MergeWords(words=tuple(words), recipe=recipe_digest(parsed.params))
+    return MergeWords(words=tuple(words), recipe=recipe_digest(named))
+
+
+def unfolded(parameters: Mapping[str, Any]) -> list[str]:
+    """The words of a merge whose recipe is on this machine alone, its options as flags.
+
+    Its address is left out: a job runs on the cluster that it is submitted to.
+    """
+    words = ["merge", *parameters["words"]]
+    for option in [*options_of(PlanOptions), *options_of(RunOptions)]:
+        value = parameters[option.name]
+        if option.name != "address" and value != option.default:
+            words += [option.flag] if value is True else [option.flag, str(value)]
+    own = {"overwrite": "--overwrite", "as_json": "--json", "quiet": "--quiet", "debug": "--debug"}
+    return words + [flag for name, flag in own.items() if parameters[name]]
+
+
+def _words_of(base: Place | None, adapters: Sequence[AdapterWord]) -> list[str]:
+    words = [] if base is None else [str(base)]
+    for place, weight in map(parse_adapter, adapters):
+        plain = weight == 1 and "@" not in str(place)  # a revision could pass for a weight
+        words.append(str(place) if plain else f"{place}@{weight!r}")
+    return words
+
+
+def _named(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """With the first of several words as base, as far as words alone can tell."""
+    others = dict(parameters)
+    first, *adapters = others.pop("words")
+    if not adapters:
+        return {**others, "adapters": [first]}
+    return {**others, "base": first, "adapters": adapters}
 
 
 def recipe_digest(parameters: Mapping[str, Any]) -> str:
@@ -94,8 +137,11 @@ def recipe_digest(parameters: Mapping[str, Any]) -> str:
 
 
 def _paths(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
-    named = [(n, str(parameters[n])) for n in ("base", "out", "device_map") if parameters[n]]
-    return [*named, *(("adapters", adapter) for adapter in parameters["adapters"])]
+    single = [(n, str(parameters[n])) for n in ("base", "out", "device_map") if parameters.get(n)]
+    tokenizer = parameters["tokenizer"]
+    if tokenizer not in (None, "base"):
+        single.append(("tokenizer", tokenizer))
+    return [*single, *(("adapters", adapter) for adapter in parameters["adapters"])]
 
 
 def _is_relative(path: str) -> bool:

@@ -39,13 +39,21 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
 
 
-Base = Annotated[
-    str, typer.Argument(metavar="BASE", help="Base checkpoint: path, s3://, gs:// or hub id.")
+AdapterName = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter-name",
+        metavar="NAME",
+        rich_help_panel=VALUES,
+        help="Which, if a folder has several adapters.",
+    ),
 ]
-Adapters = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="ADAPTER[@WEIGHT]...", help="PEFT adapters, likewise, such as my-lora@0.5."
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHOSE",
+        rich_help_panel=WHAT,
+        help="base or an adapter, if adapters bring one.",
     ),
 ]
 EndpointUrl = Annotated[
@@ -58,7 +66,7 @@ EndpointUrl = Annotated[
     ),
 ]
 Region = Annotated[
-    str | None, typer.Option(metavar="NAME", rich_help_panel=STORES, help="Of the S3.")
+    str | None, typer.Option(metavar="NAME", rich_help_panel=STORES, help="Of that S3.")
 ]
 Anonymous = Annotated[
     bool,
@@ -77,7 +85,7 @@ DtypeOption = Annotated[
 ]
 ShardSize = Annotated[
     str,
-    typer.Option(metavar="SIZE", rich_help_panel=WHAT, help="Size limit of an output file."),
+    typer.Option(metavar="SIZE", rich_help_panel=WHAT, help="Most bytes of an output file."),
 ]
 Workers = Annotated[
     int | None,
@@ -106,8 +114,8 @@ Combine = Annotated[
         "--combine",
         metavar="METHOD",
         rich_help_panel=VALUES,
-        help="sum, cat, linear, svd; ties, dare_linear, dare_ties, magnitude_prune, also with"
-        " _svd behind.  [sum]",
+        help="sum, cat, linear, svd, ties, dare_linear, dare_ties, magnitude_prune; ties_svd etc."
+        "  [sum]",
     ),
 ]
 Density = Annotated[
@@ -129,14 +137,14 @@ MajoritySign = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    typer.Option(min=0, metavar="N", rich_help_panel=VALUES, help="Of what dare drops.  [0]"),
+    typer.Option(min=0, metavar="N", rich_help_panel=VALUES, help="For what dare drops.  [0]"),
 ]
 Layers = Annotated[
     str | None,
     typer.Option(
         metavar="LAYERS",
         rich_help_panel=WHAT,
-        help="A stage: files with these, as 0-39 or 40-79,rest.",
+        help="A stage: these alone, as 0-39 or 40-79,rest.",
     ),
 ]
 Dequantize = Annotated[
@@ -157,9 +165,7 @@ SimulateNf4 = Annotated[
 ]
 StartTimeout = Annotated[
     float,
-    typer.Option(
-        min=0, metavar="SECONDS", rich_help_panel=WHERE, help="Wait so long for a worker."
-    ),
+    typer.Option(min=0, metavar="SECONDS", rich_help_panel=WHERE, help="Wait so long for workers."),
 ]
 RayAddress = Annotated[
     str,
@@ -167,7 +173,7 @@ RayAddress = Annotated[
         envvar="RAY_ADDRESS",
         metavar="ADDRESS",
         rich_help_panel=WHERE,
-        help="A Ray cluster; local: its own; inline: no Ray; or $RAY_ADDRESS.",
+        help="A Ray cluster, local (own) or inline.",
     ),
 ]
 Json = Annotated[

@@ -10,8 +10,10 @@ import typer
 
 from cluster.answering import answering
 from cluster.help_screen import ONE_MERGE, TIME, WHAT, App
+from cluster.option_groups import with_options
 from cluster.options import Debug, Device, Json, Level, bytes_a_second, node_counts
-from cluster.plan_options import PlanOptions, with_plan_options
+from cluster.plan_options import PlanOptions
+from cluster.words import Words, named_by
 
 
 def register(app: App) -> None:
@@ -19,9 +21,10 @@ def register(app: App) -> None:
     app.add(plan, rich_help_panel=ONE_MERGE)
 
 
-@with_plan_options
+@with_options(asked=PlanOptions)
 def plan(  # noqa: PLR0913 - one parameter an option
     *,
+    words: Words,
     out: Annotated[
         str | None,
         typer.Option(
@@ -85,7 +88,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
             if storage_bandwidth
             else math.inf,
         )
-        planned = asked.plan()
+        planned = asked.plan(*named_by(words, asked.access))
         there: frozenset[int] = frozenset()
         if out is not None:
             target = asked.locate_out(out)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, get_type_hints
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from cluster.options import (
-    Adapters,
+    AdapterName,
     Anonymous,
-    Base,
     Combine,
     Density,
     Dequantize,
@@ -24,11 +21,13 @@ from cluster.options import (
     Seed,
     ShardSize,
     SimulateNf4,
+    Tokenizer,
     size_in_bytes,
 )
+from merge_core.adapter import AdapterWord
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
-from merge_core.stores.location import Access, Location, locate_out
+from merge_core.stores.location import Access, Location, Place, locate_out
 from merge_core.updates.combined import Combination
 
 
@@ -36,8 +35,8 @@ from merge_core.updates.combined import Combination
 class PlanOptions:
     """What is merged into what, and how."""
 
-    base: Base
-    adapters: Adapters
+    adapter_name: AdapterName = None
+    tokenizer: Tokenizer = None
     dtype: DtypeOption = None
     shard_size: ShardSize = "2GB"
     device_map: DeviceMapFile = None
@@ -59,15 +58,17 @@ class PlanOptions:
         return Access(endpoint_url=self.endpoint_url, region=self.region, anonymous=self.anonymous)
 
     def locate_out(self, out: str) -> Location:
-        """What ``out`` means, reached like base and adapters."""
+        """What OUT means, reached like base and adapters."""
         return locate_out(out, self.access)
 
-    def plan(self) -> MergePlan:
+    def plan(self, base: Place | None, adapters: Sequence[AdapterWord]) -> MergePlan:
         """See ``make_plan``."""
         return make_plan(
-            self.base,
-            self.adapters,
+            base,
+            adapters,
             access=self.access,
+            adapter_name=self.adapter_name,
+            tokenizer=self.tokenizer,
             dtype=self.dtype,
             shard_bytes=size_in_bytes(self.shard_size),
             device_map=self.device_map,
@@ -82,31 +83,3 @@ class PlanOptions:
             dequantize=self.dequantize,
             simulate_nf4=self.simulate_nf4,
         )
-
-
-def with_plan_options(command: Callable[..., None]) -> Callable[..., None]:
-    """``command`` as typer is to see it, which reads options off a signature: with those above in
-    the place of its parameter ``asked``.
-    """
-    hints = get_type_hints(PlanOptions, include_extras=True)
-    shared = [
-        inspect.Parameter(
-            field.name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=inspect.Parameter.empty if field.default is MISSING else field.default,
-            annotation=hints[field.name],
-        )
-        for field in fields(PlanOptions)
-    ]
-    own = list(inspect.signature(command, eval_str=True).parameters.values())
-    place = [parameter.name for parameter in own].index("asked")
-
-    def called(**given: Any) -> None:
-        asked = PlanOptions(**{parameter.name: given.pop(parameter.name) for parameter in shared})
-        command(asked=asked, **given)
-
-    called.__name__, called.__doc__ = command.__name__, command.__doc__
-    called.__annotations__ = {}
-    signature = inspect.Signature([*own[:place], *shared, *own[place + 1 :]])
-    called.__signature__ = signature  # type: ignore[attr-defined]
-    return called

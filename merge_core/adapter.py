@@ -26,6 +26,10 @@ from merge_core.weight_files import read_header
 CONFIG = "adapter_config.json"
 SAFETENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+_DEPTH = 3
+"""Folders below what was given in which a lost adapter is looked for: ms-swift writes into
+output/MODEL/RUN/checkpoint-STEP."""
+
 _WEIGHT = re.compile(r"^(?P<path>.+)@(?P<weight>[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?)$")
 _REPAIR = "Save the adapter again with PEFT; the file is damaged or incomplete"
 
@@ -35,28 +39,44 @@ class Adapter:
     """What a PEFT adapter consists of, and the weight that it is merged with."""
 
     path: Location
+    given: Location
+    """The folder that was named for it: ``path``, or one above."""
     weight: float
     file: FileIdentity
     config_file: FileIdentity
     config: AdapterConfig
     trained: Trained
+    base_name: str | None
+    """``base_model_name_or_path``; None: it names none."""
+    base_revision: str | None
+    """Which version of it, where that is a model on the hub."""
     notes: tuple[str, ...]
 
 
-def parse_adapter(text: Place, access: Access = DEFAULT_ACCESS) -> tuple[Location, float]:
+AdapterWord = Place | tuple[Place, float]
+"""How an adapter is named: with its weight in the text, if it has one, or beside it."""
+
+
+def parse_adapter(text: AdapterWord, access: Access = DEFAULT_ACCESS) -> tuple[Location, float]:
     """Split ``path@0.5`` into place and weight; a path that exists as a whole has weight 1.
 
     Raises:
         InputError: it is no place.
     """
+    if isinstance(text, tuple):
+        return locate(text[0], access), text[1]
     match = _WEIGHT.match(str(text))
     if isinstance(text, Location) or match is None or os.path.exists(text):
         return locate(text, access), 1.0
     return locate(match["path"], access), float(match["weight"])
 
 
-def open_adapter(path: Location, weight: float = 1.0) -> Adapter:
+def open_adapter(path: Location, weight: float = 1.0, given: Location | None = None) -> Adapter:
     """Open the adapter in the folder ``path``.
+
+    Args:
+        weight: that it is merged with.
+        given: the folder that was named for it, if that is another.
 
     Raises:
         InputError: with every problem of its config and its keys.
@@ -98,11 +118,14 @@ def open_adapter(path: Location, weight: float = 1.0) -> Adapter:
         notes.append(f"{path}: {PICKLE} is left out, as PEFT does beside {SAFETENSORS}")
     return Adapter(
         path=path,
+        given=given or path,
         weight=weight,
         file=file,
         config_file=config_file,
         config=config,
         trained=trained,
+        base_name=_text(fields.get("base_model_name_or_path")),
+        base_revision=_text(fields.get("revision")),
         notes=tuple(notes),
     )
 
@@ -142,10 +165,14 @@ def load_pickle(path: Location) -> dict[str, Any]:
     return {key: value.detach() for key, value in state.items()}
 
 
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value.strip() else None
+
+
 def _no_adapter(path: Location, names: Collection[str]) -> InputError:
     where = str(path)
     below = sorted(name.rpartition("/")[0] for name in names if name.endswith(f"/{CONFIG}"))
-    below = [folder for folder in below if "/" not in folder]
+    below = [folder for folder in below if folder.count("/") < _DEPTH]
     if below:
         remedy = f"Give one of its adapters, for example {path / below[0]}"
         return refuse(f"has no {CONFIG}; there is one in {', '.join(below[:5])}", where, remedy)

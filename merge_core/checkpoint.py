@@ -11,7 +11,7 @@ from merge_core.architecture import HEAD, check_architecture
 from merge_core.decoding.stored import Stored
 from merge_core.errors import InputError, Problem, gathered, refuse
 from merge_core.folders import names_in, pinned, read_json
-from merge_core.plan import Source, StoredHead
+from merge_core.plan import SideFile, Source, StoredHead
 from merge_core.quantised import (
     Decodings,
     Read,
@@ -23,7 +23,6 @@ from merge_core.side_files import CONFIG, descriptions, find_side_files
 from merge_core.stored_head import NOTE, find_stored_head
 from merge_core.stores.location import Location
 from merge_core.stores.opening import open_store
-from merge_core.stores.store import FileIdentity
 from merge_core.weight_files import WeightFile, open_weight_files
 
 
@@ -34,7 +33,7 @@ class Checkpoint:
     path: Location
     config: Mapping[str, Any]
     files: tuple[WeightFile, ...]
-    side_files: tuple[FileIdentity, ...]
+    side_files: tuple[SideFile, ...]
     """Carried over byte for byte: tokenizer, generation config, chat template, licence, ..."""
     notes: tuple[str, ...]
     """What the user should know, though nothing is wrong."""
@@ -95,7 +94,7 @@ def open_checkpoint(path: Location, decode: Decode | None = None) -> Checkpoint:
             notes += check_architecture(config, shapes, str(path))
             stored_head = find_stored_head(config, sources, str(path))
             notes += [NOTE] * (stored_head is not None)
-    side_files: tuple[FileIdentity, ...] = ()
+    side_files: tuple[SideFile, ...] = ()
     with gathered(problems):
         side_files = find_side_files(path, names, quantised=quantised)
     if problems or config is None:

@@ -20,6 +20,7 @@ from merge_core.carrying import carry
 from merge_core.errors import AbsentError, RaymeldError, StorageError
 from merge_core.lease import is_held, taken_over
 from merge_core.ledger import Receipt, TensorRecord, fold_ledger
+from merge_core.model_card import CARD
 from merge_core.output import (
     LEDGER,
     RECEIPTS,
@@ -119,7 +120,7 @@ class Assembly:
         if missing:
             raise RaymeldError(f"shards {sorted(missing)} are missing", str(self._out))
         config = config_to_publish(self._plan)
-        files = {CONFIG: hashlib.sha256(config).hexdigest(), **self._copy_side_files()}
+        files = {CONFIG: hashlib.sha256(config).hexdigest(), **self._write_side_files()}
         if len(self._plan.shards) > 1:
             index = index_json(self._plan)
             self._store.put(INDEX, index)
@@ -141,8 +142,10 @@ class Assembly:
             LeaseLostError: another merge has taken OUT over.
         """
         self._check_run()
-        for file in (*self._plan.base_files, *self._plan.side_files):
+        for file in self._plan.base_files:
             check_unchanged(self._plan.base, file)
+        for side in self._plan.side_files:
+            check_unchanged(side.folder, side.file)
         for adapter in self._plan.adapters:
             check_unchanged(adapter.path, adapter.file)
             check_unchanged(adapter.path, adapter.config_file)
@@ -188,10 +191,12 @@ class Assembly:
             if bytes(reader.read(0, len(header))) != header:
                 raise StorageError("its header is not as planned", _described(receipt, shard))
 
-    def _copy_side_files(self) -> dict[str, str]:
+    def _write_side_files(self) -> dict[str, str]:
         """sha256 of each, by name."""
-        base = self._plan.base
-        return {file.name: carry(base, file, self._out) for file in self._plan.side_files}
+        card = self._plan.card.encode()
+        self._store.put(CARD, card)
+        carried = {side.name: carry(side, self._out) for side in self._plan.side_files}
+        return {CARD: hashlib.sha256(card).hexdigest(), **carried}
 
 
 def _described(receipt: Receipt, shard: Shard) -> str:

@@ -1,4 +1,4 @@
-"""A folder that is read: which files lie in it, and what its JSON files say."""
+"""A folder that is read: which files lie in it, and what the small ones say."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from merge_core.json_text import parse_object
 from merge_core.stores import opening
 from merge_core.stores.location import Location
 from merge_core.stores.opening import open_store, read_file
+from merge_core.stores.store import FileIdentity
 
 
 def pinned(folder: Location) -> Location:
@@ -71,6 +72,35 @@ def read_json(file: Location) -> dict[str, Any]:
         what = f"cannot be read ({error.what})"
         raise refuse(what, str(file), "Check the path and its permissions") from None
     return parse_object(data, str(file), "Fetch the file again")
+
+
+class SmallFiles:
+    """The small files of a folder, each of them read once.
+
+    Raises:
+        StorageError: it cannot be looked into; ``read`` and ``look`` as a store does.
+    """
+
+    def __init__(self, folder: Location) -> None:
+        self.folder = folder
+        self._store = open_store(folder)
+        self.sizes = {listed.name: listed.size for listed in self._store.list()}
+        self._read: dict[str, bytes] = {}
+
+    def look(self, name: str) -> FileIdentity:
+        """Identity of a file."""
+        return self._store.look(name)
+
+    def read(self, name: str) -> bytes:
+        """All of a file."""
+        if name not in self._read:
+            self._read[name] = self._store.get(name)
+        return self._read[name]
+
+    def holds(self, name: str, other: SmallFiles) -> bool:
+        """Whether there is a file of that name, with the bytes that it has in ``other``."""
+        same = name in self.sizes and self.sizes[name] == other.sizes[name]
+        return same and self.read(name) == other.read(name)
 
 
 def refused(error: StorageError) -> InputError:

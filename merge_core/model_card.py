@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merge_core.stores.location import Location, locate
+from merge_core.stores.location import Location, Place, locate
+
+CARD = "README.md"
 
 _CACHED = re.compile(r"/models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>\w+)")
 """A snapshot in huggingface_hub's cache: a path that says where its content comes from."""
@@ -17,6 +19,12 @@ _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag
 
 _TAGS = ["merge", "peft", "raymeld"]
 
+_RECORDS = """\
+- `.raymeld/ledger.parquet`: by how much each changed, and the digest of each.
+- `.raymeld/verified.json`: what was verified, at which level.
+- `raymeld verify` does it again.
+"""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
@@ -24,13 +32,13 @@ class Origin:
 
     name: str
     """``org/name`` on the hub; the last part of a path otherwise."""
-    revision: str | None
-    """Commit on the hub; None: it is not known to come from there."""
+    revision: str | None = None
+    """Commit on the hub, if it is known."""
     weight: float = 1.0
     """Of an adapter."""
 
     @classmethod
-    def of(cls, place: str, weight: float = 1.0) -> Origin:
+    def of(cls, place: Place, weight: float = 1.0) -> Origin:
         """Of the base or adapter at ``place``."""
         location = locate(place)
         if location.scheme == "hf":
@@ -40,17 +48,23 @@ class Origin:
         if cached is not None:
             name = f"{cached['org']}/{cached['name']}"
             return cls(name=name, revision=cached["commit"], weight=weight)
-        return cls(name=_plain(location), revision=None, weight=weight)
+        return cls(name=_plain(location), weight=weight)
 
     @property
     def is_on_hub(self) -> bool:
         """Whether the name is one of the hub's."""
-        return self.revision is not None
+        return "/" in self.name
+
+    @property
+    def short(self) -> str:
+        """Without the name of an organisation."""
+        return self.name.rpartition("/")[2]
 
     def __str__(self) -> str:
         if not self.is_on_hub:
             return f"`{self.name}`"
-        return f"[{self.name}](https://huggingface.co/{self.name}) at `{self.revision}`"
+        at = f" at `{self.revision}`" if self.revision else ""
+        return f"[{self.name}](https://huggingface.co/{self.name}){at}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,57 +77,109 @@ class Lineage:
     """How the adapters were combined."""
     raymeld: str
     """Version."""
-    level: str
-    """At which it was verified."""
+    options: Mapping[str, Any]
+    """Those that changed its bytes, by the names that recipes have for them."""
+    tensors: tuple[int, int]
+    """How many changed, and how many there are."""
 
 
 def model_card(title: str, lineage: Lineage, base_card: str | None) -> str:
-    """README.md of the merge, metadata included.
+    """README.md of the merge, metadata included; the same for the same lineage.
 
     Args:
         title: how the model is called.
         base_card: README.md of the base, from which licence and language are taken.
     """
-    from huggingface_hub import ModelCardData
-
     known = lineage.base.is_on_hub  # adapters alone would pass for what this is a version of
     origins = (lineage.base, *lineage.adapters)
-    data = ModelCardData(
-        base_model=[origin.name for origin in origins if origin.is_on_hub] if known else None,
-        base_model_relation="merge" if known else None,
-        library_name="transformers",
-        tags=_TAGS,
-        **_carried(base_card),
+    data: dict[str, Any] = {}
+    if known:
+        data["base_model"] = [origin.name for origin in origins if origin.is_on_hub]
+        data["base_model_relation"] = "merge"
+    data |= {"library_name": "transformers", "tags": _TAGS, **_carried(base_card)}
+    return f"---\n{_yaml(data)}---\n\n" + "\n".join(_text(title, lineage)) + "\n"
+
+
+def title_of(lineage: Lineage) -> str:
+    """How a merge is called that nobody has named yet."""
+    number = len(lineage.adapters)
+    added = lineage.adapters[0].short if number == 1 else f"{number} adapters"
+    return f"{lineage.base.short} with {added}"
+
+
+def names_base(card: str) -> bool:
+    """Whether the hub will link it to the base's model."""
+    return "base_model" in _metadata(card)
+
+
+def for_hub(card: str, level: str) -> str:
+    """A card as the hub is to show it, where ``raymeld.json`` takes the place of ``.raymeld``.
+
+    Args:
+        card: as the merge wrote it; what somebody has written since stays.
+        level: at which the merge was verified.
+    """
+    records = (
+        f"- It was verified at level `{level}` before it was published.\n"
+        "- `raymeld.json`: what it was made of, and the sha256 of every file.\n"
     )
-    return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(_text(title, lineage)) + "\n"
+    return card.replace(_RECORDS, records)
+
+
+def _metadata(card: str) -> dict[str, Any]:
+    import yaml
+
+    found = re.match(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", card, re.DOTALL)
+    try:
+        data = yaml.safe_load(found[1]) if found else None
+    except (yaml.YAMLError, ValueError, RecursionError):  # somebody else's; the card does without
+        return {}
+    return data if isinstance(data, dict) else {}
 
 
 def _carried(base_card: str | None) -> dict[str, Any]:
-    from huggingface_hub import ModelCard
-
-    if base_card is None or not base_card.startswith("---"):
-        return {}
-    try:
-        data = ModelCard(base_card, ignore_metadata_errors=True).data
-    except Exception:  # noqa: BLE001 - somebody else's YAML; the card does without
-        return {}
-    return {name: data.get(name) for name in _CARRIED if data.get(name) is not None}
+    data = _metadata(base_card or "")
+    return {name: data[name] for name in _CARRIED if _is_plain(data.get(name))}
 
 
-def _text(title: str, lineage: Lineage) -> Sequence[str]:
+def _is_plain(value: object) -> bool:
+    """A text, or a list of texts: what the hub takes."""
+    texts = value if isinstance(value, list) else [value]
+    return bool(texts) and all(isinstance(text, str) and len(text) < 1000 for text in texts)
+
+
+def _text(title: str, lineage: Lineage) -> Iterator[str]:
     many = len(lineage.adapters) > 1
-    return [
-        f"# {title}",
-        "",
-        f"{lineage.base}, with {'these adapters' if many else 'this adapter'} merged into it:",
-        "",
-        *(f"- {adapter}, weight {adapter.weight:g}" for adapter in lineage.adapters),
-        "",
-        f"Made by raymeld {lineage.raymeld}"
-        + (f", which combined them by `{lineage.method}`" if many else "")
-        + f", and verified at level `{lineage.level}` before it was published. `raymeld.json` has"
-        " the recipe, and the sha256 of every file.",
-    ]
+    yield from (f"# {title}", "")
+    yield f"{lineage.base}, with {'these adapters' if many else 'this adapter'} merged into it:"
+    yield ""
+    yield from (f"- {adapter}, weight {adapter.weight:g}" for adapter in lineage.adapters)
+    yield ""
+    made = f"Made by raymeld {lineage.raymeld}"
+    if many:
+        made += f", which combined them by `{lineage.method}`"
+    yield f"{made}. It was verified before its `config.json` was written."
+    yield from _recipe(lineage)
+    yield from _checks(lineage.tensors)
+
+
+def _recipe(lineage: Lineage) -> Sequence[str]:
+    adapters = [{"path": one.name, "weight": one.weight} for one in lineage.adapters]
+    recipe = {"base": lineage.base.name, "adapters": adapters, **lineage.options}
+    return ["", "## Recipe", "", "```yaml", _yaml(recipe).rstrip(), "```"]
+
+
+def _checks(tensors: tuple[int, int]) -> Iterator[str]:
+    yield from ("", "## Checks", "")
+    yield f"- {tensors[0]} of {tensors[1]} tensors changed; all others are the base's bytes."
+    yield _RECORDS.rstrip()
+
+
+def _yaml(data: Mapping[str, Any]) -> str:
+    import yaml
+
+    text: str = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=10_000)
+    return text
 
 
 def _plain(location: Location) -> str:

@@ -5,6 +5,7 @@ OUT/model.safetensors.index.json       written when all shards are there
 OUT/config.json                        written last: before it nothing loads OUT as a checkpoint
 OUT/.raymeld/lease/                    who is at work
 OUT/.raymeld/plan.json                 what is being done
+OUT/.raymeld/recipe.yaml               the same, for who wants to do it again
 OUT/.raymeld/parts/                    unfinished files of workers
 OUT/.raymeld/receipts/                 one small file a finished shard
 OUT/.raymeld/runs/                     how each run went
@@ -24,8 +25,10 @@ from typing import Any
 
 from merge_core import __version__
 from merge_core.errors import InputError, Problem, StorageError, refuse
+from merge_core.model_card import CARD
 from merge_core.plan import AdapterInput, MergePlan
 from merge_core.published_config import config_to_publish
+from merge_core.recipe_text import recipe_of
 from merge_core.side_files import CONFIG, INDEX, TEMPLATES
 from merge_core.stores.location import Location
 from merge_core.stores.opening import is_there, open_store, read_file
@@ -35,6 +38,7 @@ STATE = ".raymeld"
 """Where raymeld keeps its own files."""
 
 PLAN = f"{STATE}/plan.json"
+RECIPE = f"{STATE}/recipe.yaml"
 STAGED_CONFIG = f"{STATE}/{CONFIG}"
 LEDGER = f"{STATE}/ledger.parquet"
 VERIFIED = f"{STATE}/verified.json"
@@ -102,9 +106,10 @@ def is_finished(out: Location, plan: MergePlan) -> bool:
     except StorageError:
         return False
     sizes = {shard.name: shard.size for shard in plan.shards}
-    sizes |= {file.name: file.size for file in plan.side_files}
+    sizes |= {side.name: side.file.size for side in plan.side_files}
     found = {listed.name: listed.size for listed in open_store(out).list()}
-    if len(plan.shards) > 1 and INDEX not in found:
+    made = {CARD, *[INDEX] * (len(plan.shards) > 1)}  # a card may be written on
+    if not made <= found.keys():
         return False
     return all(found.get(name) == size for name, size in sizes.items())
 
@@ -149,6 +154,7 @@ def prepare(out: Location, plan: MergePlan, *, overwrite: bool = False) -> None:
         _make_room(out, earlier)
     store, config = open_store(out), config_to_publish(plan)
     store.put(STAGED_CONFIG, config)
+    store.put(RECIPE, recipe_of(plan).encode())
     store.put(PLAN, json.dumps(describe(plan), indent=1).encode())
 
 
@@ -161,7 +167,7 @@ def check_space(out: Location, plan: MergePlan, freed: int = 0) -> None:
     if not out.is_local:
         return
     existing = next(path for path in (out.local, *out.local.parents) if path.exists())
-    needed = sum(s.size for s in plan.shards) + sum(file.size for file in plan.side_files)
+    needed = sum(s.size for s in plan.shards) + sum(side.file.size for side in plan.side_files)
     free = shutil.disk_usage(existing).free + freed
     if free < needed:
         raise StorageError(
@@ -184,7 +190,12 @@ def describe(plan: MergePlan) -> dict[str, Any]:
         "keep_tied": plan.keep_tied,
         "combination": dataclasses.asdict(plan.combination),
         "simulate_nf4": plan.simulates_nf4,
-        "side_files": [file.name for file in plan.side_files],
+        "side_files": [CARD, *(side.name for side in plan.side_files)],
+        "side_sources": {
+            side.name: [None if side.folder == plan.base else str(side.folder), side.file.name]
+            for side in plan.side_files
+            if (side.folder, side.file.name) != (plan.base, side.name)
+        },
         "header_digests": list(plan.header_digests),
         "notes": list(plan.notes),
         "shards": [dataclasses.asdict(shard) for shard in plan.shards],
@@ -213,7 +224,7 @@ def _inputs(plan: MergePlan) -> list[list[Any]]:
     wherever the base lies; but two models trained from one differ in values alone, and only the
     pins tell them apart before every byte is read.
     """
-    files = (*plan.base_files, *plan.side_files)
+    files = (*plan.base_files, *(side.file for side in plan.side_files))
     return [[file.name, file.size, file.pin] for file in files]
 
 

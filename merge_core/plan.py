@@ -163,6 +163,18 @@ class StoredHead:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SideFile:
+    """A file beside the weights that is carried over byte for byte."""
+
+    name: str
+    """In the result."""
+    folder: Location
+    """Where it lies: the base, or what brings the tokenizer."""
+    file: FileIdentity
+    """There."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInput:
     """An adapter as the workers need it."""
 
@@ -192,7 +204,7 @@ class MergePlan:
     byte."""
     stored_head: StoredHead | None
     """``stored_head.check_stored_head`` proves it."""
-    side_files: tuple[FileIdentity, ...]
+    side_files: tuple[SideFile, ...]
     adapters: tuple[AdapterInput, ...]
     twins: tuple[Twins, ...]
     keep_tied: bool
@@ -205,6 +217,10 @@ class MergePlan:
     shards: tuple[Shard, ...]
     stage: frozenset[int]
     """Those that are to be made now; it changes no byte of any."""
+    card: str
+    """README.md of the result. Not in the fingerprint, as names of directories stand in it."""
+    recipe: Mapping[str, Any]
+    """What it is made from, as ``recipe_text`` writes it and ``raymeld merge`` reads it again."""
     notes: tuple[str, ...]
 
     @property
@@ -240,7 +256,7 @@ class MergePlan:
             "base": [[f.name, f.size] for f in self.base_files],
             "headers": self.header_digests,
             "config": [self.config, self.config_changes],
-            "side_files": [[f.name, f.size] for f in self.side_files],
+            "side_files": [[f.name, f.file.size] for f in self.side_files],
             "adapters": [[a.weight, dict(a.digests)] for a in self.adapters],
             "tunings": [a.tuning.arithmetic if a.tuning else None for a in self.adapters],
             "shards": [asdict(shard) for shard in self.shards],

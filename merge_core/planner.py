@@ -4,29 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from merge_core.adapter import Adapter, open_adapter, parse_adapter
-from merge_core.architecture import HEAD
-from merge_core.checkpoint import Checkpoint, Decode, open_checkpoint
-from merge_core.combining import check_combination, combined
+from merge_core.adapter import Adapter, AdapterWord
+from merge_core.architecture import HEAD, embeddings_among
+from merge_core.asked import Asked
+from merge_core.checkpoint import Checkpoint
+from merge_core.combining import combined
 from merge_core.completeness import missing_parts
-from merge_core.device_map import DeviceMap, read_device_map
-from merge_core.errors import InputError, Problem, gathered, refuse
+from merge_core.device_map import DeviceMap
+from merge_core.errors import InputError, Problem, gathered
 from merge_core.layout import DTYPE_NAMES, MERGEABLE, lay_out
+from merge_core.lineage import card_of
 from merge_core.matched import Matched
 from merge_core.matching import check_together, match
+from merge_core.named_base import notes_on_base
+from merge_core.opened import open_inputs
 from merge_core.plan import AdapterInput, MergePlan, Shard, Source, TensorTask
-from merge_core.quantised import quantisation_of, read_packed
+from merge_core.published_config import config_changes
 from merge_core.replication import describe_copies, layer_order, replicated
 from merge_core.shards import OutputTensor, cut_shards, shard_name
-from merge_core.side_files import CONFIG
-from merge_core.simulated import round_to_nf4
 from merge_core.stages import shards_of
-from merge_core.stores.location import DEFAULT_ACCESS, Access, Place, is_bare_hub_id, locate
+from merge_core.stores.location import DEFAULT_ACCESS, Access, Place
 from merge_core.ties import settle_ties, tied_embeddings
+from merge_core.tokenizer_choice import TokenizerChoice, choose_tokenizer
 from merge_core.tuning import tune
 from merge_core.updates import Update
 from merge_core.updates.combined import Combination
@@ -38,9 +39,11 @@ is some 80 files; the hub's own limit is 5 GB for smooth downloads."""
 
 
 def make_plan(  # noqa: PLR0913 - one parameter an option
-    base: Place,
-    adapters: Sequence[Place],
+    base: Place | None,
+    adapters: Sequence[AdapterWord],
     *,
+    adapter_name: str | None = None,
+    tokenizer: str | None = None,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     device_map: str | Path | None = None,
@@ -54,8 +57,13 @@ def make_plan(  # noqa: PLR0913 - one parameter an option
     """Plan the merge of ``adapters`` into ``base``, reading nothing but headers.
 
     Args:
-        base: folder of a Qwen1.5 checkpoint in safetensors, see ``stores.location``.
-        adapters: folders of PEFT adapters, each with an optional weight: ``path@0.5``.
+        base: folder of a Qwen1.5 checkpoint in safetensors, see ``stores.location``; None: the one
+            that the adapters name.
+        adapters: folders of PEFT adapters, or what trainers leave (see ``trainer_output``), each
+            with an optional weight: ``path@0.5`` or ``(path, 0.5)``.
+        adapter_name: which adapter, where a folder holds several.
+        tokenizer: ``base``, or the adapter whose tokenizer the result gets, see
+            ``tokenizer_choice``.
         dtype: ``bfloat16``, ``float16`` or ``float32``; None keeps each tensor's own.
         shard_bytes: size limit of an output file, see ``shards.cut_shards``.
         device_map: JSON file that pins modules to devices, see ``device_map``.
@@ -70,26 +78,21 @@ def make_plan(  # noqa: PLR0913 - one parameter an option
     Raises:
         InputError: with every problem of the base, the adapters and the options.
     """
+    asked = Asked(
+        adapter_name=adapter_name,
+        tokenizer=tokenizer,
+        dtype=dtype,
+        shard_bytes=shard_bytes,
+        device_map=None if device_map is None else Path(device_map),
+        keep_tied=keep_tied,
+        combination=combination,
+        layers=layers,
+        dequantize=dequantize,
+        simulate_nf4=simulate_nf4,
+        access=access,
+    )
     problems: list[Problem] = []
-    checkpoint: Checkpoint | None = None
-    opened: list[Adapter] = []
-    with gathered(problems):
-        _check_options(adapters, dtype, shard_bytes)
-    with gathered(problems):
-        check_combination(combination, len(adapters))
-    with gathered(problems):
-        decode = _decode(dequantize=dequantize, simulate=simulate_nf4)
-        checkpoint = open_checkpoint(locate(base, access), decode)
-    devices: DeviceMap | None = None
-    with gathered(problems):
-        devices = None if device_map is None else read_device_map(Path(device_map).absolute())
-    for text in adapters:
-        with gathered(problems):
-            opened.append(open_adapter(*parse_adapter(text, access)))
-    if checkpoint is None:
-        raise InputError(problems)
-    with gathered(problems):
-        _check_dtype(checkpoint, dtype)
+    checkpoint, opened, devices = open_inputs(base, adapters, asked, problems)
     matched = _match(checkpoint, opened, problems, keep_tied=keep_tied)
     updates: Mapping[str, Sequence[Update]] = {}
     if not problems:
@@ -98,68 +101,14 @@ def make_plan(  # noqa: PLR0913 - one parameter an option
     with gathered(problems):
         if devices is not None:
             devices.check(matched.sources)
-    if problems:
+    brought: TokenizerChoice | None = None
+    with gathered(problems):
+        embeddings = embeddings_among(matched.sources)
+        rows = None if embeddings is None else matched.sources[embeddings].tensor.shape[0]
+        brought = choose_tokenizer(checkpoint, opened, rows, tokenizer, access)
+    if problems or brought is None:
         raise InputError(problems)
-    output = _Output(
-        dtype=dtype,
-        shard_bytes=shard_bytes,
-        devices=devices,
-        keep_tied=keep_tied,
-        combination=combination,
-        layers=layers,
-    )
-    said = tuple(
-        f"there is no path {place}: it is taken for a model on the hub"
-        for place in (base, *adapters)
-        if is_bare_hub_id(place)
-    )
-    plan = _assemble(checkpoint, opened, matched, updates, output)
-    return replace(plan, notes=(*said, *plan.notes))
-
-
-def _decode(*, dequantize: bool, simulate: bool) -> Decode | None:
-    if dequantize and simulate:
-        what = "a base is quantised, or is rounded as if it had been: one of the two"
-        raise refuse(what, "--dequantize --simulate-nf4", "Leave --simulate-nf4 out")
-    if dequantize:
-        return read_packed
-    return round_to_nf4 if simulate else None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Output:
-    """What the options say about the result."""
-
-    dtype: str | None
-    shard_bytes: int
-    devices: DeviceMap | None
-    keep_tied: bool
-    combination: Combination
-    layers: str | None
-
-
-def _check_options(adapters: Sequence[object], dtype: str | None, shard_bytes: int) -> None:
-    problems = []
-    if not adapters:
-        problems.append(Problem("no adapter given", "ADAPTER", "Name at least one adapter"))
-    if dtype is not None and dtype not in DTYPE_NAMES:
-        what = f"{dtype!r} is no dtype to merge into"
-        problems.append(Problem(what, "--dtype", f"Use one of {', '.join(DTYPE_NAMES)}"))
-    if shard_bytes < 1:
-        what = f"{shard_bytes} bytes hold no tensor"
-        problems.append(Problem(what, "--shard-size", "Give a size such as 2GB"))
-    if problems:
-        raise InputError(problems)
-
-
-def _check_dtype(checkpoint: Checkpoint, asked: str | None) -> None:
-    """What comes out of packed weights is of several dtypes, and beside others in the result."""
-    decodings = checkpoint.decodings
-    if asked is not None or decodings is None or decodings.dtype is not None:
-        return
-    if quantisation_of(checkpoint.config) is not None:
-        what = "names no dtype (torch_dtype) of the weights that come out of the packed ones"
-        raise refuse(what, str(checkpoint.path / CONFIG), f"Give --dtype: {', '.join(DTYPE_NAMES)}")
+    return _assemble(checkpoint, opened, matched, updates, devices, brought, asked)
 
 
 def _match(
@@ -193,9 +142,11 @@ def _assemble(
     adapters: Sequence[Adapter],
     matched: Matched,
     updates: Mapping[str, Sequence[Update]],
-    output: _Output,
+    devices: DeviceMap | None,
+    brought: TokenizerChoice,
+    asked: Asked,
 ) -> MergePlan:
-    dtype, devices = output.dtype, output.devices
+    dtype = asked.dtype
     outputs = [
         OutputTensor(
             name=name,
@@ -206,32 +157,37 @@ def _assemble(
         for name, source in matched.sources.items()
     ]
     there = checkpoint.sources
-    cut = cut_shards(outputs, output.shard_bytes)
+    cut = cut_shards(outputs, asked.shard_bytes)
     shards = tuple(
         _shard(n, shard_name(n + 1, len(cut)), tensors, matched.sources, updates)
         for n, tensors in enumerate(cut)
     )
+    recipe = asked.recipe(checkpoint.path, adapters)
     return MergePlan(
         base=checkpoint.path,
         base_files=tuple(file.identity for file in checkpoint.files),
         header_digests=tuple(file.header_digest for file in checkpoint.files),
         config=checkpoint.config,
-        config_changes=_config_changes(checkpoint, matched, dtype),
+        config_changes=config_changes(checkpoint.config, matched.config_changes, dtype),
         stored_head=checkpoint.stored_head,
-        side_files=checkpoint.side_files,
+        side_files=brought.side_files,
         adapters=tuple(
             _input(adapter, matched.tunings.get(number)) for number, adapter in enumerate(adapters)
         ),
         twins=tuple(matched.twins),
-        keep_tied=output.keep_tied,
-        combination=output.combination,
+        keep_tied=asked.keep_tied,
+        combination=asked.combination,
         added=tuple(name for name in matched.sources if name not in there),
+        card=card_of(checkpoint, adapters, recipe, shards),
+        recipe=recipe,
         shards=shards,
-        stage=shards_of(shards, output.layers),
+        stage=shards_of(shards, asked.layers),
         notes=(
             *checkpoint.notes,
             *matched.notes,
-            *[_TOKENIZER] * ("vocab_size" in matched.config_changes),
+            *brought.notes,
+            *[_TOKENIZER] * ("vocab_size" in matched.config_changes and brought.adapter is None),
+            *notes_on_base(checkpoint.path, checkpoint.config, adapters),
             *_notes_of(adapters),
         ),
     )
@@ -285,14 +241,3 @@ def _shard(
 
 def _dtype(of_base: str, asked: str | None) -> str:
     return DTYPE_NAMES[asked] if asked and of_base in MERGEABLE else of_base
-
-
-def _config_changes(checkpoint: Checkpoint, matched: Matched, dtype: str | None) -> dict[str, Any]:
-    """Transformers 5 writes ``dtype``, older ones ``torch_dtype``: both say the same after it."""
-    config, changes = checkpoint.config, dict(matched.config_changes)
-    if quantisation_of(config) is not None:
-        changes["quantization_config"] = None
-    if dtype is not None:
-        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-        changes |= dict.fromkeys(keys, dtype)
-    return {key: value for key, value in changes.items() if config.get(key) != value}

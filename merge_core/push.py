@@ -7,21 +7,19 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from merge_core.errors import AbsentError, RaymeldError, refuse, some_of
+from merge_core.errors import refuse, some_of
 from merge_core.ledger import unfold_ledger
-from merge_core.model_card import Lineage, Origin, model_card
+from merge_core.model_card import CARD, Origin, for_hub, names_base
 from merge_core.output import LEDGER, VERIFIED, read_plan
 from merge_core.side_files import CONFIG, INDEX
 from merge_core.stores.hub_files import HubEntry
 from merge_core.stores.hub_push import HubPush, Sent
 from merge_core.stores.hub_retries import PATIENT, Retries
-from merge_core.stores.location import Location, Place, locate, locate_out
+from merge_core.stores.location import Location, Place, locate_out
 from merge_core.stores.opening import open_store, read_file
 
 RECIPE = "raymeld.json"
 """In the model: what it was made of, and the sha256 of its files."""
-
-CARD = "README.md"
 
 _NEW = frozenset({".gitattributes", CARD})
 """All that the hub puts into a new model."""
@@ -58,7 +56,9 @@ def push(
     before = target.files()
     _check_usable(repo, before)
     sent = [_send(target, folder, name, say) for name in shards]
-    contents = small | _descriptions(repo, folder, plan, sent, small, say)
+    contents = small | _descriptions(folder, plan, sent, small)
+    if not names_base(contents[CARD].decode(errors="replace")):
+        say("the model card names no base on the hub: BASE was none")
     wanted: dict[str, str | bytes] = {**{one.name: one.sha256 for one in sent}, **contents}
     leftovers = [name for name in before if _is_weights(name) and name not in wanted]
     if not leftovers and all(n in before and before[n].holds(w) for n, w in wanted.items()):
@@ -89,12 +89,13 @@ def _finished(out: Location) -> dict[str, Any]:
 
 
 def _small_files(out: Location, plan: Mapping[str, Any]) -> dict[str, bytes]:
-    """Config, index and side files, which must be as the merge wrote them."""
+    """Config, index and side files, which must be as the merge wrote them, but for the card."""
     _, about = unfold_ledger(read_file(out / LEDGER))
     digests = about["files"]
     names = [CONFIG, *([INDEX] if len(plan["shards"]) > 1 else []), *plan["side_files"]]
     contents = {name: read_file(out / name) for name in names}
-    changed = [n for n, d in contents.items() if hashlib.sha256(d).hexdigest() != digests[n]]
+    fixed = {name: data for name, data in contents.items() if name != CARD}
+    changed = [n for n, data in fixed.items() if hashlib.sha256(data).hexdigest() != digests[n]]
     if changed:
         what, remedy = f"{some_of(changed)} changed since the merge", "Merge again"
         raise refuse(what, str(out), f"{remedy}, or upload the folder as it is with `hf upload`")
@@ -115,27 +116,13 @@ def _send(target: HubPush, out: Location, name: str, say: Callable[[str], None])
 
 
 def _descriptions(
-    repo: str,
-    out: Location,
-    plan: Mapping[str, Any],
-    sent: list[Sent],
-    small: Mapping[str, bytes],
-    say: Callable[[str], None],
+    out: Location, plan: Mapping[str, Any], sent: list[Sent], small: Mapping[str, bytes]
 ) -> dict[str, bytes]:
     """Model card and recipe."""
     base = Origin.of(plan["base"])
-    adapters = tuple(Origin.of(each["path"], each["weight"]) for each in plan["adapters"])
-    verified = json.loads(read_file(out / VERIFIED))
-    lineage = Lineage(
-        base=base,
-        adapters=adapters,
-        method=plan["combination"]["method"],
-        raymeld=plan["raymeld"],
-        level=verified["level"],
-    )
-    if not base.is_on_hub:
-        say("the model card names no base on the hub: BASE was none")
-    card = model_card(repo.partition("/")[2], lineage, _base_card(plan["base"], say))
+    adapters = [Origin.of(each["path"], each["weight"]) for each in plan["adapters"]]
+    level = json.loads(read_file(out / VERIFIED))["level"]
+    card = for_hub(small[CARD].decode(errors="replace"), level)
     recipe = {
         "raymeld": plan["raymeld"],
         "fingerprint": plan["fingerprint"],
@@ -147,22 +134,11 @@ def _descriptions(
         "combination": plan["combination"],
         "keep_tied": plan["keep_tied"],
         "simulate_nf4": plan["simulate_nf4"],
-        "verified": verified["level"],
+        "verified": level,
         "sha256": {one.name: one.sha256 for one in sent}
-        | {n: hashlib.sha256(d).hexdigest() for n, d in small.items() if n != RECIPE},
+        | {n: hashlib.sha256(d).hexdigest() for n, d in small.items() if n not in (CARD, RECIPE)},
     }
     return {CARD: card.encode(), RECIPE: json.dumps(recipe, indent=1).encode() + b"\n"}
-
-
-def _base_card(base: str, say: Callable[[str], None]) -> str | None:
-    """README.md of the base, if it can be read."""
-    try:
-        return read_file(locate(base) / CARD).decode(errors="replace")
-    except AbsentError:
-        return None
-    except RaymeldError as error:
-        say(f"the model card says nothing of licence and language: {error}")
-    return None
 
 
 def _is_weights(name: str) -> bool:

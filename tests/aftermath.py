@@ -9,7 +9,10 @@ from pathlib import Path
 import psutil
 from handmade import files_below
 
-KEPT = {"config.json", "ledger.parquet", "plan.json", "progress.json", "verified.json"}
+KEPT = {
+    *("config.json", "ledger.parquet", "plan.json", "progress.json", "recipe.yaml"),
+    "verified.json",
+}
 """In ``.raymeld``, beside one file of the lease."""
 
 

@@ -9,6 +9,7 @@ from hub_client import QUICK
 from hub_repos import Repo, sha256
 
 from merge_core import push as pushing
+from merge_core.model_card import for_hub
 
 TOKEN = "hf_sesame"
 
@@ -28,9 +29,9 @@ def head(repo: Repo) -> dict[str, bytes]:
 
 def assert_pushed(repo: Repo, out: Path, commits: int = 2) -> None:
     """All of it, in one commit after the one that made the repository."""
-    files = head(repo)
+    files, own = head(repo), files_of(out)
     card, recipe = files.pop("README.md"), json.loads(files.pop("raymeld.json"))
-    assert files == files_of(out)
+    assert card.decode() == for_hub(own.pop("README.md").decode(), "digest")
+    assert files == own
     assert recipe["sha256"] == {name: sha256(data) for name, data in files.items()}
-    assert card.startswith(b"---\n")
     assert len(repo.commits) == commits

@@ -123,7 +123,7 @@ def test_a_flipped_bit_ends_verify_with_exit_code_3(
     [
         (["no-such-base", "adapter", "--out", "o"], "BASE does not exist"),
         (["BASE", "BASE", "--out", "o"], "is a checkpoint, not an adapter"),
-        (["ADAPTER", "BASE", "--out", "o"], "is an adapter, not a base"),
+        (["ADAPTER", "BASE", "--out", "o"], "is a checkpoint, not an adapter"),
         (["BASE", "ADAPTER", "--out", "BASE/merged"], "lie in one another"),
         (["BASE", "ADAPTER", "--out", "o", "--shard-size", "many"], "'many' is no size"),
     ],

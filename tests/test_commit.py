@@ -248,10 +248,10 @@ def test_whichever_write_fails_there_is_no_config_json_and_the_same_merge_again_
         merge(sealed, out, choice=TWO_LANES)
         assert published(out) == published(tmp_path / "reference"), fatal
 
-    # Every one was the one that failed. Put are plan and config to publish, receipts, side files,
-    # index, ledger, verified.json and config.json.
+    # Every one was the one that failed. Put are config to publish, recipe and plan, receipts, side
+    # files, card, index, ledger, verified.json and config.json.
     shards, side_files = len(sealed.shards), len(sealed.side_files)
-    times = {"put": 2 + shards + side_files + 4, "publish": shards, "start": shards}
+    times = {"put": 3 + shards + side_files + 5, "publish": shards, "start": shards}
     assert next(calls) == fatal == 1 + times[name]
     assert (out / "config.json").read_bytes() == (sealed.base / "config.json").local.read_bytes()
     assert not (out / ".raymeld" / "parts").exists()

@@ -24,6 +24,7 @@ from s3_server import ENVIRONMENT, TOKEN
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from merge_core.model_card import CARD
 from merge_core.planner import make_plan
 from merge_core.stores.location import Access, locate
 from merge_core.stores.opening import open_store
@@ -49,9 +50,10 @@ class Places:
         return f"s3://{BUCKET}/{name}" if kind == "s3" else str(self.folder / name)
 
     def files(self, out: str) -> dict[str, bytes]:
-        """What lies there, but for raymeld's own."""
+        """What lies there, but for raymeld's own and the card, which names what it was made of."""
         store = open_store(locate(out, Access(endpoint_url=self.endpoint)))
-        names = [listed.name for listed in store.list() if not listed.name.startswith(".")]
+        listed = (one.name for one in store.list())
+        names = [name for name in listed if not name.startswith(".") and name != CARD]
         return {name: store.get(name) for name in names}
 
     def run(self, *arguments: str) -> str:

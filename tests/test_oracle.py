@@ -250,7 +250,9 @@ def test_side_files_are_carried_byte_for_byte_and_readable_by_others(
         "vocab.json",
         "additional_chat_templates/tools.jinja",
     }
-    assert set(after) - set(weights) == kept | {"model.safetensors.index.json"}
+    made = {"model.safetensors.index.json", "README.md", "README.base.md"}
+    assert set(after) - set(weights) == kept | made
+    assert after["README.base.md"] == (base_copy / "README.md").read_bytes()
     assert all(after[name] == (base_copy / name).read_bytes() for name in kept)
     umask = os.umask(0)
     os.umask(umask)

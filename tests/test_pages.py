@@ -43,7 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     linear = Geometry(layers=32).linear
     for seed, name in enumerate(ADAPTERS):
         factors = random_factors(linear, dict.fromkeys(linear, 2), seed=seed)
-        write_adapter(path / name, factors, r=2, lora_alpha=4)
+        write_adapter(path / name, factors, r=2, lora_alpha=4, base_model_name_or_path="Qwen1.5-7B")
     packed = Geometry(hidden=64, inner=64, layers=1)
     write_quantised(path / PACKED, Gptq(), packed)
     small = random_factors(packed.linear, dict.fromkeys(packed.linear, 2))
@@ -58,6 +58,7 @@ def place(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     """The directory in which somebody follows a page."""
     for path in models.iterdir():
         (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "recipe.yaml").write_text(blocks_of(ROOT / "docs/recipes.md")[0].text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAY_ADDRESS", "inline")  # starting Ray has tests of its own
     yield tmp_path
@@ -180,7 +181,7 @@ def test_words_that_no_program_takes_are_found() -> None:
         "raymeld merge a b --out c --gpus 3",
         "raymeld submit --address x -- merge a b --outt c",
         "ray upp ray_cluster.yaml",
-        "ray exec ray_cluster.yaml 'raymeld plan a'",
+        "ray exec ray_cluster.yaml 'raymeld plan a --out'",
         "kubectl exec x -- raymeld doctor --adress y",
         "kubectl get x --wach",
         "kubectl delete x",

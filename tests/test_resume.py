@@ -156,13 +156,13 @@ def test_a_merge_that_stopped_after_its_verification_failed_goes_on(
     ("place", "call", "resumed"),
     [
         ("before merge_core.merge:prepare", 1, 0),
-        ("before merge_core.output:json.dumps", 2, 0),
+        ("before merge_core.output:describe", 1, 0),
         ("before merge_core.worker:ShardWorker.merge", 2, 1),
         ("before merge_core.commit:Assembly.accept", 2, 1),
         ("before merge_core.commit:Assembly._publish_shard", 2, 2),
         ("before merge_core.commit:Assembly._check_header", 3, 3),
         ("before merge_core.commit:Assembly.write_record", 1, 4),
-        ("before merge_core.commit:Assembly._copy_side_files", 1, 4),
+        ("before merge_core.commit:Assembly._write_side_files", 1, 4),
         ("before merge_core.commit:Assembly.publish", 1, 4),
     ],
 )

@@ -21,6 +21,7 @@ from merge_core import carrying, storage
 from merge_core.carrying import carry
 from merge_core.errors import StorageError
 from merge_core.layout import ALIGNMENT
+from merge_core.plan import SideFile
 from merge_core.storage import (
     SLACK,
     PartFile,
@@ -259,15 +260,15 @@ def test_a_side_file_is_carried_whole_and_one_that_is_gone_is_named(
     source.local.mkdir()
     data = bytes(range(size))
     (source.local / "a.json").write_bytes(data)
-    file = LocalStore(source).look("a.json")
+    side = SideFile(name="b.json", folder=source, file=LocalStore(source).look("a.json"))
 
-    assert carry(source, file, target) == hashlib.sha256(data).hexdigest()
-    assert (target.local / "a.json").read_bytes() == data
+    assert carry(side, target) == hashlib.sha256(data).hexdigest()
+    assert (target.local / "b.json").read_bytes() == data
 
     (source.local / "a.json").unlink()
     with pytest.raises(StorageError, match=f"{source}/a.json"):
-        carry(source, file, target)
-    assert (target.local / "a.json").read_bytes() == data
+        carry(side, target)
+    assert (target.local / "b.json").read_bytes() == data
 
 
 def test_every_descriptor_is_closed(tmp_path: Path, stored: Path, opened: int) -> None:

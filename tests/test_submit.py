@@ -23,9 +23,11 @@ from cluster.merge_words import SPEED, recipe_digest
 from merge_core.errors import InputError
 
 RECIPE = {
-    "base": Path("/base"),
+    "base": "/base",
     "adapters": ["/a@0.5", "/b"],
     "out": Path("/out"),
+    "adapter_name": None,
+    "tokenizer": None,
     "dtype": None,
     "shard_size": "2GB",
     "device_map": None,
@@ -55,10 +57,12 @@ def job(name: str, status: str = "SUCCEEDED", exit_code: int | None = 0) -> Job:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("base", Path("/other")),
+        ("base", "/other"),
         ("adapters", ["/b", "/a@0.5"]),
         ("adapters", ["/a@0.6", "/b"]),
         ("out", Path("/elsewhere")),
+        ("adapter_name", "checkpoint-5"),
+        ("tokenizer", "base"),
         ("dtype", "float32"),
         ("shard_size", "1GB"),
         ("keep_tied", True),
@@ -88,7 +92,8 @@ def test_the_digest_of_a_recipe_stays_what_it_is() -> None:
 
 
 def test_every_option_of_merge_is_either_of_speed_or_of_the_recipe() -> None:
-    assert set(inspect.signature(merge).parameters) == {*RECIPE, *SPEED}
+    named = {*RECIPE, *SPEED} - {"base", "adapters"} | {"words"}
+    assert set(inspect.signature(merge).parameters) == named
 
 
 def test_names_count_up_and_other_merges_do_not_matter() -> None:

@@ -1,7 +1,8 @@
 """The files beside the weights: config, index, tokenizer, licence.
 
 Against the ledger every byte must be the one that the merge wrote. Against the base they must be
-the base's own, but for the fields of config.json that a merge may change.
+the base's own, or an adapter's where its tokenizer won, but for the fields of config.json that a
+merge may change.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from typing import Any
 from merge_core.stores.location import Location
 from merge_core.verify.places import read_bytes
 from merge_core.verify.report import Finding
+from merge_core.verify.sources import Sources
 from merge_core.verify.strict_json import MalformedError, parse_object
 from merge_core.verify.structure import config_path
 from merge_core.verify.weights import INDEX
 
 CONFIG = "config.json"
+
+CARD = "README.md"
+"""Written for the result. Once that is published it may be written on."""
 
 MAY_CHANGE = ("dtype", "torch_dtype")
 """Fields of config.json that ``--dtype`` changes."""
@@ -33,6 +38,8 @@ def check_recorded(
         committed: False before the merge's commit, when config.json is still staged.
     """
     for name, digest in sorted(recorded.items()):
+        if name == CARD and committed:
+            continue
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             what = "the ledger names it, outside of the checkpoint"
             yield Finding(check="ledger", where=name, what=what)
@@ -51,25 +58,29 @@ def check_recorded(
 
 def compare_with_base(
     out: Location,
-    base: Location,
+    sources: Sources,
     recorded: Mapping[str, str],
     changes: Mapping[str, Any],
     *,
     committed: bool,
 ) -> Iterator[Finding]:
-    """Compare them with the base's files of the same names.
+    """Compare them with the files that they come from: the base's of the same names, but for those
+    of which ``sources`` says otherwise.
 
     Args:
         changes: fields of config.json that the adapters change, and their new values.
     """
-    for name in sorted(recorded.keys() - {CONFIG, INDEX}):
+    for name in sorted(recorded.keys() - {CARD, CONFIG, INDEX}):
+        folder, there = sources.side_sources.get(name, (None, name))
+        whose = "the base's" if folder is None else f"that of {folder}"
         try:
-            if read_bytes(out / name) != read_bytes(base / name):
-                yield Finding(check="base", where=name, what="it differs from the base's")
+            if read_bytes(out / name) != read_bytes((folder or sources.base) / there):
+                yield Finding(check="base", where=name, what=f"it differs from {whose}")
         except OSError as error:
-            what = f"it cannot be compared with the base's ({error.strerror or error})"
+            what = f"it cannot be compared with {whose} ({error.strerror or error})"
             yield Finding(check="base", where=name, what=what)
-    yield from _compare_configs(config_path(out, committed=committed), base / CONFIG, changes)
+    config = sources.base / CONFIG
+    yield from _compare_configs(config_path(out, committed=committed), config, changes)
 
 
 def _compare_configs(

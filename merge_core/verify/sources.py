@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from merge_core.errors import InputError, refuse
@@ -29,6 +29,9 @@ class Sources:
     method: str = "sum"
     """How the adapters were combined."""
     simulate_nf4: bool = False
+    side_sources: Mapping[str, tuple[Location | None, str]] = field(default_factory=dict)
+    """Files beside the weights that do not come from the base's file of their name: the folder
+    (None: the base) and the name there."""
 
 
 def parse_weighted(text: str, access: Access = DEFAULT_ACCESS) -> WeightedAdapter:
@@ -79,6 +82,7 @@ def resolve_sources(
         keep_tied=planned is not None and planned.keep_tied,
         method=planned.method if planned is not None else "sum",
         simulate_nf4=planned is not None and planned.simulate_nf4,
+        side_sources=planned.side_sources if planned is not None else {},
     )
 
 
@@ -93,6 +97,10 @@ def _planned_sources(file: Location, access: Access) -> Sources:
             keep_tied=plan.get("keep_tied") is True,
             method=str(plan.get("combination", {}).get("method", "sum")),
             simulate_nf4=plan.get("simulate_nf4") is True,
+            side_sources={
+                name: (None if folder is None else locate(folder, access), str(there))
+                for name, (folder, there) in plan.get("side_sources", {}).items()
+            },
         )
     except (OSError, MalformedError, KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"level numeric needs base and adapters, and the plan cannot tell them ({error!r})"

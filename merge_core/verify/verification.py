@@ -73,9 +73,7 @@ def verify(
         pairing = pair_with_base(structure, sources)
         comparisons, unchecked = pairing.comparisons, pairing.unchecked
         findings += pairing.findings
-        findings += compare_with_base(
-            out, sources.base, recorded, pairing.config, committed=committed
-        )
+        findings += compare_with_base(out, sources, recorded, pairing.config, committed=committed)
     checks = _file_checks(out, level, structure, comparisons)
     results = list(run(check_file, checks))
     findings += chain.from_iterable(result.findings for result in _in_order(checks, results))

@@ -1,0 +1,66 @@
+"""The recipe command: the flags of a merge, written down."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cluster.answering import answering
+from cluster.help_screen import ONE_MERGE, App
+from cluster.option_groups import with_options
+from cluster.options import Debug
+from cluster.plan_options import PlanOptions
+from cluster.run_options import RunOptions
+from cluster.words import Words, named_by
+from merge_core.adapter import parse_adapter
+from merge_core.recipe_text import recipe_text
+from merge_core.stores.location import locate
+
+_HEAD = (
+    "A recipe: `raymeld merge recipe.yaml` does what stands here. Flags of the command come first,"
+    " then $RAY_ADDRESS, then these lines. Relative paths start in the directory of this file."
+)
+
+
+def register(app: App) -> None:
+    """Add the command to ``app``."""
+    app.add(recipe, rich_help_panel=ONE_MERGE)
+
+
+@with_options(run=RunOptions, asked=PlanOptions)
+def recipe(*, words: Words, run: RunOptions, asked: PlanOptions, debug: Debug = False) -> None:
+    """Write a merge down as a recipe; merges nothing.
+
+    raymeld recipe Qwen1.5-7B my-lora@0.5 --out merged > recipe.yaml
+    raymeld merge recipe.yaml
+    """
+    with answering(as_json=False, debug=debug):
+        from cluster import console
+        from cluster.recipe_model import recipe_options
+
+        values = _values(words, asked, run)
+        about = {option.name: option.help for option in recipe_options()}
+        console.answer(recipe_text(_HEAD, values, about).splitlines(), {}, as_json=False)
+
+
+def _values(words: list[str], asked: PlanOptions, run: RunOptions) -> dict[str, Any]:
+    """Those that differ from the defaults; None for all others."""
+    from cluster.recipe import PATHS, anchored
+    from cluster.recipe_model import recipe_options
+
+    base, adapters = named_by(words, asked.access)
+    entries = [parse_adapter(adapter) for adapter in adapters]
+    given = {**asdict(asked), **asdict(run)}
+    options = {
+        option.name: None if given[option.name] == option.default else given[option.name]
+        for option in recipe_options()
+    }
+    for name in PATHS:
+        if options[name] is not None:
+            options[name] = anchored(str(options[name]), Path.cwd(), name)
+    return {
+        "base": None if base is None else str(locate(base)),
+        "adapters": [{"path": str(place), "weight": weight} for place, weight in entries],
+        **options,
+    }
