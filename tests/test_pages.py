@@ -85,7 +85,7 @@ def run(command: str, place: Path, before: set[str]) -> None:
     if PACKED in words:
         words = [word.replace("my-lora", "for-packed") for word in words]
     out = place / "merged"
-    if words[0] == "merge" and "merged" in words and command not in before:
+    if words[0] == "merge" and {"merged", "recipe.yaml"} & {*words} and command not in before:
         shutil.rmtree(out, ignore_errors=True)
     if words[0] in ("verify", "status", "report") and not out.exists():
         invoke("merge", "Qwen1.5-7B", "my-lora", "--out", "merged")
