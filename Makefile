@@ -45,6 +45,9 @@ DIR ?= /tmp/raymeld-bench
 bench: setup
 	$(BIN)/python benchmarks/bench.py --model $(MODEL) --dir $(DIR)
 
-# The same from S3 to S3, on a server that it starts; 1.8B unless MODEL is given.
+# The same from S3 to S3, and from a hub over plain HTTP, on servers that it starts; 1.8B unless
+# MODEL is given.
+CHOSEN = $(if $(filter command line,$(origin MODEL)),--model $(MODEL))
 bench-storage: setup
-	$(BIN)/python benchmarks/storage.py --dir $(DIR) $(if $(filter command line,$(origin MODEL)),--model $(MODEL))
+	$(BIN)/python benchmarks/storage.py --dir $(DIR) $(CHOSEN)
+	$(BIN)/python benchmarks/hub.py --dir $(DIR) $(CHOSEN)

@@ -50,7 +50,7 @@ def main() -> None:
     facts = machine.describe(place)
     with s3_server() as address:
         os.environ |= {**ENVIRONMENT, "AWS_ENDPOINT_URL": address}
-        _fill(base)
+        fill(base)
         runs = [_round(number, adapter, sizes) for number in range(options.rounds)]
     shutil.rmtree(place)
     page = Page(
@@ -74,7 +74,8 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _fill(base: Path) -> None:
+def fill(base: Path) -> None:
+    """Put a checkpoint into the bucket that is made for it."""
     from merge_core.carrying import carry
     from merge_core.plan import SideFile
     from merge_core.stores.location import DEFAULT_ACCESS, locate

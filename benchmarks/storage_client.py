@@ -1,27 +1,31 @@
-"""What one row of ``benchmarks/storage.py`` runs, in a process of its own.
+"""What one row of ``benchmarks/storage.py`` or ``hub.py`` runs, in a process of its own.
 
+    python benchmarks/storage_client.py ranges org/name
+    python benchmarks/storage_client.py snapshot org/name FOLDER
     python benchmarks/storage_client.py download s3://bucket/base
     python benchmarks/storage_client.py upload s3://bucket/out BYTES...
     python benchmarks/storage_client.py copy s3://bucket/base s3://bucket/out
     python benchmarks/storage_client.py raymeld merge s3://bucket/base ADAPTER --out s3://bucket/out
 
-The first three are the client library alone, in requests of the same size and as many at a time as
-raymeld has. Prints seconds, requests and bytes as JSON.
+All but the last are the client library alone, in requests of the same size and as many at a time as
+raymeld has, but for a snapshot, which the library fetches in its own way. Prints seconds, requests
+to S3 and bytes as JSON.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from merge_core.peaks import Peaks
-from merge_core.stores.location import Location, locate
+from merge_core.stores.location import DEFAULT_ACCESS, Location, locate
 from merge_core.stores.opening import open_store
 from merge_core.stores.s3_client import checksum_of, client_for
 
@@ -49,11 +53,12 @@ class Requests:
 
 def main() -> None:
     what, *words = sys.argv[1:]
-    store = next(locate(word) for word in words if word.startswith("s3://"))
+    rows = (ranges, snapshot, download, upload, copy, raymeld)
     Peaks.start("cpu")
-    requests = Requests(client_for(store.access))
+    requests = Requests(client_for(DEFAULT_ACCESS))
     clock = time.perf_counter()
-    {"download": download, "upload": upload, "copy": copy, "raymeld": raymeld}[what](words)
+    {row.__name__: row for row in rows}[what](words)
+    os.sync()
     said = {
         "seconds": time.perf_counter() - clock,
         "requests": dict(requests.by_name),
@@ -62,6 +67,35 @@ def main() -> None:
         "cpu_seconds": time.process_time(),
     }
     print(json.dumps(said))
+
+
+def ranges(words: Sequence[str]) -> None:
+    """Read every weight file of a model on the hub, and keep nothing."""
+    from huggingface_hub import HfApi, get_session, hf_hub_url
+
+    info = HfApi().model_info(words[0], files_metadata=True)
+    session = get_session()
+
+    def fetch(block: tuple[str, int, int]) -> None:
+        name, first, nbytes = block
+        asked = {"Range": f"bytes={first}-{first + nbytes - 1}"}
+        url = hf_hub_url(words[0], name, revision=info.sha)
+        with session.stream("GET", url, headers=asked, follow_redirects=True) as answer:
+            got = sum(len(data) for data in answer.iter_raw())
+        assert got == nbytes
+
+    sizes = [(file.rfilename, file.size or 0) for file in info.siblings or []]
+    blocks = _cut((name, size) for name, size in sizes if name.endswith(".safetensors"))
+    with ThreadPoolExecutor(CONNECTIONS) as threads:
+        for _ in threads.map(fetch, blocks):
+            pass
+
+
+def snapshot(words: Sequence[str]) -> None:
+    """The whole model into a folder, as people fetch one."""
+    from huggingface_hub import snapshot_download
+
+    snapshot_download(words[0], local_dir=words[1], max_workers=CONNECTIONS)
 
 
 def download(words: Sequence[str]) -> None:
@@ -80,7 +114,7 @@ def upload(words: Sequence[str]) -> None:
         _upload(folder / f"file-{number}", size, lambda _first, nbytes: memoryview(data)[:nbytes])
 
 
-def copy(words: Sequence[str]) -> None:
+def copy(words: Sequence[str], connections: int = CONNECTIONS) -> None:
     """Both at once: what is read is written."""
     source, target = map(locate, words)
     for file in _weights(source):
@@ -88,7 +122,7 @@ def copy(words: Sequence[str]) -> None:
         def read(first: int, nbytes: int, name: str = file.name) -> memoryview:
             return _read(source, name, first, nbytes)
 
-        _upload(target / file.name, file.size, read)
+        _upload(target / file.name, file.size, read, connections)
 
 
 def raymeld(words: Sequence[str]) -> None:
@@ -108,9 +142,13 @@ def _weights(folder: Location) -> list[Any]:
 
 
 def _blocks(folder: Location) -> Iterator[tuple[str, int, int]]:
-    for file in _weights(folder):
-        for first in range(0, file.size, REQUEST_BYTES):
-            yield file.name, first, min(REQUEST_BYTES, file.size - first)
+    return _cut((file.name, file.size) for file in _weights(folder))
+
+
+def _cut(files: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int, int]]:
+    for name, size in files:
+        for first in range(0, size, REQUEST_BYTES):
+            yield name, first, min(REQUEST_BYTES, size - first)
 
 
 def _read(folder: Location, name: str, first: int, nbytes: int) -> memoryview:
@@ -126,7 +164,7 @@ def _read(folder: Location, name: str, first: int, nbytes: int) -> memoryview:
     return view
 
 
-def _upload(where: Location, size: int, read: Any) -> None:
+def _upload(where: Location, size: int, read: Any, connections: int = CONNECTIONS) -> None:
     client = client_for(where.access)
     named = {"Bucket": where.root, "Key": where.path}
     named["UploadId"] = client.create_multipart_upload(**named, ChecksumAlgorithm="CRC32")[
@@ -140,7 +178,7 @@ def _upload(where: Location, size: int, read: Any) -> None:
         answer = client.upload_part(**named, PartNumber=number, Body=body, **checked)
         return {"PartNumber": number, "ETag": answer["ETag"]}
 
-    with ThreadPoolExecutor(CONNECTIONS) as threads:
+    with ThreadPoolExecutor(connections) as threads:
         parts = list(threads.map(send, range(0, size, REQUEST_BYTES)))
     client.complete_multipart_upload(**named, MultipartUpload={"Parts": parts})
 

@@ -10,13 +10,15 @@ import functools
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from actors.identity import Signed
 from actors.merger import Merger
 from merge_core.storage import PartFile, RangeReader
 from merge_core.verify.reading import Reader
+
+LATE_SECONDS = 0.05
+"""That a thread which was not woken in time may make up for: a busy machine is not a slow link."""
 
 
 class Gate:
@@ -29,7 +31,8 @@ class Gate:
     def take(self, nbytes: int) -> None:
         """Come back when so many bytes are through."""
         with self._lock:
-            self._free = max(self._free, time.monotonic()) + nbytes / self._bandwidth
+            earliest = time.monotonic() - LATE_SECONDS
+            self._free = max(self._free, earliest) + nbytes / self._bandwidth
             due = self._free
         time.sleep(max(0.0, due - time.monotonic()))
 
@@ -43,12 +46,12 @@ class ThrottledMerger(Merger):
     def hello(self) -> Signed:
         """Put the gates up, and wait for the others."""
         inwards, outwards = Gate(self.bandwidth), Gate(self.bandwidth)
-        _pass(inwards, RangeReader, "read_into", lambda _buffer, _offset, nbytes: nbytes)
-        _pass(inwards, RangeReader, "read_cached", lambda _offset, nbytes: nbytes)
-        _pass(inwards, Reader, "read", lambda _start, nbytes, _buffer: nbytes)
-        _pass(outwards, PartFile, "write", lambda data, _offset: len(data))
+        _pass(inwards, RangeReader, RangeReader.read_into, lambda _buffer, _offset, nbytes: nbytes)
+        _pass(inwards, RangeReader, RangeReader.read, lambda _offset, nbytes: nbytes)
+        _pass(inwards, Reader, Reader.read, lambda _start, nbytes, _buffer: nbytes)
+        _pass(outwards, PartFile, PartFile.write, lambda data, _offset: len(data))
         answer = super().hello()
-        here = Path(self._out) / ".raymeld" / "up"
+        here = self._out.local / ".raymeld" / "up"
         here.mkdir(exist_ok=True)
         (here / self._name).touch()
         while len(list(here.iterdir())) < self.workers:
@@ -56,13 +59,12 @@ class ThrottledMerger(Merger):
         return answer
 
 
-def _pass(gate: Gate, kind: type, name: str, size: Callable[..., int]) -> None:
+def _pass(gate: Gate, kind: type, method: Callable[..., Any], size: Callable[..., int]) -> None:
     """Have a method of ``kind`` wait at the gate with what it is called with."""
-    method = getattr(kind, name)
 
     @functools.wraps(method)
     def throttled(self: Any, *args: Any) -> Any:
         gate.take(size(*args))
         return method(self, *args)
 
-    setattr(kind, name, throttled)
+    setattr(kind, method.__name__, throttled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ BIG = ".safetensors"
 """Files of that name are stored as LFS, the others in git."""
 
 
+@functools.lru_cache(maxsize=64)  # asked for at every read of a big file
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
