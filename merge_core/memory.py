@@ -141,7 +141,7 @@ def choose_lanes(plan: MergePlan, device: str, found: Memory, most: int = MAX_LA
     Raises:
         DeviceMemoryError: not even one lane of the smallest reads fits.
     """
-    sizes = READ_SIZES if plan.base.is_local else READ_SIZES[2:]  # out of blocks that are there
+    sizes = READ_SIZES if plan.base.is_local else READ_SIZES[-1:]  # out of blocks that are there
     for lanes in range(most, 0, -1):
         for read_bytes in sizes:
             need = lane_need(plan, device, read_bytes)
