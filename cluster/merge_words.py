@@ -28,7 +28,7 @@ SPEED = frozenset(
     {
         "address", "workers", "cpu_workers", "gpus_per_worker", "start_timeout", "device",
         "verify", "overwrite", "layers", "as_json", "quiet", "debug", "endpoint_url", "region",
-        "anonymous",
+        "anonymous", "cache",
     }
 )  # fmt: skip
 """Options of a merge that change no byte of its result. All others belong to the recipe: an option

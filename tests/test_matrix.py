@@ -154,6 +154,20 @@ def test_on_ray(
     assert places.files(places.merge(base, adapter, out, address)) == expected
 
 
+def test_with_cache_each_node_has_the_whole_files_that_it_needed(
+    places: Places, expected: dict[str, bytes], address: str
+) -> None:
+    cache, out = places.folder / "hf-of-workers" / "hub", places.result("disk")
+    assert not list(cache.glob("models--org--*/snapshots/*/*.safetensors"))
+    words = [places.inputs["hub"][0], places.inputs["hub"][1], "--out", out, "--cache", "--quiet"]
+    places.run("merge", *words, "--address", address, "--workers", "2", "--shard-size", "80KB")
+    assert places.files(out) == expected
+    found = {path.name for path in cache.glob("models--org--*/snapshots/*/*.safetensors")}
+    assert found == {
+        path.name for path in places.folder.glob("[ab]*/*.safetensors") if path.is_file()
+    }
+
+
 def test_a_merge_into_a_merge_has_the_server_copy_what_stays_if_it_does(
     places: Places, address: str
 ) -> None:
