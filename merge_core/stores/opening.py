@@ -100,5 +100,5 @@ def check_unchanged(folder: Location, file: FileIdentity) -> None:
     Raises:
         StorageError: it was replaced, or is gone.
     """
-    if open_store(folder).look(file.name) != file:
+    if not file.is_still(open_store(folder).look(file.name)):
         raise replaced(folder / file.name)
