@@ -129,7 +129,7 @@ class Store(Protocol):
         """Open the file that was pinned.
 
         Raises:
-            StorageError: it was replaced since.
+            StorageError: it was replaced since. Some stores tell by the first read.
         """
         ...
 
