@@ -56,7 +56,7 @@ def merge(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Merge adapters into a base checkpoint, verify, publish.
+    """Merge adapters into BASE, or into the one that they name; verify, publish.
 
     raymeld merge Qwen1.5-7B my-lora other-lora@0.5 --out merged
     raymeld merge Qwen1.5-7B my-lora --out merged --verify numeric

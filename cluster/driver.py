@@ -74,7 +74,7 @@ def merge_on_ray(
             ):
                 for line in fleet.lines:
                     history.say(line)
-                merging = Merging(plan, target, level, collector, history.say)
+                merging = Merging(plan, target, level, collector, history)
                 loop = Loop(
                     pool,
                     fleet,

@@ -22,13 +22,13 @@ from cluster.run_options import RunOptions
 from cluster.words import is_recipe, named_by
 from merge_core.adapter import AdapterWord, parse_adapter
 from merge_core.errors import InputError, Problem, gathered
-from merge_core.stores.location import Place
+from merge_core.stores.location import Place, is_bare_hub_id
 
 SPEED = frozenset(
     {
         "address", "workers", "cpu_workers", "gpus_per_worker", "start_timeout", "device",
         "verify", "overwrite", "layers", "as_json", "quiet", "debug", "endpoint_url", "region",
-        "anonymous",
+        "anonymous", "cache",
     }
 )  # fmt: skip
 """Options of a merge that change no byte of its result. All others belong to the recipe: an option
@@ -149,9 +149,13 @@ def _is_relative(path: str) -> bool:
 
 
 def _relative(name: str, path: str) -> Problem:
+    """What is wrong with a word that starts nowhere.
+
+    ``org/name`` is refused as well, though a merge on this machine takes it for a model on the hub:
+    it does so where no such path exists, and this machine knows nothing of the cluster's paths. A
+    path that was meant there must not become a download.
+    """
     what = f"{path!r} is relative: on the cluster, to whatever directory Ray was started in"
-    return Problem(
-        what,
-        name.upper(),
-        "Give the path from / on, as the cluster's nodes have it; hf://org/name is the hub",
-    )
+    hub = path if name != "out" and is_bare_hub_id(path) else "org/name"
+    remedy = f"Give the path from / on, as the cluster's nodes have it; hf://{hub} is the hub"
+    return Problem(what, name.upper(), remedy)

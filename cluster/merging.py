@@ -12,6 +12,7 @@ from cluster.loop import Loop
 from cluster.tasks import PROVING, VERIFYING, checking, merging
 from merge_core.commit import check_of
 from merge_core.errors import InputError, LeaseLostError, RaymeldError, counted
+from merge_core.history import History
 from merge_core.ledger import Receipt
 from merge_core.plan import MergePlan
 from merge_core.stores.location import Location
@@ -31,14 +32,14 @@ class Merging:
         out: where to merge to.
         level: of the verification that follows.
         collector: takes the parts.
-        say: called with every decision.
+        history: takes every decision.
     """
 
     plan: MergePlan
     out: Location
     level: str
     collector: KeptCollector
-    say: Callable[[str], None]
+    history: History
     _loop: Loop = field(init=False)
     _proofs: dict[int, int] = field(default_factory=dict)
     """The shard that each open proof is about, by its task."""
@@ -98,6 +99,7 @@ class Merging:
             raise
         except RaymeldError as error:
             return ItemFailed(worker=event.worker, item=event.item, error=error)
+        self.history.note(receipt.note)
         if self._checks and self.level in AT_ONCE:
             shard = self.plan.shards[receipt.shard]
             check = check_of(self.out, shard.name, receipt, AT_ONCE[self.level])
@@ -108,14 +110,14 @@ class Merging:
         """Have a shard that failed its proof merged again."""
         self._refuted += 1
         name = self.plan.shards[shard].name
-        self.say(f"{name} is not as its receipt says; merging it again")
+        self.history.say(f"{name} is not as its receipt says; merging it again")
         self._call("forget", shard)
         self._loop.add([merging(self.plan.shards[shard])])
 
     def _say_proven(self) -> None:
         proven = self._found - self._refuted
         shards = counted(len(self.plan.shards), "shard")
-        self.say(f"{proven} of {shards} were there and are proven")
+        self.history.say(f"{proven} of {shards} were there and are proven")
 
     def _check(
         self, _check_file: Callable[[FileCheck], FileResult], checks: Sequence[FileCheck]
@@ -135,5 +137,5 @@ class Merging:
             return self.collector.call(method, *arguments)
         finally:
             for line in self.collector.log:
-                self.say(line)
+                self.history.say(line)
             self.collector.log.clear()

@@ -74,6 +74,12 @@ Anonymous = Annotated[
         "--anonymous", rich_help_panel=STORES, help="Read public buckets without credentials."
     ),
 ]
+Cache = Annotated[
+    bool,
+    typer.Option(
+        "--cache", rich_help_panel=STORES, help="Fetch whole hub files to each node's cache."
+    ),
+]
 DtypeOption = Annotated[
     Dtype | None,
     typer.Option(
@@ -114,8 +120,7 @@ Combine = Annotated[
         "--combine",
         metavar="METHOD",
         rich_help_panel=VALUES,
-        help="sum, cat, linear, svd, ties, dare_linear, dare_ties, magnitude_prune; ties_svd etc."
-        "  [sum]",
+        help="sum, linear, svd, ties, dare_ties etc.  [sum]",
     ),
 ]
 Density = Annotated[

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from cluster.options import (
     AdapterName,
     Anonymous,
+    Cache,
     Combine,
     Density,
     Dequantize,
@@ -51,11 +52,17 @@ class PlanOptions:
     endpoint_url: EndpointUrl = None
     region: Region = None
     anonymous: Anonymous = False
+    cache: Cache = False
 
     @property
     def access(self) -> Access:
         """How the stores are reached."""
-        return Access(endpoint_url=self.endpoint_url, region=self.region, anonymous=self.anonymous)
+        return Access(
+            endpoint_url=self.endpoint_url,
+            region=self.region,
+            anonymous=self.anonymous,
+            cache=self.cache,
+        )
 
     def locate_out(self, out: str) -> Location:
         """What OUT means, reached like base and adapters."""

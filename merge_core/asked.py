@@ -72,8 +72,8 @@ class Asked:
     def recipe(self, base: Location, adapters: Sequence[Adapter]) -> dict[str, Any]:
         """What the same merge is made from again: by the names that recipes have for it.
 
-        ``layers`` is left out: what is made now and what later changes no byte. How an S3 is
-        reached is said where something is read from one.
+        ``layers`` and ``cache`` are left out: what is made now and what later changes no byte, nor
+        does what a node keeps. How an S3 is reached is said where something is read from one.
         """
         how = self.combination
         tokenizer = self.tokenizer
@@ -81,6 +81,7 @@ class Asked:
             tokenizer = str(pinned(parse_adapter(tokenizer, self.access)[0]))
         on_s3 = any(place.scheme == "s3" for place in (base, *(one.given for one in adapters)))
         access = asdict(self.access) if on_s3 else {}
+        access.pop("cache", None)
         said: dict[str, Any] = {
             "adapter_name": self.adapter_name,
             "tokenizer": tokenizer,

@@ -9,7 +9,7 @@ from contextlib import closing
 from merge_core.errors import replaced
 from merge_core.plan import SideFile
 from merge_core.stores.location import Location
-from merge_core.stores.opening import open_store
+from merge_core.stores.opening import fetch, open_store
 
 BLOCK_BYTES = 8 << 20
 """Of a side file at a time: most fit, and none may cost memory however large it is."""
@@ -29,6 +29,7 @@ def carry(side: SideFile, target: Location) -> str:
             raise replaced(side.folder / file.name)
         store.put(side.name, data)
         return hashlib.sha256(data).hexdigest()
+    fetch(side.folder, file)
     with closing(source.open(file)) as reader:
         part = store.start(side.name, file.size, secrets.token_hex(8))
         try:

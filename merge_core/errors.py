@@ -103,6 +103,10 @@ class AbsentError(StorageError):
     """There is no such file, or not any more."""
 
 
+class NotCopiedError(StorageError):
+    """The store does not copy a file within itself: it has to be read, and written anew."""
+
+
 class LeaseLostError(RaymeldError):
     """Another merge works in OUT by now: this one may write nothing more there."""
 

@@ -19,7 +19,7 @@ from merge_core.plan import AdapterInput, MergePlan
 from merge_core.read_ahead import ReadAhead
 from merge_core.read_blocks import Range
 from merge_core.stores.location import Location
-from merge_core.stores.opening import check_unchanged, open_store
+from merge_core.stores.opening import check_unchanged, fetch, open_store
 from merge_core.stores.store import Reader
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class FactorSource:
     def __init__(self, adapter: AdapterInput) -> None:
         self._adapter = adapter
         self._path = adapter.path / adapter.file.name
+        fetch(adapter.path, adapter.file)
         self._reader: Reader | None = None
         self._state: dict[str, Any] = {}
         if adapter.file.name.endswith(".safetensors"):

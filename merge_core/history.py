@@ -115,6 +115,7 @@ class History:
         }
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
         self._file = KeptJson(out, f"{RUNS}/{stamp}-{holder.run[:8]}.json", holder.run)
+        self._noted: set[str] = set()
         self._every, self._sampled, self._written = SAMPLE_SECONDS, 0.0, 0.0
 
     def __enter__(self) -> Self:
@@ -143,6 +144,12 @@ class History:
         if len(self._record["lines"]) < MOST_LINES:
             self._record["lines"].append((time.time(), line))
         self._say(line)
+
+    def note(self, line: str) -> None:
+        """Say what a receipt notes, once; an empty one notes nothing."""
+        if line and line not in self._noted:
+            self._noted.add(line)
+            self.say(line)
 
     def watch(self, progress: Progress) -> None:
         """Keep when a phase began and how fast it goes, and pass the progress on."""

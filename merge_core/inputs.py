@@ -22,7 +22,7 @@ from merge_core.read_ahead import ReadAhead
 from merge_core.read_blocks import Range
 from merge_core.storage import SLACK
 from merge_core.stores.location import Location
-from merge_core.stores.opening import check_unchanged, open_store
+from merge_core.stores.opening import check_unchanged, fetch, open_store
 from merge_core.stores.store import Reader
 from merge_core.updates.factor import KEPT_TENSORS, Factor
 from merge_core.updates.tuning import Tuning
@@ -46,6 +46,7 @@ class Inputs:
                 opened(closing(base.open(file))) for file in plan.base_files
             ]
             self._opened = inputs.pop_all()
+        self._whole: set[int] = set()
         self._kept = _Kept(KEPT_TENSORS * len(plan.adapters))
 
     def read(self, source: Source, first: int, behind: int, into: memoryview) -> memoryview:
@@ -81,8 +82,11 @@ class Inputs:
     def fetched_ahead(self, shard: Shard) -> Iterator[None]:
         """Have what a shard needs of files in stores fetched before it is asked for, while inside.
 
-        On a local disk there is nothing to gain.
+        On a local disk there is nothing to gain. With ``Access.cache`` its files come whole first,
+        here and not in a thread, so that who waits for gigabytes can stop it.
         """
+        if self.plan.base.access.cache:
+            self._fetch_whole(shard)
         with contextlib.ExitStack() as inside:
             for number, source in enumerate(self.factors):
                 used = (tensor for task in shard.tasks for tensor in task.read_of(number))
@@ -94,6 +98,14 @@ class Inputs:
                 self._readers = [ahead.reader(number) for number in range(len(self._readers))]
             yield
 
+    def _fetch_whole(self, shard: Shard) -> None:
+        for number in sorted(_base_files(shard) - self._whole):
+            file = self.plan.base_files[number]
+            fetch(self.plan.base, file)
+            reader = open_store(self.plan.base).open(file)
+            self._readers[number] = self._opened.enter_context(closing(reader))
+            self._whole.add(number)
+
     def check(self, shard: Shard) -> None:
         """Make sure that what a shard was made from is still what was planned with.
 
@@ -101,7 +113,7 @@ class Inputs:
             StorageError: it is not.
         """
         sources = [task.source for task in shard.tasks]
-        for file in set[int]().union(*(source.base_files for source in sources)):
+        for file in _base_files(shard):
             check_unchanged(self.plan.base, self.plan.base_files[file])
         for number in {source.adapter for source in sources if source.adapter is not None}:
             adapter = self.plan.adapters[number]
@@ -110,6 +122,11 @@ class Inputs:
     def close(self) -> None:
         """Close the files."""
         self._opened.close()
+
+
+def _base_files(shard: Shard) -> set[int]:
+    """The files of the base that it is made from."""
+    return set[int]().union(*(task.source.base_files for task in shard.tasks))
 
 
 def _ranges(task: TensorTask) -> Iterator[Range]:

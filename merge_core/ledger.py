@@ -72,6 +72,8 @@ class Receipt:
     """What the process held and found free before its first shard; in bytes, like the next. None
     in receipts of versions that did not look."""
     vram_limit: int | None = None
+    note: str = ""
+    """What a person should know of how the worker went about it; empty: nothing."""
     tensors: tuple[TensorRecord, ...]
 
     @property

@@ -256,6 +256,7 @@ def _merge_shard(
                 raise
         else:
             assembly.accept(receipt)
+            history.note(receipt.note)
             return
     raise AssertionError("unreachable: the last attempt returns or raises")
 

@@ -13,7 +13,7 @@ from typing import Any
 from merge_core.architecture import HEAD, embeddings_among, is_tied
 from merge_core.errors import InputError, refuse
 from merge_core.plan import MergePlan, Source, StoredHead
-from merge_core.stores.opening import open_store
+from merge_core.stores.opening import fetch, open_store
 
 NOTE = (
     f"{HEAD} repeats the embeddings, to which it is tied, and is left out, as loaders do; merge"
@@ -65,6 +65,7 @@ def check_stored_head(plan: MergePlan) -> None:
             if source.file is None:
                 raise AssertionError("find_stored_head takes what lies in a file of the base")
             file = plan.base_files[source.file]
+            fetch(plan.base, file)
             readers.append(opened.enter_context(closing(open_store(plan.base).open(file))))
         nbytes = ends[0].tensor.nbytes
         for first in range(0, nbytes, _COMPARED):

@@ -22,8 +22,8 @@ from merge_core.memory import LaneChoice, Memory, choose_lanes, free_host_memory
 from merge_core.nvidia import gpu_processes
 from merge_core.peaks import Peaks, resident
 from merge_core.plan import MergePlan, Shard, TensorTask
+from merge_core.server_copy import PartStarter
 from merge_core.stores.location import Location
-from merge_core.stores.opening import open_store
 from merge_core.stores.store import PartWriter
 from merge_core.stream import LoadedTask, stream_shard
 
@@ -74,7 +74,8 @@ class ShardWorker:
         name: str = "inline",
         choice: LaneChoice | None = None,
     ) -> None:
-        self._plan, self._out, self._name = plan, out, name
+        self._plan, self._name = plan, name
+        self._parts = PartStarter(plan, out)
         self._fingerprint = plan.fingerprint
         self._device = torch.device(device)
         self.found = measure_memory(device)
@@ -101,7 +102,7 @@ class ShardWorker:
         shard = self._plan.shards[index]
         started, clock = time.time(), time.perf_counter()
         unique = f"{attempt}-{secrets.token_hex(8)}"
-        part = open_store(self._out).start(shard.name, shard.size, unique)
+        part = self._parts.start(shard, unique)
         Peaks.start(self._device.type)
         if shrink:
             self._take_lanes(max(1, self._most_lanes // 3**shrink))  # 8, 2, 1 in three attempts
@@ -130,6 +131,7 @@ class ShardWorker:
             peak_vram=peaks.vram,
             memory_limit=self._memory_limit,
             vram_limit=self.found.device,
+            note=self._parts.refusal,
             tensors=records,
         )
 

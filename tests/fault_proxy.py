@@ -243,6 +243,15 @@ class Exchange(BaseHTTPRequestHandler):
             status, reason = response.status, response.reason
         return Answer(status=status, reason=reason, headers=headers, body=body)
 
+    def half_asked(self) -> None:
+        """Have the server hear of the request and get half of its body, and no more."""
+        with contextlib.closing(http.client.HTTPConnection(*self.state.server)) as server:
+            server.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                server.putheader(name, value)
+            server.endheaders()
+            server.send(self._received(int(self.headers["Content-Length"]) // 2))
+
     def unread(self) -> None:
         """Take the request's body from the connection, so that the next request is found."""
         for _ in self._request_body():

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import http.client
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterable
 
+import psutil
 from fault_proxy import Answer, Exchange, How
 
 
@@ -16,7 +19,7 @@ def drop(exchange: Exchange) -> None:
 
 def lose_answer(exchange: Exchange) -> None:
     """The server does what it was asked to, and the connection is cut before its answer."""
-    exchange.seen.status = exchange.answered().status
+    heard(exchange)
     exchange.hang_up()
 
 
@@ -112,6 +115,47 @@ def ignore_range(exchange: Exchange) -> None:
     """The whole comes, with 200: no server that checks a signature over Range lets that pass."""
     answer = exchange.answered(without="range")
     exchange.send(answer.holding(answer.body))
+
+
+def kill(victims: Callable[[Exchange], Iterable[int]], at: Callable[[Exchange], object]) -> How:
+    """Processes die in the middle of a request; nobody gets an answer.
+
+    Args:
+        victims: their ids: ``client``, or anybody's.
+        at: what the server gets to hear before that: ``unheard``, half or all of it.
+    """
+
+    def how(exchange: Exchange) -> None:
+        at(exchange)
+        for process in victims(exchange):
+            os.kill(process, signal.SIGKILL)
+        exchange.wait_for_client()
+
+    return how
+
+
+def client(exchange: Exchange) -> list[int]:
+    """The process that sent the request, from this machine."""
+    ends = exchange.client_address[1], exchange.server.server_address[1]
+    found = psutil.net_connections("tcp4")
+    return [c.pid for c in found if c.pid and c.raddr and (c.laddr.port, c.raddr.port) == ends]
+
+
+def node(exchange: Exchange) -> list[int]:
+    """The raylet that started the process that sent the request, and all that it started."""
+    (worker,) = client(exchange)
+    raylet = psutil.Process(worker).parent()
+    assert raylet is not None
+    return [each.pid for each in (raylet, *raylet.children(recursive=True))]
+
+
+def unheard(_: Exchange) -> None:
+    """Nothing."""
+
+
+def heard(exchange: Exchange) -> None:
+    """All of it, and the server does what it was asked to."""
+    exchange.seen.status = exchange.answered().status
 
 
 def _send_some(exchange: Exchange, after: int) -> None:

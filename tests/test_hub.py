@@ -19,7 +19,7 @@ from hub_server import Hub
 from merge_core.errors import AbsentError, StorageError
 from merge_core.layout import header_length, lay_out
 from merge_core.stores.hub import HubStore, sha256_of
-from merge_core.stores.location import locate
+from merge_core.stores.location import Access, locate
 from merge_core.stores.store import Listed
 
 SIZE = 300_000
@@ -40,8 +40,8 @@ def proxy(hub: Hub, client: HubClient, repo: Repo) -> FaultProxy:
         yield running
 
 
-def store(text: str = "hf://org/base", **how: bool) -> HubStore:
-    return HubStore(locate(text), retries=QUICK, **how)
+def store(text: str = "hf://org/base", *, cache: bool = False) -> HubStore:
+    return HubStore(locate(text, Access(cache=cache)), retries=QUICK)
 
 
 def read(opened: HubStore, name: str, offset: int, nbytes: int) -> bytes:
@@ -168,6 +168,7 @@ def test_with_cache_whole_files_are_fetched_and_only_those_opened(
     client: HubClient, repo: Repo
 ) -> None:
     opened = store(cache=True)
+    assert opened.fetch(opened.look("model.safetensors")).read_bytes() == WEIGHTS
     assert read(opened, "model.safetensors", 10, 20) == WEIGHTS[10:30]
     assert opened.get("config.json") == CONFIG
     cached = {path.name for path in client.cache.rglob("snapshots/*/**/*") if path.is_file()}

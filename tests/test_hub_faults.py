@@ -153,14 +153,14 @@ def test_a_long_read_is_several_requests(
 
 
 def test_what_cannot_be_fetched_into_the_cache_is_said(proxy: FaultProxy) -> None:
-    cached = HubStore(locate("hf://org/base"), cache=True, retries=QUICK)
+    cached = HubStore(locate("hf://org/base"), retries=QUICK)
     pinned = cached.look("model.safetensors")
     proxy.faults(Fault(drop, method="HEAD", times=None))
     with pytest.raises(StorageError, match=r"cannot be reached .*HF_HUB_OFFLINE=1 takes what is"):
-        cached.open(pinned)
+        cached.fetch(pinned)
     proxy.faults(Fault(say(403), path="^/cdn/", times=None))
     with pytest.raises(StorageError, match="the hub answered 403"):
-        cached.open(pinned)
+        cached.fetch(pinned)
 
 
 @pytest.mark.parametrize("route", ["/api/models/org/base/revision/", "/tree/", "/resolve/"])

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 from clusters import running_cluster
+from fault_proxy import Exchange, Fault, FaultProxy, pass_on
 from hub_client import HubClient
 from hub_server import Hub
 from models import make_adapter, make_base
 from ray import cloudpickle
 from ray._common.utils import get_default_ray_temp_dir
-from s3_server import ENVIRONMENT, TOKEN
+from s3_server import ENVIRONMENT, TOKEN, refusal
 from typer.testing import CliRunner
 
 from cluster.cli import app
@@ -151,6 +152,55 @@ def test_on_ray(
     out: str,
 ) -> None:
     assert places.files(places.merge(base, adapter, out, address)) == expected
+
+
+def test_with_cache_each_node_has_the_whole_files_that_it_needed(
+    places: Places, expected: dict[str, bytes], address: str
+) -> None:
+    cache, out = places.folder / "hf-of-workers" / "hub", places.result("disk")
+    assert not list(cache.glob("models--org--*/snapshots/*/*.safetensors"))
+    words = [places.inputs["hub"][0], places.inputs["hub"][1], "--out", out, "--cache", "--quiet"]
+    places.run("merge", *words, "--address", address, "--workers", "2", "--shard-size", "80KB")
+    assert places.files(out) == expected
+    found = {path.name for path in cache.glob("models--org--*/snapshots/*/*.safetensors")}
+    assert found == {
+        path.name for path in places.folder.glob("[ab]*/*.safetensors") if path.is_file()
+    }
+
+
+def test_a_merge_into_a_merge_has_the_server_copy_what_stays_if_it_does(
+    places: Places, address: str
+) -> None:
+    def no_copies(exchange: Exchange) -> None:
+        copied = "x-amz-copy-source" in exchange.seen.headers
+        (refusal(501, "NotImplemented") if copied else pass_on)(exchange)
+
+    first = {place: places.merge("disk", "disk", place, "inline") for place in ("disk", "s3")}
+    ends = first["s3"], places.inputs["disk"][1], "--shard-size", "80KB"
+    notes = json.loads(places.run("plan", *ends, "--out", places.result("s3"), "--json"))["notes"]
+    assert [note.partition(" lie unchanged in ")[2] for note in notes if "unchanged" in note] == [
+        f"{first['s3']}: S3 copies them within itself, and they are not uploaded"
+    ]
+    results, sent = [], []
+    with FaultProxy(places.endpoint) as proxy:
+        for base, address_of_it, faults in (
+            (first["disk"], "inline", []),
+            (first["s3"], "inline", []),
+            (first["s3"], address, [Fault(no_copies, method="PUT", times=None)]),
+        ):
+            proxy.faults(*faults)
+            proxy.forget()
+            out = places.result("s3")
+            words = ["merge", base, places.inputs["disk"][1], "--out", out, "--shard-size", "80KB"]
+            words += ["--address", address_of_it, "--endpoint-url", proxy.address]
+            done = CliRunner().invoke(app, words)
+            assert done.exit_code == 0, done.output
+            results.append(places.files(out))
+            parts = [one for one in proxy.seen("PUT", "partNumber") if one.status == 200]
+            sent.append(len([one for one in parts if one.received]))
+            assert done.output.count("the server copies nothing within itself") == len(faults)
+    assert results[1] == results[2] == results[0]
+    assert sent[0] == sent[2] > sent[1] > 0
 
 
 def test_the_other_commands_know_a_result_in_a_store(places: Places) -> None:

@@ -187,7 +187,7 @@ def test_every_flag_of_merge_has_its_field_or_a_reason_why_not() -> None:
 
 
 def test_the_recipe_that_a_merge_keeps_has_every_option_of_its_plan() -> None:
-    """``layers`` changes no byte."""
+    """``layers`` and ``cache`` change no byte."""
     from merge_core.asked import Asked
     from merge_core.updates.combined import Combination
 
@@ -202,11 +202,11 @@ def test_the_recipe_that_a_merge_keeps_has_every_option_of_its_plan() -> None:
         layers="5",
         dequantize=True,
         simulate_nf4=True,
-        access=Access(endpoint_url="http://s3", region="here", anonymous=True),
+        access=Access(endpoint_url="http://s3", region="here", anonymous=True, cache=True),
     )
     kept = asked.recipe(locate("s3://ours/base"), [])
     options = {option.name for option in options_of(PlanOptions)}
-    assert kept.keys() - {"base", "adapters"} == options - {"layers"}
+    assert kept.keys() - {"base", "adapters"} == options - {"layers", "cache"}
     assert asked.recipe(locate("/base"), []).keys() == kept.keys() - set(asdict(asked.access))
 
 

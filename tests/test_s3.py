@@ -15,7 +15,7 @@ from fault_proxy import FaultProxy
 from s3_server import uploads
 
 from merge_core.errors import StorageError
-from merge_core.stores import s3, s3_parts
+from merge_core.stores import s3_copy, s3_parts
 from merge_core.stores.location import Location
 from merge_core.stores.s3 import S3Store
 
@@ -82,11 +82,11 @@ def test_what_publishes_may_be_another_process(s3: Location) -> None:
 def test_an_unchanged_file_is_copied_by_the_server(
     s3_store: S3Store, s3_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3, "COPY_BYTES", 100_000)
+    monkeypatch.setattr(s3_copy, "COPY_BYTES", 100_000)
     base = S3Store(s3_store.location / "base")
     base.put("model", DATA)
     s3_proxy.forget()
-    part = s3_store.copy(base.location, base.look("model"), "model", "1-a")
+    part = s3_store.copy(base.location, base.look("model"), "model", "1-a").finish()
     assert [found.name for found in s3_store.list()] == ["base/model"]
     s3_store.publish(part, "model", len(DATA))
     passed = s3_proxy.tally()

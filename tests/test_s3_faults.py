@@ -11,6 +11,7 @@ from fault_proxy import Exchange, Fault, FaultProxy
 from network_faults import (
     drop,
     drop_within,
+    edit,
     lengthen,
     lose_answer,
     misplace,
@@ -102,6 +103,22 @@ def test_an_answer_that_is_not_what_was_asked_for_is_an_error(
     s3_proxy.faults(Fault(how, method="GET", path="/out/base"))
     with pytest.raises(StorageError, match=r"out/base: asked for bytes 0-262143/262144"):
         reading(s3_store)
+
+
+def test_a_server_that_knows_no_if_match_does_not_pass_another_file_off(
+    s3_store: S3Store, s3_proxy: FaultProxy
+) -> None:
+    other = edit(lambda answer: answer.having("ETag", '"other"'))
+    s3_proxy.faults(Fault(other, method="GET", path="/out/base"))
+    with pytest.raises(StorageError, match="out/base: the file changed while it was being merged"):
+        reading(s3_store)
+
+
+def test_to_open_a_file_asks_nothing_that_its_reads_do_not_prove(
+    s3_store: S3Store, s3_proxy: FaultProxy
+) -> None:
+    assert reading(s3_store) == DATA
+    assert [one.method for one in s3_proxy.seen(path="/out/base")] == ["PUT", "HEAD", "GET"]
 
 
 def test_a_file_replaced_between_two_tries_is_noticed(

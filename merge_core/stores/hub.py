@@ -36,13 +36,10 @@ class HubStore:
 
     Args:
         location: its revision is a branch, a tag or a commit; None: the main branch.
-        cache: fetch whole files into the cache instead of reading ranges of them.
     """
 
-    def __init__(
-        self, location: Location, *, cache: bool = False, retries: Retries = PATIENT
-    ) -> None:
-        self._location, self._cache, self._retries = location, cache, retries
+    def __init__(self, location: Location, *, retries: Retries = PATIENT) -> None:
+        self._location, self._retries = location, retries
 
     def __repr__(self) -> str:
         return f"HubStore({str(self._location)!r})"
@@ -79,7 +76,7 @@ class HubStore:
         """All of a small file, which is checked against what the hub says of it."""
         file = self.look(name)
         place, entry = self._pinned(file)
-        path = self._cached(place)
+        path = self.fetch(file) if self._location.access.cache else cached_file(place)
         if path is not None:
             with reported(path):
                 return path.read_bytes()
@@ -92,8 +89,13 @@ class HubStore:
     def open(self, file: FileIdentity) -> Reader:
         """Open the file that was pinned, at the commit that its pin names."""
         place, entry = self._pinned(file)
-        path = self._cached(place)
+        path = cached_file(place)
         return HubReader(place, entry, self._retries) if path is None else _Cached(path, file)
+
+    def fetch(self, file: FileIdentity) -> Path:
+        """Have the whole file that was pinned in the cache, where it is opened from then on."""
+        place, entry = self._pinned(file)
+        return fetch(place, entry.size)
 
     @cached_property
     def _pin(self) -> tuple[HubPlace, float]:
@@ -114,9 +116,6 @@ class HubStore:
         commit, _, oid = file.pin.partition(" ")
         place = HubPlace(repo=self._location.root, revision=commit, path=self._path(file.name))
         return place, HubEntry(size=file.size, oid=oid)
-
-    def _cached(self, place: HubPlace) -> Path | None:
-        return fetch(place) if self._cache else cached_file(place)
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         what = "a model on the hub is written in one commit, not file by file"

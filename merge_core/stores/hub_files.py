@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -87,14 +88,35 @@ def cached_file(place: HubPlace) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def fetch(place: HubPlace) -> Path:
-    """The file in the cache, fetched if it is not there."""
+def fetch(place: HubPlace, size: int) -> Path:
+    """The file in the cache, fetched if it is not there.
+
+    That is huggingface_hub's own work: processes of a machine wait for each other, and what broke
+    off is continued.
+
+    Raises:
+        StorageError: the disk of the cache has no room for ``size`` bytes, or the hub fails.
+    """
+    found = cached_file(place)
+    if found is not None:
+        return found
+    _check_room(size)
     try:
         with reported(_folder(place)), told(place):
             return Path(hf_hub_download(place.repo, place.path, revision=place.revision))
     except RuntimeError as error:  # hf_xet's
         remedy = "Try again; without --cache, or with HF_HUB_DISABLE_XET=1, it is not needed"
         raise StorageError(f"hf_xet failed: {error}", str(place), remedy) from error
+
+
+def _check_room(size: int) -> None:
+    """huggingface_hub only warns, and fetches until the disk is full."""
+    cache = Path(constants.HF_HUB_CACHE)
+    free = shutil.disk_usage(next(one for one in (cache, *cache.parents) if one.exists())).free
+    if free < size:
+        what = f"the cache has no room: {size:,} bytes are to come, {free:,} are free"
+        remedy = "Free space there, set HF_HOME to a larger disk, or read ranges: without --cache"
+        raise StorageError(what, str(cache), remedy)
 
 
 def _git_oid(content: bytes) -> str:

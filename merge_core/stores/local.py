@@ -17,6 +17,7 @@ from merge_core.storage import (
     sync_directory,
     write_durably,
 )
+from merge_core.stores.inodes import inode_of
 from merge_core.stores.location import Location
 from merge_core.stores.store import PARTS, FileIdentity, Listed
 
@@ -37,7 +38,8 @@ class LocalStore:
             status = os.stat(path)
             if not os.access(path, os.R_OK):
                 raise StorageError("may not be read", str(path), "Ask its owner for permission.")
-        return FileIdentity(name=name, size=status.st_size, pin=str(status.st_mtime_ns))
+        pin, inode = str(status.st_mtime_ns), inode_of(status)
+        return FileIdentity(name=name, size=status.st_size, pin=pin, inode=inode)
 
     def list(self, below: str = "") -> Iterator[Listed]:
         """See ``Store``. A folder that may not be looked into stands for what lies in it, and a
@@ -73,7 +75,7 @@ class LocalStore:
 
     def open(self, file: FileIdentity) -> RangeReader:
         """See ``Store``."""
-        if self.look(file.name) != file:
+        if not file.is_still(self.look(file.name)):
             raise replaced(str(self._path / file.name))
         return RangeReader(self._path / file.name)
 

@@ -39,6 +39,8 @@ class Access:
     region: str | None = None
     anonymous: bool = False
     """Sign nothing: for public buckets."""
+    cache: bool = False
+    """Have whole files of the hub on each node before they are read, not ranges of them."""
 
 
 DEFAULT_ACCESS = Access()

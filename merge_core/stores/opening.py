@@ -69,6 +69,19 @@ def open_file(file: Location) -> tuple[Reader, int]:
     return store.open(identity), identity.size
 
 
+def fetch(folder: Location, file: FileIdentity) -> None:
+    """Before much of a file is read: have one of the hub whole on this machine, if that is asked
+    for (``Access.cache``). Planning, which reads headers, does without.
+
+    Raises:
+        StorageError: it cannot be fetched, or there is no room for it.
+    """
+    if folder.scheme == "hf" and folder.access.cache:
+        from merge_core.stores.hub import HubStore
+
+        HubStore(folder).fetch(file)
+
+
 def is_there(file: Location) -> bool:
     """Whether there is such a file, be it no file or one that may not be read."""
     store, name = parted(file)
@@ -87,5 +100,5 @@ def check_unchanged(folder: Location, file: FileIdentity) -> None:
     Raises:
         StorageError: it was replaced, or is gone.
     """
-    if open_store(folder).look(file.name) != file:
+    if not file.is_still(open_store(folder).look(file.name)):
         raise replaced(folder / file.name)

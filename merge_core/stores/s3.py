@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from merge_core.errors import AbsentError, StorageError, replaced
+from merge_core.errors import AbsentError, StorageError
 from merge_core.stores.failures import ATTEMPT, gone, incomplete, taken
 from merge_core.stores.location import Location
 from merge_core.stores.retries import Retries
 from merge_core.stores.s3_client import checksum_of, client_for
+from merge_core.stores.s3_copy import S3CopiedPart
 from merge_core.stores.s3_errors import BROKEN, CONFLICT, GONE, TAKEN, code_of, reported
 from merge_core.stores.s3_parts import S3PartWriter, Upload
 from merge_core.stores.s3_reader import S3Reader
 from merge_core.stores.store import FileIdentity, Listed
-
-COPY_BYTES = 256 << 20
-"""Of a part that S3 copies within itself, some 100 MB a second: well within a request's time."""
-
-COPIES = 8
-"""Of them at the same time; they cost this machine nothing."""
 
 _proven: set[tuple[Any, str]] = set()
 """Clients and buckets that were seen to refuse what ``create`` must not do twice."""
@@ -66,11 +60,10 @@ class S3Store:
                     body.close()
 
     def open(self, file: FileIdentity) -> S3Reader:
-        """See ``store.Store``."""
-        where = self.location / file.name
-        if self.look(file.name) != file:
-            raise replaced(where)
-        return S3Reader(where, file)
+        """See ``store.Store``. Every read proves that it is the file; to ask now would only cost
+        a request for each file that is opened.
+        """
+        return S3Reader(self.location / file.name, file)
 
     def put(self, name: str, data: bytes, *, durable: bool = True) -> None:  # noqa: ARG002 - always is
         """See ``store.Store``."""
@@ -102,33 +95,12 @@ class S3Store:
         """See ``store.Store``."""
         return S3PartWriter(self.location / name, size, attempt)
 
-    def copy(self, source: Location, file: FileIdentity, name: str, attempt: str) -> str:
-        """A finished part that is ``file`` in the folder ``source``, which this server copies.
+    def copy(self, source: Location, file: FileIdentity, name: str, attempt: str) -> S3CopiedPart:
+        """A part that may become ``name``: ``file`` in the folder ``source`` of the same server.
 
-        Raises:
-            StorageError: it was replaced since it was pinned, or cannot be copied.
+        Raises: see ``S3CopiedPart``.
         """
-        where, origin = self.location / name, source / file.name
-        with reported(where):
-            upload = Upload.begin(where, attempt)
-
-        def copy_range(start: int) -> None:
-            end = min(start + COPY_BYTES, file.size) - 1
-            self._client.upload_part_copy(
-                **upload.named(where),
-                PartNumber=start // COPY_BYTES + 1,
-                CopySource={"Bucket": origin.root, "Key": origin.path},
-                CopySourceIfMatch=file.pin,
-                CopySourceRange=f"bytes={start}-{end}",
-            )
-
-        try:
-            with reported(origin), ThreadPoolExecutor(COPIES, "s3-copy") as threads:
-                list(threads.map(copy_range, range(0, file.size, COPY_BYTES)))
-        except BaseException:
-            upload.abort(where)
-            raise
-        return str(upload)
+        return S3CopiedPart(self.location / name, source / file.name, file, attempt)
 
     def publish(self, part: str, name: str, size: int) -> None:
         """See ``store.Store``."""

@@ -19,7 +19,7 @@ core than reading into ours would, 0.5 s a GB; with 64 KiB it takes 0.8 s."""
 
 
 class S3Reader(BlockReader):
-    """See ``store.Reader``. Every request names the ETag that was pinned."""
+    """See ``store.Reader``. Every request names the ETag that was pinned, and every answer must."""
 
     def _fill_block(self, view: memoryview, offset: int) -> None:
         """In one request, or in several where answers break off: each asks for what is left."""
@@ -51,6 +51,8 @@ class S3Reader(BlockReader):
             yield body
 
     def _check(self, answer: Any, offset: int, nbytes: int) -> None:
+        if answer.get("ETag") != self._file.pin:  # of a server that knows no If-Match
+            raise replaced(self._where)
         status = answer["ResponseMetadata"]["HTTPStatusCode"]
         expected = f"bytes {offset}-{offset + nbytes - 1}/{self._file.size}"
         got, length = answer.get("ContentRange"), answer.get("ContentLength")

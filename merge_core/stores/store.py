@@ -8,9 +8,10 @@ accepts. Small ones are put, or created where two must not both succeed.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from merge_core.stores.inodes import differ
 from merge_core.stores.location import Location
 
 PARTS = ".raymeld/parts"
@@ -26,6 +27,12 @@ class FileIdentity:
     size: int
     pin: str
     """ETag, commit with object id, or time of the last change in nanoseconds."""
+    inode: str = field(default="", compare=False)
+    """Of a local file, where it says more, see ``inodes``."""
+
+    def is_still(self, now: FileIdentity) -> bool:
+        """Whether ``now``, under the same name, is still this file."""
+        return self == now and not differ(self.inode, now.inode)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +129,7 @@ class Store(Protocol):
         """Open the file that was pinned.
 
         Raises:
-            StorageError: it was replaced since.
+            StorageError: it was replaced since. Some stores tell by the first read.
         """
         ...
 
