@@ -114,13 +114,36 @@ def test_a_half_done_merge_is_told_from_its_receipts(small: MergePlan, out: Path
         [task.target.name for shard in small.shards[:2] for task in shard.tasks],
     )
 
-    assert (found.tone, found.title) == ("bad", "Stopped")
-    assert found.text.startswith("2 of 4 shards done. worker-0: the disk is gone. The same command")
+    assert (found.tone, found.title) == ("bad", "Failed")
+    said = "2 of 4 shards done. worker-0: the disk is gone. Once that is mended, the same command"
+    assert found.text.startswith(said)
     assert [row["tensor"] for row in evidence.tensors] == done
     assert f"{27 - len(done)} tensors not merged yet (--layers " in next(gaps(evidence))
     rows = key_table(uses(evidence), evidence).rows
     assert {row[4] for row in rows} == {"yes", "not yet"}
     assert "worker-0: the disk is gone" in page(evidence, [])
+
+
+@pytest.mark.parametrize(("why", "title"), [("interrupted", "Interrupted"), ("", "Stopped")])
+def test_who_was_asked_to_stop_or_killed_has_not_failed(
+    small: MergePlan, out: Path, why: str, title: str
+) -> None:
+    evidence = stopped(small, out)
+    run = {**evidence.last_run, "error": why}
+    found = outcome(dataclasses.replace(evidence, runs=[run]))
+
+    assert (found.tone, found.title) == ("bad", title)
+    assert found.text == "2 of 4 shards done. The same command again goes on from here."
+
+
+def test_an_interrupted_run_is_kept_as_one(small: MergePlan, out: Path) -> None:
+    def watch(now: Progress) -> None:
+        if now.done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(small, out, choice=TWO_LANES, watch=watch)
+    assert outcome(read_evidence(locate(out))).title == "Interrupted"
 
 
 def test_a_merge_that_went_on_has_a_time_line_for_each_run(small: MergePlan, out: Path) -> None:
