@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.answering import answering
 from cluster.help_screen import ONE_MERGE, App
-from cluster.option_groups import with_options
+from cluster.option_groups import Option, with_options
 from cluster.options import Debug
 from cluster.plan_options import PlanOptions
 from cluster.run_options import RunOptions
@@ -40,8 +40,20 @@ def recipe(*, words: Words, run: RunOptions, asked: PlanOptions, debug: Debug = 
         from cluster.recipe_model import recipe_options
 
         values = _values(words, asked, run)
-        about = {option.name: option.help for option in recipe_options()}
+        about = {option.name: _about(option) for option in recipe_options()}
         console.answer(recipe_text(_HEAD, values, about).splitlines(), {}, as_json=False)
+
+
+def _about(option: Option) -> str:
+    """What it does, and what holds where it is left out, as ``--help`` has it."""
+    default = getattr(option.default, "value", option.default)
+    if option.is_required or not default:
+        return option.help
+    return (
+        f"{option.help} [{default:g}]"
+        if isinstance(default, float)
+        else f"{option.help} [{default}]"
+    )
 
 
 def _values(words: list[str], asked: PlanOptions, run: RunOptions) -> dict[str, Any]:

@@ -127,7 +127,8 @@ def test_the_recipe_command_writes_what_reads_the_same(
         "workers": 3,
         "combine": "cat",
     }
-    assert "# Most bytes of an output file.\n# shard_size:\n" in written
+    assert "# Most bytes of an output file. [2GB]\n# shard_size:\n" in written  # as --help has it
+    assert "# Wait so long for workers. [1800]\n# start_timeout:\n" in written
     again = done("recipe", tmp_path / "recipe.yaml").stdout
     assert again == written
 
