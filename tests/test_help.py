@@ -131,6 +131,9 @@ def test_every_choice_is_named(option: str, choices: Any) -> None:
         ("jobs list --adress x", "No such option '--adress'. Did you mean '--address'?"),
         ("--hlep", "No such option '--hlep'. Did you mean '--help'?"),
         ("plan a b --dtype bf16", "Invalid value for '--dtype': 'bf16' is not one of 'bfloat16'"),
+        ("merge a b --out c --combine tie", "'magnitude_prune_svd'. Did you mean 'ties'?"),
+        ("merge a b --out c --verify Digset", "'load'. Did you mean 'digest'?"),
+        ("merge a b --out c --device tpu9", "'auto', 'cuda', 'cpu'."),
         ("submit -- merge a b --layer c", "No such option '--layer'. Did you mean '--layers'?"),
     ],
 )
