@@ -95,6 +95,18 @@ def test_changes_are_those_of_the_weights(finished: Evidence, small: MergePlan) 
     assert [row[0] for row in tensor_table(finished.tensors).rows][: len(merged)] == merged
 
 
+def test_layers_that_are_not_merged_yet_are_a_gap_in_the_heat_map(finished: Evidence) -> None:
+    """Or layer 23 would stand beside 19, as if there were none between."""
+    rows = [row for row in finished.tensors if ".layers.1." in row["tensor"]]
+    later = [{**row, "tensor": row["tensor"].replace(".1.", ".4.")} for row in rows]
+    heat = heat_map([*rows, *later])
+
+    assert heat.layers == (1, 2, 3, 4)
+    assert {layer for layer, *_ in heat.cells} == {0, 3}
+    assert [set(row[1:]) == {None} for row in heat.table.rows] == [False, True, True, False]
+    assert heat_map([]).layers == ()
+
+
 def test_the_time_line_has_every_shard_where_and_when_it_was_merged(finished: Evidence) -> None:
     (line,) = timelines(finished)
 
