@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import hashlib
 import importlib.resources
+import itertools
 import json
 import math
 import re
@@ -134,6 +135,21 @@ def test_a_half_done_merge_is_told_from_its_receipts(small: MergePlan, out: Path
     rows = key_table(uses(evidence), evidence).rows
     assert {row[4] for row in rows} == {"yes", "not yet"}
     assert "worker-0: the disk is gone" in page(evidence, [])
+
+
+def test_what_was_merged_after_the_last_progress_of_a_failed_run_counts(
+    small: MergePlan, out: Path
+) -> None:
+    evidence = stopped(small, out)
+    run = evidence.last_run
+    early = {**run["phases"][-1], "ended": run["began"] + 1e-3, "done": 0}
+    heard = {**run, "phases": [early], "samples": []}
+    (line,) = timelines(dataclasses.replace(evidence, runs=(heard,)))
+    ((_, points),) = line.rates
+    moved = sum((b - a) * rate for (a, _), (b, rate) in itertools.pairwise(points))
+
+    assert line.phases[-1][2] == pytest.approx(run["ended"] - run["began"])
+    assert moved == pytest.approx(sum(shard.size for shard in small.shards[:2]), rel=0.01)
 
 
 @pytest.mark.parametrize(("why", "title"), [("interrupted", "Interrupted"), ("", "Stopped")])
