@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,7 +43,17 @@ def recipe(*, words: Words, run: RunOptions, asked: PlanOptions, debug: Debug = 
 
         values = _values(words, asked, run)
         about = {option.name: _about(option) for option in recipe_options()}
-        console.answer(recipe_text(_HEAD, values, about).splitlines(), {}, as_json=False)
+        text = _as_printed(recipe_text(_HEAD, values, about))
+        console.answer(text.splitlines(), {}, as_json=False)
+
+
+def _as_printed(text: str) -> str:
+    """A recipe is read as UTF-8: where stdout writes anything else, it is told in ASCII, for
+    which YAML has the escapes that Python has.
+    """
+    if codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8":
+        return text
+    return text.encode("ascii", "backslashreplace").decode("ascii")
 
 
 def _about(option: Option) -> str:

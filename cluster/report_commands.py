@@ -51,7 +51,8 @@ def report(
         access = Access(endpoint_url=endpoint_url, region=region, anonymous=anonymous)
         place = locate_out(out, access)
         evidence = read_evidence(place)
-        text = page(evidence, spectra(evidence, spectrum) if spectrum else []).encode()
+        shown = page(evidence, spectra(evidence, spectrum) if spectrum else [])
+        text = shown.encode(errors="replace")  # paths may hold bytes that are no UTF-8, as of GBK
         target = output or Path(f"{place.name}-report.html")
         with reported(target):
             target.write_bytes(text)

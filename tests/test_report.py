@@ -9,6 +9,7 @@ import importlib.resources
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -22,7 +23,9 @@ from leases import take
 from models import read_tensors
 from moe import write_expert_adapter
 from played import as_sealed, play
+from typer.testing import CliRunner
 
+from cluster.cli import app
 from cluster.report.accounting import key_table, uses
 from cluster.report.changes import changed, heat_map, tensor_table, whole_change
 from cluster.report.evidence import Evidence, read_evidence
@@ -298,6 +301,18 @@ def test_the_command_writes_the_page_and_answers_in_json(
         "outcome": "Merged and verified",
     }
     assert done.stderr == ""
+
+
+def test_a_path_that_is_no_utf_8_is_told_as_far_as_it_can_be(
+    small: MergePlan, tmp_path: Path
+) -> None:
+    """As of files from a machine that called them in GBK."""
+    out, written = tmp_path / os.fsdecode(b"\xd6\xd0-out"), tmp_path / "report.html"
+    merge(small, out, choice=TWO_LANES)
+    done = CliRunner().invoke(app, ["report", str(out), "--output", str(written)])
+
+    assert done.exit_code == 0, done.output
+    assert f"{tmp_path}/??-out" in written.read_text(encoding="utf-8")
 
 
 def test_a_directory_without_a_merge_is_refused(tmp_path: Path) -> None:
