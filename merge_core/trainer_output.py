@@ -38,10 +38,10 @@ _TRAINED_BESIDE = ("non_lora_trainables.bin", "trainable_params.bin", "vit.safet
 _VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
 """Where LLaMA-Factory and ms-swift keep the head of a reward model or of PPO."""
 
-_STARTS = ("pissa_init", "pissa_backup", "initial_model")
-"""Where LLaMA-Factory (the first two) and ms-swift keep what PiSSA, OLoRA or LoRA-GA began with,
-and LLaMA-Factory what came of it, for PEFT to convert. It wants these with ``init_lora_weights``
-true, so their configs call plain what belongs to a base that was changed for them."""
+_UNCONVERTED = ("pissa_init", "pissa_backup", "initial_model")
+"""Where LLaMA-Factory (the first two) and ms-swift keep adapters of PiSSA, OLoRA or LoRA-GA as they
+began, and LLaMA-Factory as they ended, for PEFT to convert. It wants these with
+``init_lora_weights`` true, so their configs call plain what belongs to a changed base."""
 
 _BASE_WEIGHTS = re.compile(r"model\.safetensors(\.index\.json)?|pytorch_model[^/]*\.bin")
 
@@ -65,15 +65,15 @@ def choose_adapter(given: Location, name: str | None = None) -> Chosen:
 
     Raises:
         InputError: it holds several and none was chosen, none of that name, weights that are no
-            part of any adapter, or one that a conversion began with.
+            part of any adapter, or one that is not converted.
     """
     names = names_in(given, "ADAPTER", CONFIG)
     inner, notes = _among(given, names, name)
     path, before = (given / inner, f"{inner}/") if inner else (given, "")
-    if path.name in _STARTS:
+    if path.name in _UNCONVERTED:
         what = (
-            f"trainers call {path.name} what PiSSA and its like began with: it belongs to a base"
-            " that was changed for it, though its config does not say so"
+            f"trainers call {path.name} an adapter of PiSSA or its like that is not converted: it"
+            " belongs to a base that was changed for it, though its config does not say so"
         )
         remedy = "Merge what was converted (pissa_converted, converted), or rename this folder"
         raise refuse(what, str(path), f"{remedy} if it is plain LoRA")
@@ -141,7 +141,7 @@ def _lead_to_adapter(names: Collection[str]) -> bool:
 def _among(given: Location, names: Collection[str], name: str | None) -> tuple[str, list[str]]:
     """The folder in ``given`` that is meant, empty for itself, and what is to be said of it."""
     own, begun, found = _is_adapter("", names), CONFIG in names, _adapters_below(names)
-    below = [folder for folder in found if folder not in _STARTS]
+    below = [folder for folder in found if folder not in _UNCONVERTED]
     if name is not None:
         if name == OWN and (own or OWN not in below):
             return "", []
