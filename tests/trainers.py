@@ -1,8 +1,8 @@
 """Output directories as trainers leave them, of adapters that are written by hand.
 
-File names are those in the sources of the tools, none of which was run for this:
+``trainer`` is held to a run of the installed Trainer (``test_trainer_run``). The other names are
+those in the sources of tools that were not run for this:
 
-- PEFT 0.21 (``save_pretrained``), transformers 5.23 (``Trainer._save_checkpoint``), as installed;
 - axolotl: ``src/axolotl/train.py`` (``save_initial_configs`` runs before the training);
 - ms-swift 3: ``swift/trainers/mixin.py`` (``_save``: no tokenizer beside an adapter;
   ``_save_initial_model``, ``_save_converted_model``), ``swift/tuners/peft.py``
