@@ -11,9 +11,9 @@ those in the sources of tools that were not run for this:
 - LLaMA-Factory: ``src/llamafactory/extras/constants.py`` and ``ploting.py``,
   ``train/callbacks.py`` (value heads, ``PissaConvertCallback``), ``train/sft/workflow.py``;
 - unsloth: ``unsloth/models/mapper.py`` has the names of its packed bases; adapter and tokenizer are
-  saved by PEFT and transformers.
-
-Of ms-swift 1 and 2 no source was at hand: ``swift_2`` is what their checkpoints are remembered as.
+  saved by PEFT and transformers;
+- ms-swift 1 and 2: ``swift/tuners/base.py`` (``SwiftModel.save_pretrained``: each adapter in a
+  folder of its name, ``configuration.json`` above).
 """
 
 from __future__ import annotations
