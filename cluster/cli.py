@@ -25,6 +25,7 @@ from cluster.options import Debug, Json, Quiet, refuse_workers
 from cluster.plan_options import PlanOptions
 from cluster.run_options import RunOptions
 from cluster.words import Words, named_by
+from merge_core import __version__
 
 if TYPE_CHECKING:
     from cluster.talk import Talk
@@ -40,6 +41,24 @@ app = App(
     raymeld merge --help                             # each command has a screen
     """,
 )
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"raymeld {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_tell_version, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    del version  # told before
 
 
 @with_options(run=RunOptions, asked=PlanOptions)

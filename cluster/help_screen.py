@@ -6,7 +6,9 @@ options too little room on 80 columns; its plain one knows no groups.
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -118,6 +120,15 @@ def _reword(error: Any) -> None:
         error.possibilities = None
     elif hasattr(error, "message"):
         error.message = error.message.removeprefix("Value error, ")  # pydantic's, within typer
+        error.message += _nearest(error.message)
+
+
+def _nearest(said: str) -> str:
+    """Which of the values that an option has was meant: click names all of them, and none."""
+    odd, of, choices = said.partition(" is not one of ")
+    names = re.findall(r"'([^']+)'", choices)
+    near = difflib.get_close_matches(odd.strip("'").lower(), names, n=1)
+    return f" Did you mean {near[0]!r}?" if of and near else ""
 
 
 def _write_text(text: str, formatter: Any) -> None:

@@ -161,12 +161,14 @@ def _words(detail: ErrorDetails) -> tuple[str, str]:
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         return f"there is no option {shortened(name)}", _meant(str(name), inner=bool(above))
+    if kind == "value_error":  # of what the flag is checked with
+        what, remedy = context["error"].args
+        return f"{name}: {what}", remedy
     if kind in ("enum", "literal_error"):
         return f"{_said(detail)} is none of its values", _choice(detail)
     plain = {
         "missing": (f"{name} is missing", "Give it"),
         "too_short": (f"{name} is empty", "Name at least one adapter"),
-        "value_error": (f"{name}: {context.get('error')}", "Give a size such as 2GB"),
         "greater_than_equal": (
             f"{_said(detail)} is too small",
             f"Give at least {context.get('ge')}",
@@ -194,8 +196,8 @@ def _meant(name: str, *, inner: bool) -> str:
     wanted = name.replace("-", "_").lower()
     near = difflib.get_close_matches(wanted, names, n=1, cutoff=0.7)
     known = _ELSEWHERE.get(wanted) if not inner else None
-    if near or known:
-        return f"Did you mean {near[0] if near else known}?"
+    if known or near:
+        return f"Did you mean {known or near[0]}?"
     return f"Take {' or '.join(names)}" if inner else "Leave it out"
 
 

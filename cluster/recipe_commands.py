@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from cluster.answering import answering
 from cluster.help_screen import ONE_MERGE, App
-from cluster.option_groups import with_options
+from cluster.option_groups import Option, with_options
 from cluster.options import Debug
 from cluster.plan_options import PlanOptions
 from cluster.run_options import RunOptions
@@ -40,8 +42,30 @@ def recipe(*, words: Words, run: RunOptions, asked: PlanOptions, debug: Debug = 
         from cluster.recipe_model import recipe_options
 
         values = _values(words, asked, run)
-        about = {option.name: option.help for option in recipe_options()}
-        console.answer(recipe_text(_HEAD, values, about).splitlines(), {}, as_json=False)
+        about = {option.name: _about(option) for option in recipe_options()}
+        text = _as_printed(recipe_text(_HEAD, values, about))
+        console.answer(text.splitlines(), {}, as_json=False)
+
+
+def _as_printed(text: str) -> str:
+    """A recipe is read as UTF-8: where stdout writes anything else, it is told in ASCII, for
+    which YAML has the escapes that Python has.
+    """
+    if codecs.lookup(sys.stdout.encoding or "ascii").name == "utf-8":
+        return text
+    return text.encode("ascii", "backslashreplace").decode("ascii")
+
+
+def _about(option: Option) -> str:
+    """What it does, and what holds where it is left out, as ``--help`` has it."""
+    default = getattr(option.default, "value", option.default)
+    if option.is_required or not default:
+        return option.help
+    return (
+        f"{option.help} [{default:g}]"
+        if isinstance(default, float)
+        else f"{option.help} [{default}]"
+    )
 
 
 def _values(words: list[str], asked: PlanOptions, run: RunOptions) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import (
@@ -23,7 +24,9 @@ from cluster.option_groups import Option, options_of
 from cluster.options import size_in_bytes
 from cluster.plan_options import PlanOptions
 from cluster.run_options import RunOptions
+from merge_core.combining import check_density
 from merge_core.errors import InputError
+from merge_core.stages import check_layers
 
 NO_FIELDS = {
     "words": "base and adapters are fields of their own",
@@ -50,13 +53,19 @@ def _entry(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
-def _size(text: str | None) -> str | None:
-    if text is not None:
+def _passes(check: Callable[[Any], object]) -> AfterValidator:
+    """What its flag would be refused for is refused where it stands in the recipe."""
+
+    def checked(value: Any) -> Any:
         try:
-            size_in_bytes(text)
+            if value is not None:
+                check(value)
         except InputError as error:
-            raise ValueError(error.problems[0].what) from None
-    return text
+            (problem,) = error.problems
+            raise ValueError(problem.what, problem.remedy) from None
+        return value
+
+    return AfterValidator(checked)
 
 
 _SHORT = {
@@ -67,7 +76,11 @@ _SHORT = {
 }
 
 _Entry = Annotated[AdapterEntry, BeforeValidator(_entry)]
-_CHECKS = {"shard_size": AfterValidator(_size)}
+_CHECKS = {
+    "shard_size": _passes(size_in_bytes),
+    "density": _passes(check_density),
+    "layers": _passes(check_layers),
+}
 
 
 @functools.cache

@@ -51,7 +51,9 @@ def report(
         access = Access(endpoint_url=endpoint_url, region=region, anonymous=anonymous)
         place = locate_out(out, access)
         evidence = read_evidence(place)
-        text = page(evidence, spectra(evidence, spectrum) if spectrum else []).encode()
+        found = spectra(evidence, spectrum) if spectrum else []
+        shown = page(evidence, found)
+        text = shown.encode(errors="replace")  # paths may hold bytes that are no UTF-8, as of GBK
         target = output or Path(f"{place.name}-report.html")
         with reported(target):
             target.write_bytes(text)
@@ -64,4 +66,6 @@ def report(
             "outcome": result.title,
         }
         lines = [f"{result.title}: {result.text}", f"report   {target}, {console.gb(len(text))}"]
+        missed = dict.fromkeys(one.why for one in found if one.why)
+        lines += [f"note     no singular values: {why}" for why in missed]
         console.answer(lines, document, as_json=as_json)

@@ -12,7 +12,15 @@ from typing import Any
 
 from merge_core.adapter_config import AdapterConfig, read_config
 from merge_core.config_values import MAX_SCALE
-from merge_core.errors import InputError, Problem, StorageError, gathered, refuse, some_of
+from merge_core.errors import (
+    InputError,
+    Problem,
+    StorageError,
+    gathered,
+    refuse,
+    shortened,
+    some_of,
+)
 from merge_core.folders import names_in, pinned, read_json, refused
 from merge_core.layout import TensorSpec
 from merge_core.peft_tuners import tuner_of
@@ -61,14 +69,24 @@ def parse_adapter(text: AdapterWord, access: Access = DEFAULT_ACCESS) -> tuple[L
     """Split ``path@0.5`` into place and weight; a path that exists as a whole has weight 1.
 
     Raises:
-        InputError: it is no place.
+        InputError: it is no place, or what stands behind the @ of a folder is no number.
     """
     if isinstance(text, tuple):
         return locate(text[0], access), text[1]
     match = _WEIGHT.match(str(text))
     if isinstance(text, Location) or match is None or os.path.exists(text):
+        _refuse_odd_weight(text)
         return locate(text, access), 1.0
     return locate(match["path"], access), float(match["weight"])
+
+
+def _refuse_odd_weight(text: Place) -> None:
+    if not isinstance(text, str) or os.path.lexists(text):
+        return
+    folder, _, weight = text.rpartition("@")
+    if os.path.isdir(folder):
+        remedy = f"Give a number, as in {folder}@0.5, or leave it out"
+        raise refuse(f"{shortened(weight)} is no weight", text, remedy)
 
 
 def open_adapter(path: Location, weight: float = 1.0, given: Location | None = None) -> Adapter:

@@ -30,7 +30,8 @@ _READ = {"LORA": READ_FIELDS, "TRAINABLE_TOKENS": TOKEN_FIELDS, "LN_TUNING": NOR
 _REPAIR = "Save the adapter again with PEFT"
 _CONVERT = (
     "Save the adapter again as plain LoRA: save_pretrained(...,"
-    " path_initial_model_for_weight_conversion=...)"
+    " path_initial_model_for_weight_conversion=...). LLaMA-Factory and ms-swift may have done so,"
+    " in pissa_converted and converted/default"
 )
 _OF_LOFTQ = (
     "Give the base that LoftQ wrote, and set init_lora_weights to true: it is plain LoRA there"

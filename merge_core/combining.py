@@ -39,9 +39,8 @@ def _wrong_options(how: Combination, adapters: int) -> Iterator[Problem]:
         yield Problem(what, "--combine", "Leave --combine out, or name another adapter")
     if how.prunes and how.density is None:
         yield Problem(f"{how.method} needs a density", "--density", "Give a share such as 0.5")
-    if how.density is not None and not 0 < how.density <= 1:
-        what = f"{how.density:g} is no share of the elements"
-        yield Problem(what, "--density", "Give a number above 0, at most 1")
+    if how.density is not None:
+        yield from _wrong_density(how.density)
     if how.majority_sign not in (None, "total", "frequency"):
         what = f"{how.majority_sign!r} elects no sign"
         yield Problem(what, "--majority-sign", "Give total or frequency")
@@ -52,6 +51,23 @@ def _wrong_options(how: Combination, adapters: int) -> Iterator[Problem]:
     ):
         if value is not None and not fits:
             yield Problem(f"--combine {how.method} has no use for it", option, "Leave it out")
+
+
+def check_density(density: float) -> None:
+    """Make sure that it is a share.
+
+    Raises:
+        InputError: it is none.
+    """
+    problems = list(_wrong_density(density))
+    if problems:
+        raise InputError(problems)
+
+
+def _wrong_density(density: float) -> Iterator[Problem]:
+    if not 0 < density <= 1:
+        what = f"{density:g} is no share of the elements"
+        yield Problem(what, "--density", "Give a number above 0, at most 1")
 
 
 def combined(

@@ -23,7 +23,7 @@ from merge_core.errors import StorageError
 from merge_core.holder import Holder
 from merge_core.kept_json import KeptJson
 from merge_core.output import RUNS
-from merge_core.progress import Progress, ProgressFile, Watch
+from merge_core.progress import INTERRUPTED, Progress, ProgressFile, Watch
 from merge_core.stores.location import Location
 from merge_core.stores.opening import open_store
 from merge_core.verdict import describe_report
@@ -135,7 +135,7 @@ class History:
         self._record["outcome"] = "done" if error is None else "stopped"
         if error is not None:
             interrupted = isinstance(error, KeyboardInterrupt)
-            self._record["error"] = "interrupted" if interrupted else str(error) or repr(error)
+            self._record["error"] = INTERRUPTED if interrupted else str(error) or repr(error)
         self._record["ended"] = time.time()
         self._file.close(self._content())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -41,18 +42,23 @@ def open_inputs(
     with gathered(problems):
         asked.check(len(adapters))
     for word in adapters:
-        with gathered(of_adapters):
+        why = _taken_for_model(word[0] if isinstance(word, tuple) else word)
+        with gathered(of_adapters), _explained(why):
             opened.append(open_named(word, asked.adapter_name, asked.access))
-            said += _taken_for_model(word[0] if isinstance(word, tuple) else word)
+            said += why
     with gathered(problems):
         if base is not None:
-            checkpoint = open_checkpoint(locate(base, asked.access), asked.decode())
-            said += _taken_for_model(base)
+            why = _taken_for_model(base)
+            with _explained(why):
+                checkpoint = open_checkpoint(locate(base, asked.access), asked.decode())
+            said += why
         elif opened and not of_adapters:
             named = base_named_by(opened, asked.access)
-            checkpoint = open_checkpoint(named, asked.decode())
             which = "" if named.is_local else f", which is not on this disk: {named}"
-            said.append(f"BASE is the one that the adapters name{which}")
+            why = [f"BASE is the one that the adapters name{which}"]
+            with _explained(why):
+                checkpoint = open_checkpoint(named, asked.decode())
+            said += why
     with gathered(problems):
         devices = asked.devices()
     problems += of_adapters
@@ -63,10 +69,22 @@ def open_inputs(
     return replace(checkpoint, notes=(*said, *checkpoint.notes)), opened, devices
 
 
-def _taken_for_model(word: Place) -> Iterator[str]:
+def _taken_for_model(word: Place) -> list[str]:
     """What is to be said of a word that could be a path."""
-    if is_bare_hub_id(word):
-        yield f"there is no path {word}: it is taken for a model on the hub"
+    if not is_bare_hub_id(word):
+        return []
+    return [f"there is no path {word}: it is taken for a model on the hub"]
+
+
+@contextlib.contextmanager
+def _explained(why: Sequence[str]) -> Iterator[None]:
+    """Have what is wrong with a model say why it was looked at, where nobody had asked for it."""
+    try:
+        yield
+    except InputError as error:
+        first, *others = error.problems
+        told = f"{first.what} ({'; '.join(why)})" if why else first.what
+        raise InputError([replace(first, what=told), *others]) from error
 
 
 def _check_dtype(checkpoint: Checkpoint, asked: str | None) -> None:

@@ -23,6 +23,9 @@ KEPT_LINES = 50
 WRITE_SECONDS = 1.0
 """How often the file is written; who looks at it looks no closer."""
 
+INTERRUPTED = "interrupted"
+"""Why a run stopped that somebody, or its machine, asked to."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerProgress:
@@ -80,7 +83,7 @@ class ProgressFile:
     ) -> None:
         if error is not None:
             interrupted = isinstance(error, KeyboardInterrupt)
-            why = "interrupted" if interrupted else str(error) or type(error).__name__
+            why = INTERRUPTED if interrupted else str(error) or type(error).__name__
             self._lines.append((time.time(), f"stopped: {why}"))
         self._file.close(self._content(dataclasses.replace(self._last, workers=())))
 

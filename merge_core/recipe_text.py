@@ -49,10 +49,10 @@ def scalar(value: Any) -> str:
 
 
 def _escaped(char: str) -> str:
-    """As YAML writes it between double quotes, in ASCII."""
+    """As YAML writes it between double quotes: what people can read stays as it is."""
     if char in '"\\':
         return f"\\{char}"
-    if " " <= char <= "~":
+    if char.isprintable():
         return char
     return f"\\u{ord(char):04x}" if ord(char) <= 0xFFFF else f"\\U{ord(char):08x}"
 

@@ -41,6 +41,15 @@ def shards_of(shards: Sequence[Shard], layers: str | None) -> frozenset[int]:
     return frozenset(index for index, mine in held.items() if mine & wanted)
 
 
+def check_layers(layers: str) -> None:
+    """Make sure that it is a list of layers, whichever there are.
+
+    Raises:
+        InputError: it is none.
+    """
+    _parse(layers)
+
+
 def layers_of(plan: MergePlan, shards: Collection[int]) -> str:
     """The layers that lie in some shards, as ``--layers`` takes them."""
     return _spelled(frozenset().union(*(_layers_in(plan.shards[index]) for index in shards)))

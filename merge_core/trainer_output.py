@@ -38,6 +38,11 @@ _TRAINED_BESIDE = ("non_lora_trainables.bin", "trainable_params.bin", "vit.safet
 _VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
 """Where LLaMA-Factory and ms-swift keep the head of a reward model or of PPO."""
 
+_UNCONVERTED = ("pissa_init", "pissa_backup", "initial_model")
+"""Where LLaMA-Factory (the first two) and ms-swift keep adapters of PiSSA, OLoRA or LoRA-GA as they
+began, and LLaMA-Factory as they ended, for PEFT to convert. It wants these with
+``init_lora_weights`` true, so their configs call plain what belongs to a changed base."""
+
 _BASE_WEIGHTS = re.compile(r"model\.safetensors(\.index\.json)?|pytorch_model[^/]*\.bin")
 
 
@@ -59,12 +64,19 @@ def choose_adapter(given: Location, name: str | None = None) -> Chosen:
         name: of a folder in it, or ``default`` for the adapter in the folder itself.
 
     Raises:
-        InputError: it holds several and none was chosen, none of that name, or weights that are no
-            part of any adapter.
+        InputError: it holds several and none was chosen, none of that name, weights that are no
+            part of any adapter, or one that is not converted.
     """
     names = names_in(given, "ADAPTER", CONFIG)
     inner, notes = _among(given, names, name)
     path, before = (given / inner, f"{inner}/") if inner else (given, "")
+    if path.name in _UNCONVERTED:
+        what = (
+            f"trainers call {path.name} an adapter of PiSSA or its like that is not converted: it"
+            " belongs to a base that was changed for it, though its config does not say so"
+        )
+        remedy = "Merge what was converted (pissa_converted, converted), or rename this folder"
+        raise refuse(what, str(path), f"{remedy} if it is plain LoRA")
     beside = [file for file in _TRAINED_BESIDE if before + file in names]
     if beside:
         what = f"{some_of(beside)} holds weights that were trained beside the adapter"
@@ -128,11 +140,12 @@ def _lead_to_adapter(names: Collection[str]) -> bool:
 
 def _among(given: Location, names: Collection[str], name: str | None) -> tuple[str, list[str]]:
     """The folder in ``given`` that is meant, empty for itself, and what is to be said of it."""
-    below, own, begun = _adapters_below(names), _is_adapter("", names), CONFIG in names
+    own, begun, found = _is_adapter("", names), CONFIG in names, _adapters_below(names)
+    below = [folder for folder in found if folder not in _UNCONVERTED]
     if name is not None:
         if name == OWN and (own or OWN not in below):
             return "", []
-        if name in below:
+        if name in found:
             return name, []
         there = [*[OWN] * own, *below]
         what = f"holds no adapter {name!r}" + (f", but {', '.join(there)}" if there else "")

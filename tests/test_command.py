@@ -15,7 +15,6 @@ import pytest
 from head import until
 from models import assert_same_tensors, make_adapter, make_base, oracle, read_tensors
 
-from cluster.demo import LESSONS
 from cluster.session import session
 
 
@@ -159,20 +158,6 @@ def test_ray_started_for_a_merge_leaves_nothing_and_ignores_a_users_package_call
     assert_same_tensors(read_tensors(tmp_path / "out"), oracle(base, adapter))
     assert {path.name for path in tmp_path.iterdir()} == {"cluster", "out"}  # HOME is here too
     until(lambda: not processes_of(tmp_path))  # Ray's agents notice that its raylet is gone
-
-
-def test_the_demo_answers_like_base_and_adapter_also_beside_a_users_package_called_cluster(
-    tmp_path: Path,
-) -> None:
-    package_of_the_user(tmp_path)
-
-    done = raymeld("demo", cwd=tmp_path)
-
-    assert done.returncode == 0, done.stderr
-    said = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
-    answers = [line[1] for line in said if line[:1] == ["merged"] and line[1].startswith("'")]
-    assert len(answers) == len(LESSONS)
-    assert all(answer.strip("' ") in LESSONS.values() for answer in answers)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import email.message
 import email.parser
+import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
+import venv
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from cluster.demo import LESSONS
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -78,6 +84,44 @@ def test_the_wheel_has_everything_that_the_packages_have(published: Path) -> Non
     packages = ("merge_core/", "actors/", "cluster/")
     assert held == {name for name in files() if name.startswith(packages)}
     assert licences == {"LICENSE", "echarts.LICENSE", "echarts.LICENSE-d3"}
+
+
+def test_the_wheel_alone_runs_the_demo_beside_a_users_packages_of_the_same_names(
+    published: Path, tmp_path: Path
+) -> None:
+    """In an environment that has what raymeld asks for, and no raymeld but this."""
+    (wheel,) = published.glob("*.whl")
+    place, mine = tmp_path / "environment", tmp_path / "mine"
+    venv.create(place, symlinks=True)
+    python = place / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index"]
+    subprocess.run([*pip, "--no-deps", wheel], check=True)
+    (own,) = place.glob("lib/*/site-packages")
+    (own / "others.pth").write_text(sysconfig.get_path("purelib"))  # behind its own
+    for name in ("cluster", "actors"):
+        (mine / name).mkdir(parents=True)
+        (mine / name / "__init__.py").write_text("raise RuntimeError('not ours')")
+
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHON"))}
+    environment = {**kept, "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [place / "bin" / "raymeld", "demo"],
+        cwd=mine,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0, done.stderr
+    said = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    answers = [line[1] for line in said if line[:1] == ["merged"] and line[1].startswith("'")]
+    assert [answer.strip("' ") for answer in answers] == [*map(str.strip, LESSONS.values())]
+    assert done.stdout.endswith("done: the merged checkpoint is in demo-merge/merged\n")
+    run = json.loads(next(mine.glob("demo-merge/merged/.raymeld/runs/*.json")).read_text())
+    assert run["options"]["address"] == "local"
+    where = [python, "-P", "-c", "import cluster, actors, merge_core; print(cluster.__file__)"]
+    found = subprocess.run(where, cwd=mine, env=environment, capture_output=True, text=True)
+    assert Path(found.stdout.strip()).is_relative_to(own)
 
 
 def test_the_readme_of_the_package_leads_to_the_repository(published: Path) -> None:

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from cluster.cli import app
 from cluster.help_screen import TALK
 from cluster.options import Device, Dtype, Level
+from merge_core import __version__
 from merge_core.updates.combined import SignMethod
 
 SCREEN = 45
@@ -66,6 +67,12 @@ def test_help_is_there_on_a_narrow_terminal_too(words: str) -> None:
     assert max(map(len, lines)) <= 60
 
 
+def test_the_version_is_told() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.stdout) == (0, f"raymeld {__version__}\n")
+    assert "Fold PEFT LoRA adapters" in shown("--help")
+
+
 @pytest.mark.parametrize("words", COMMANDS)
 def test_examples_are_right(words: str) -> None:
     examples = [
@@ -75,6 +82,14 @@ def test_examples_are_right(words: str) -> None:
     ]
     assert call_problems("\n".join(examples)) == []
     assert examples or words in ("jobs list", "jobs status", "jobs stop")
+
+
+def test_the_page_about_the_command_line_has_every_command() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "command-line.md").read_text()
+    table = page.partition("| command |")[2].partition("\n\n")[0]
+    first = [cell for line in table.splitlines() for cell in line.split("|")[1:2]]
+    named = {name for cell in first for name in cell.replace("`", "").replace(",", " ").split()}
+    assert named - {"---"} == {words.split()[0] for words in COMMANDS}
 
 
 def test_an_option_is_described_in_the_same_words_everywhere() -> None:
@@ -116,6 +131,9 @@ def test_every_choice_is_named(option: str, choices: Any) -> None:
         ("jobs list --adress x", "No such option '--adress'. Did you mean '--address'?"),
         ("--hlep", "No such option '--hlep'. Did you mean '--help'?"),
         ("plan a b --dtype bf16", "Invalid value for '--dtype': 'bf16' is not one of 'bfloat16'"),
+        ("merge a b --out c --combine tie", "'magnitude_prune_svd'. Did you mean 'ties'?"),
+        ("merge a b --out c --verify Digset", "'load'. Did you mean 'digest'?"),
+        ("merge a b --out c --device tpu9", "'auto', 'cuda', 'cpu'."),
         ("submit -- merge a b --layer c", "No such option '--layer'. Did you mean '--layers'?"),
     ],
 )

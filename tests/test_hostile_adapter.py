@@ -58,6 +58,18 @@ def test_a_weight_is_read_behind_the_last_at_sign(tmp_path: Path) -> None:
     assert parse_adapter(f"{tmp_path}/a@0.5@0.25") == (locate(tmp_path / "a@0.5"), 0.25)
 
 
+@pytest.mark.parametrize("weight", ["0,5", "50%", "nan", "v2", ""])
+def test_what_stands_behind_an_adapter_and_is_no_weight_is_told_as_that(
+    tmp_path: Path, weight: str
+) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(InputError) as caught:
+        parse_adapter(f"{tmp_path}/a@{weight}")
+    (problem,) = caught.value.problems
+    assert problem.what == f"{weight!r} is no weight"
+    assert f"as in {tmp_path}/a@0.5" in problem.remedy
+
+
 def test_problems_of_base_and_adapters_are_told_at_once(
     adapter_scene: AdapterScene, tmp_path: Path
 ) -> None:

@@ -91,6 +91,9 @@ def test_the_command_tells_all_of_them_and_asks_for_nothing_else(tmp_path: Path)
         ("adapters: [a]\nout: \a", "1:1: unacceptable character"),
         ("adapters: " + "[" * 40 + "]" * 40, "nested more than 20 deep"),
         ("adapters: [a]\nseed: 1.5", "2:7: seed: 1.5 is no whole number"),
+        ("adapters: [a]\ndensity: 7", "2:10: density: 7 is no share of the elements. Give a"),
+        ("adapters: [a]\nlayers: 9-3", "2:9: layers: '9-3' names no layers. Give numbers and rang"),
+        ("adapters: [a]\nlayers: 1,x", "2:9: layers: 'x' names no layers. Give numbers and ranges"),
         ("adapters: [{weight: 1}]", "1:12: path is missing"),
         ("adapters: [a]\ntemplate: qwen", "2:1: there is no option 'template'. Leave it out"),
     ],
@@ -99,6 +102,20 @@ def test_what_is_no_recipe_is_refused_where_it_is_wrong(
     tmp_path: Path, text: str, said: str
 ) -> None:
     assert any(said in line for line in refusals(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("adapter_name_or_path", "adapters"),  # though it is nearer to adapter_name
+        ("model_name_or_path", "base"),
+        ("export_size", "shard_size"),
+        ("dytpe", "dtype"),
+    ],
+)
+def test_words_of_other_tools_are_known(tmp_path: Path, word: str, meant: str) -> None:
+    said = f"2:1: there is no option '{word}'. Did you mean {meant}?"
+    assert refusals(tmp_path, f"adapters: [a]\n{word}: b") == [said]
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

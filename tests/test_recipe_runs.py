@@ -127,7 +127,8 @@ def test_the_recipe_command_writes_what_reads_the_same(
         "workers": 3,
         "combine": "cat",
     }
-    assert "# Most bytes of an output file.\n# shard_size:\n" in written
+    assert "# Most bytes of an output file. [2GB]\n# shard_size:\n" in written  # as --help has it
+    assert "# Wait so long for workers. [1800]\n# start_timeout:\n" in written
     again = done("recipe", tmp_path / "recipe.yaml").stdout
     assert again == written
 
@@ -137,6 +138,22 @@ def test_texts_that_look_like_something_else_stay_texts(base: Path, tmp_path: Pa
     done("merge", base, odd, "--out", tmp_path / "out", *ADDRESS)
     found = read_recipe(tmp_path / "out" / ".raymeld" / "recipe.yaml")
     assert found.adapters == ((str(odd), 1.0),)
+
+
+def test_paths_can_be_read_in_any_script(base: Path, tmp_path: Path) -> None:
+    chinese = adapter_at(tmp_path / "我的 适配器")
+    line = f'- path: "{chinese}"'
+    done("merge", base, chinese, "--out", tmp_path / "合并", *ADDRESS)
+    kept = tmp_path / "合并" / ".raymeld" / "recipe.yaml"
+    assert line in kept.read_text(encoding="utf-8").splitlines()
+    assert read_recipe(kept).adapters == ((str(chinese), 1.0),)
+    assert line in done("recipe", base, chinese, "--out", tmp_path / "x").stdout.splitlines()
+
+    runner = CliRunner(charset="gbk")  # which nobody would read back as UTF-8
+    printed = runner.invoke(app, ["recipe", str(base), str(chinese), "--out", "x"]).stdout_bytes
+    (tmp_path / "recipe.yaml").write_bytes(printed)
+    assert printed.isascii()
+    assert read_recipe(tmp_path / "recipe.yaml").adapters == ((str(chinese), 1.0),)
 
 
 def test_a_submitted_recipe_is_sent_as_words(

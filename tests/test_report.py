@@ -8,6 +8,7 @@ import hashlib
 import importlib.resources
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -17,26 +18,24 @@ from pathlib import Path
 
 import pytest
 from handmade import TWO_LANES
-from leases import take
 from models import read_tensors
 from moe import write_expert_adapter
 from played import as_sealed, play
+from typer.testing import CliRunner
 
-from cluster.report.accounting import key_table, uses
+from cluster.cli import app
+from cluster.report.accounting import uses
 from cluster.report.changes import changed, heat_map, tensor_table, whole_change
 from cluster.report.evidence import Evidence, read_evidence
 from cluster.report.facts import figures, gaps, inputs, outcome, title
 from cluster.report.page import LIBRARY, page
 from cluster.report.spectrum import spectra
 from cluster.report.timeline import memory_table, timelines
-from merge_core import merge as merge_module
-from merge_core.errors import InputError, RaymeldError, VerificationError
+from merge_core.errors import InputError
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
-from merge_core.progress import Progress
 from merge_core.stores.location import locate
-from merge_core.verify import Finding
 
 ECHARTS = "b66b25aeb4df84e33199dc21694014d336d222cbd9deb0e5a7c14bd6aa0d0fd0"
 """sha256 of dist/echarts.min.js of the npm package echarts 6.1.0."""
@@ -46,18 +45,6 @@ ECHARTS = "b66b25aeb4df84e33199dc21694014d336d222cbd9deb0e5a7c14bd6aa0d0fd0"
 def finished(small: MergePlan, tmp_path_factory: pytest.TempPathFactory) -> Evidence:
     out = tmp_path_factory.mktemp("report") / "out"
     merge(small, out, choice=TWO_LANES)
-    return read_evidence(locate(out))
-
-
-def stopped(plan: MergePlan, out: Path) -> Evidence:
-    """After two shards."""
-
-    def watch(now: Progress) -> None:
-        if now.done > plan.shards[0].size + plan.shards[1].size:
-            raise RaymeldError("the disk is gone", "worker-0")
-
-    with pytest.raises(RaymeldError, match="the disk is gone"):
-        merge(plan, out, choice=TWO_LANES, watch=watch)
     return read_evidence(locate(out))
 
 
@@ -95,6 +82,18 @@ def test_changes_are_those_of_the_weights(finished: Evidence, small: MergePlan) 
     assert [row[0] for row in tensor_table(finished.tensors).rows][: len(merged)] == merged
 
 
+def test_layers_that_are_not_merged_yet_are_a_gap_in_the_heat_map(finished: Evidence) -> None:
+    """Or layer 23 would stand beside 19, as if there were none between."""
+    rows = [row for row in finished.tensors if ".layers.1." in row["tensor"]]
+    later = [{**row, "tensor": row["tensor"].replace(".1.", ".4.")} for row in rows]
+    heat = heat_map([*rows, *later])
+
+    assert heat.layers == (1, 2, 3, 4)
+    assert {layer for layer, *_ in heat.cells} == {0, 3}
+    assert [set(row[1:]) == {None} for row in heat.table.rows] == [False, True, True, False]
+    assert heat_map([]).layers == ()
+
+
 def test_the_time_line_has_every_shard_where_and_when_it_was_merged(finished: Evidence) -> None:
     (line,) = timelines(finished)
 
@@ -105,64 +104,6 @@ def test_the_time_line_has_every_shard_where_and_when_it_was_merged(finished: Ev
     (row,) = memory_table(finished.shards).rows
     assert row[2] == len(finished.plan["shards"])
     assert 0 < row[5] < row[6]
-
-
-def test_a_half_done_merge_is_told_from_its_receipts(small: MergePlan, out: Path) -> None:
-    evidence = stopped(small, out)
-    found, done = (
-        outcome(evidence),
-        [task.target.name for shard in small.shards[:2] for task in shard.tasks],
-    )
-
-    assert (found.tone, found.title) == ("bad", "Stopped")
-    assert found.text.startswith("2 of 4 shards done. worker-0: the disk is gone. The same command")
-    assert [row["tensor"] for row in evidence.tensors] == done
-    assert f"{27 - len(done)} tensors not merged yet (--layers " in next(gaps(evidence))
-    rows = key_table(uses(evidence), evidence).rows
-    assert {row[4] for row in rows} == {"yes", "not yet"}
-    assert "worker-0: the disk is gone" in page(evidence, [])
-
-
-def test_a_merge_that_went_on_has_a_time_line_for_each_run(small: MergePlan, out: Path) -> None:
-    stopped(small, out)
-    merge(small, out, choice=TWO_LANES)
-    first, second = timelines(read_evidence(locate(out)))
-
-    assert (len(first.bars), len(second.bars)) == (2, len(small.shards) - 2)
-    assert [phase for phase, _, _ in second.phases] == ["proving", "merging", "verifying"]
-
-
-def test_a_merge_at_work_is_told_as_running(small: MergePlan, out: Path) -> None:
-    stopped(small, out)
-    with take(out):
-        assert outcome(read_evidence(locate(out))).title == "Running"
-
-
-def test_a_stage_that_is_done_is_no_failure(small: MergePlan, out: Path) -> None:
-    merge(dataclasses.replace(small, stage=frozenset({0, 1})), out, choice=TWO_LANES)
-    found = outcome(read_evidence(locate(out)))
-
-    assert (found.tone, found.title) == ("open", "Done with a stage")
-    assert "2 of 4 shards done; left to other stages: --layers " in found.text
-
-
-def test_a_failed_verification_names_what_failed(
-    small: MergePlan, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    finding = Finding(check="digest", where="model.safetensors: a", what="is not as written")
-    honest = merge_module.verify
-
-    def spoiled(*given: object, **named: object) -> object:
-        return dataclasses.replace(honest(*given, **named), findings=(finding,))  # type: ignore[arg-type]
-
-    monkeypatch.setattr(merge_module, "verify", spoiled)
-    with pytest.raises(VerificationError):
-        merge(small, out, choice=TWO_LANES)
-    evidence = read_evidence(locate(out))
-
-    assert outcome(evidence).title == "Verification failed"
-    assert outcome(evidence).text.startswith("1 check failed: nothing was published.")
-    assert "model.safetensors: a: is not as written" in page(evidence, [])
 
 
 def test_of_an_old_merge_the_page_says_what_is_not_known(small: MergePlan, out: Path) -> None:
@@ -247,6 +188,18 @@ def test_the_command_writes_the_page_and_answers_in_json(
         "outcome": "Merged and verified",
     }
     assert done.stderr == ""
+
+
+def test_a_path_that_is_no_utf_8_is_told_as_far_as_it_can_be(
+    small: MergePlan, tmp_path: Path
+) -> None:
+    """As of files from a machine that called them in GBK."""
+    out, written = tmp_path / os.fsdecode(b"\xd6\xd0-out"), tmp_path / "report.html"
+    merge(small, out, choice=TWO_LANES)
+    done = CliRunner().invoke(app, ["report", str(out), "--output", str(written)])
+
+    assert done.exit_code == 0, done.output
+    assert f"{tmp_path}/??-out" in written.read_text(encoding="utf-8")
 
 
 def test_a_directory_without_a_merge_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,9 @@ import torch
 from handmade import TWO_LANES, header_of, write_adapter
 from models import make_adapter, read_tensors
 from moe import write_expert_adapter, write_fused_adapter
+from typer.testing import CliRunner
 
+from cluster.cli import app
 from cluster.report.accounting import key_table, summary, uses
 from cluster.report.changes import changed, heat_map
 from cluster.report.evidence import Evidence, read_evidence
@@ -135,3 +137,7 @@ def test_singular_values_of_an_adapter_that_changed_are_not_made_up(
 
     assert one.values == ()
     assert "adapter_model.safetensors" in one.why
+    page = tmp_path / "page.html"
+    words = ["report", str(out), "--spectrum", "2", "--output", str(page)]
+    said = CliRunner().invoke(app, words, catch_exceptions=False).stdout.splitlines()
+    assert said[2:] == [f"note     no singular values: {one.why}"]  # once, whoever asked for two

@@ -48,6 +48,12 @@ def test_the_reference_shows_signatures_and_docstrings(site: Path) -> None:
     assert ":::" not in text
 
 
+def test_a_page_says_in_which_language_it_is(site: Path) -> None:
+    said = {name: (site / name / "index.html").read_text() for name in ("", "zh", "adapters")}
+    found = {name: re.findall(r"<html lang=\"?([\w-]+)", text) for name, text in said.items()}
+    assert found == {"": ["en"], "zh": ["zh-Hans"], "adapters": ["en"]}
+
+
 def test_links_that_leave_the_documentation_lead_to_the_repository(site: Path) -> None:
     text = (site / "scale" / "index.html").read_text()
     assert re.search(

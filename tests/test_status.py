@@ -108,6 +108,18 @@ def test_the_time_left_follows_the_pace_of_this_phase(
     assert "nothing was heard for" in said(status)  # since 1970
 
 
+@pytest.mark.parametrize("level", ["digest", "numeric"])
+def test_no_phase_does_more_than_all(plan: MergePlan, out: Path, level: str) -> None:
+    """The numeric check reads base and result, so more than the files that it looks at have."""
+    seen: list[Progress] = []
+    merge(plan, out, choice=TWO_LANES, level=level, watch=seen.append)
+    sizes = [shard.size for shard in plan.shards]
+    verifying = [(now.done, now.total) for now in seen if now.phase == "verifying"]
+
+    assert verifying == [(sum(sizes[:n]), sum(sizes)) for n in range(len(sizes))]
+    assert all(now.done <= now.total for now in seen)
+
+
 def test_decisions_are_kept_and_the_last_ones_shown(plan: MergePlan, out: Path) -> None:
     merge(plan, out, choice=TWO_LANES)
     heard: list[str] = []

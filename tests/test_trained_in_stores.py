@@ -176,6 +176,26 @@ def test_a_base_that_is_not_on_the_disk_is_taken_from_the_hub(
     assert make_plan(None, [adapter]).base.local == tmp_path / "org" / "Qwen1.5-7B"
 
 
+def test_who_is_sent_to_the_hub_without_having_asked_is_told_why(
+    base: Path, tmp_path: Path, hub: Hub, client: HubClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapter = adapter_at(tmp_path / "lora", base_model_name_or_path="org/base")
+    named = "(BASE is the one that the adapters name, which is not on this disk: hf://org/base)"
+    typed = "(there is no path org/base: it is taken for a model on the hub)"
+    for words, why in (
+        ((None, [adapter]), named),
+        (("org/base", [adapter]), typed),
+        ((base, ["org/base@0.5"]), typed.replace("/base:", "/base@0.5:")),
+    ):
+        with pytest.raises(InputError) as caught:
+            make_plan(*words)
+        assert str(caught.value).count(why) == 1
+    with pytest.raises(InputError) as caught:
+        make_plan("hf://org/base", [adapter])
+    assert " (" not in str(caught.value)
+
+
 def test_an_adapter_and_its_tokenizer_on_the_hub_are_pinned(
     base: Path, tmp_path: Path, hub: Hub, client: HubClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,8 +16,10 @@ from trainers import (
     axolotl,
     checkpoint_at,
     llama_factory,
+    llama_factory_pissa,
     swift,
     swift_2,
+    swift_pissa,
     trainer,
     unsloth,
 )
@@ -109,6 +111,33 @@ def test_of_swifts_checkpoints_none_is_guessed(base: Path, tmp_path: Path) -> No
     assert paths(plan) == [run / "checkpoint-100"]
     text = refusal(base, tmp_path / "output")
     assert f"there is one in {run.name}/checkpoint-100, {run.name}/checkpoint-20" in text
+
+
+@pytest.mark.parametrize("name", ["pissa_init", "pissa_backup"])
+def test_what_llama_factory_has_not_converted_is_not_merged(
+    base: Path, tmp_path: Path, name: str
+) -> None:
+    output = llama_factory_pissa(tmp_path / "output")
+    assert "init_lora_weights='pissa_niter_16'" in refusal(base, output)
+    assert "in pissa_converted and converted/default" in refusal(base, output)
+    said = f"{output / name}: trainers call {name} an adapter of PiSSA or its like that is not"
+    assert said in refusal(base, output, name=name)
+    assert said in refusal(base, output / name)
+    assert "checkpoint-10, pissa_converted" in refusal(base, output, name="nothing")
+    assert name not in refusal(base, output, name="nothing")
+    plan = make_plan(base, [output], adapter_name="pissa_converted")
+    assert paths(plan) == [output / "pissa_converted"]
+
+
+def test_what_swift_has_not_converted_is_not_merged(base: Path, tmp_path: Path) -> None:
+    run = swift_pissa(tmp_path / "output")
+    assert "holds 2 adapters: checkpoint-20, checkpoint-100. Choose" in refusal(base, run)
+    assert "initial_model an adapter of PiSSA or its like" in refusal(
+        base, run, name="initial_model"
+    )
+    assert "init_lora_weights='pissa'" in refusal(base, run, name="checkpoint-100")
+    converted = run / "checkpoint-100" / "converted"
+    assert paths(make_plan(base, [converted])) == [converted / "default"]
 
 
 def test_the_one_adapter_in_a_directory_is_taken_and_said(base: Path, tmp_path: Path) -> None:

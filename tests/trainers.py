@@ -1,9 +1,19 @@
 """Output directories as trainers leave them, of adapters that are written by hand.
 
-File names are those in the sources of the tools: PEFT 0.21 (``save_pretrained``), transformers 5.23
-(``Trainer._save_checkpoint``), axolotl (``train.py``: ``save_initial_configs`` runs before the
-training), ms-swift 3 (``trainers/mixin.py``), LLaMA-Factory (``extras/constants.py``,
-``train/callbacks.py``), unsloth (PEFT's ``save_pretrained`` on a base of its own packing).
+``trainer`` is held to a run of the installed Trainer (``test_trainer_run``). The other names are
+those in the sources of tools that were not run for this:
+
+- axolotl: ``src/axolotl/train.py`` (``save_initial_configs`` runs before the training);
+- ms-swift 3: ``swift/trainers/mixin.py`` (``_save``: no tokenizer beside an adapter;
+  ``_save_initial_model``, ``_save_converted_model``), ``swift/tuners/peft.py``
+  (additional_config.json), ``examples/train/multimodal/lora_llm_full_vit/custom_plugin.py``
+  (vit.safetensors);
+- LLaMA-Factory: ``src/llamafactory/extras/constants.py`` and ``ploting.py``,
+  ``train/callbacks.py`` (value heads, ``PissaConvertCallback``), ``train/sft/workflow.py``;
+- unsloth: ``unsloth/models/mapper.py`` has the names of its packed bases; adapter and tokenizer are
+  saved by PEFT and transformers;
+- ms-swift 1 and 2: ``swift/tuners/base.py`` (``SwiftModel.save_pretrained``: each adapter in a
+  folder of its name, ``configuration.json`` above).
 """
 
 from __future__ import annotations
@@ -68,6 +78,15 @@ def llama_factory(path: Path, **fields: Any) -> Path:
     return path
 
 
+def llama_factory_pissa(path: Path) -> Path:
+    """Of ``pissa_convert: true``: the adapter itself is not converted, and the start claims to be
+    plain."""
+    llama_factory(path, init_lora_weights="pissa_niter_16")
+    for seed, name in enumerate(("pissa_init", "pissa_backup", "pissa_converted")):
+        adapter_at(path / name, seed, init_lora_weights=True)
+    return path
+
+
 def axolotl(path: Path, *, ended: bool, **fields: Any) -> Path:
     """It saves the configs of adapter, tokenizer and model first, and the weights at the end."""
     adapter_at(path, **fields)
@@ -90,6 +109,15 @@ def swift(path: Path, **fields: Any) -> Path:
     (run / "images").mkdir()
     (run / "logging.jsonl").write_text("")
     (run / "args.json").write_text("{}")
+    return run
+
+
+def swift_pissa(path: Path) -> Path:
+    """The start lies in the run, what was converted in each checkpoint."""
+    run = swift(path, init_lora_weights="pissa")
+    adapter_at(run / "initial_model", init_lora_weights=True)
+    for step in (20, 100):
+        adapter_at(run / f"checkpoint-{step}" / "converted" / "default", seed=step)
     return run
 
 

@@ -38,6 +38,7 @@ class HeatMap:
     """Relative changes by layer and module."""
 
     layers: tuple[int, ...]
+    """From the first with a change to the last, those between that have none as well."""
     modules: tuple[str, ...]
     cells: tuple[tuple[int, int, float, int], ...]
     """Place in ``layers``, place in ``modules``, relative change, number of tensors."""
@@ -78,7 +79,8 @@ def heat_map(tensors: Iterable[Row]) -> HeatMap:
             cell = cells[layer, module_of(row["tensor"])]
             cell.deltas.append(row["delta_norm"])
             cell.bases.append(row["base_norm"])
-    layers = sorted({layer for layer, _ in cells})
+    there = [layer for layer, _ in cells]
+    layers = range(min(there, default=0), max(there, default=-1) + 1)  # a gap is seen as one
     modules = sorted({module for _, module in cells})
     return HeatMap(
         layers=tuple(layers),

@@ -14,6 +14,7 @@ from cluster.estimate_report import duration
 from cluster.report.changes import whole_change
 from cluster.report.evidence import Evidence
 from merge_core.errors import counted
+from merge_core.progress import INTERRUPTED
 from merge_core.stages import layers_among
 from merge_core.stores.location import locate
 
@@ -56,7 +57,11 @@ def outcome(evidence: Evidence) -> Outcome:
         text = f"{failed} failed: nothing was published. {go_on}"
         return Outcome(tone="bad", title="Verification failed", text=text)
     why = run.get("error", "").rstrip(".")
-    return Outcome(tone="bad", title="Stopped", text=f"{done}. {why}{'. ' * bool(why)}{go_on}")
+    if why in ("", INTERRUPTED):  # who is killed tells nobody
+        title = "Interrupted" if why else "Stopped"
+        return Outcome(tone="bad", title=title, text=f"{done}. {go_on}")
+    text = f"{done}. {why}. Once that is mended, the same command again goes on from here."
+    return Outcome(tone="bad", title="Failed", text=text)
 
 
 def _finished(verified: Mapping[str, Any] | None) -> Outcome:

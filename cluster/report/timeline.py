@@ -63,7 +63,7 @@ def timelines(evidence: Evidence) -> list[RunTimeline]:
             if began <= shard["started"] and _is_before_next(shard, evidence.runs, number)
         ]
         ended = max([ended, *(shard["started"] + shard["seconds"] for shard in mine)])
-        bars = [*_merged(mine, began), *_attempts(run, began)]
+        bars, phases = [*_merged(mine, began), *_attempts(run, began)], _phases(run, mine)
         found.append(
             RunTimeline(
                 title=f"Run {number} of {len(evidence.runs)}",
@@ -71,11 +71,11 @@ def timelines(evidence: Evidence) -> list[RunTimeline]:
                 seconds=ended - began,
                 phases=tuple(
                     (phase["phase"], phase["began"] - began, phase["ended"] - began)
-                    for phase in run["phases"]
+                    for phase in phases
                 ),
                 workers=_in_order(bar.worker for bar in bars),
                 bars=tuple(sorted(bars, key=lambda bar: bar.began)),
-                rates=tuple(_rates(run, began)),
+                rates=tuple(_rates(phases, run["samples"], began)),
             )
         )
     return found
@@ -136,10 +136,22 @@ def _in_order(workers: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(by_number, key=lambda name: by_number[name]))
 
 
-def _rates(run: Mapping[str, Any], began: float) -> Iterator[tuple[str, Any]]:
+def _phases(run: Mapping[str, Any], merged: Sequence[Row]) -> list[dict[str, Any]]:
+    """Those of a run. Where it was stopped nobody told how far it was at the end: shards do."""
+    phases = list(run["phases"])
+    if run["outcome"] == "stopped" and phases and phases[-1]["phase"] == "merging":
+        last = phases[-1]
+        done = last["before"] + sum(shard["size"] for shard in merged)
+        phases[-1] = {**last, "ended": run["ended"], "done": max(last["done"], done)}
+    return phases
+
+
+def _rates(
+    phases: Sequence[Mapping[str, Any]], taken: Sequence[Sequence[Any]], began: float
+) -> Iterator[tuple[str, Any]]:
     """Bytes a second between one sample and the next, which are fewer where the pace was slow."""
-    for number, phase in enumerate(run["phases"]):
-        samples = [(when, done) for when, of, done in run["samples"] if of == number]
+    for number, phase in enumerate(phases):
+        samples = [(when, done) for when, of, done in taken if of == number]
         ends = (phase["began"], phase["before"]), (phase["ended"], phase["done"])
         samples = [ends[0], *samples[:-1], ends[1]]  # the last one and the end are too close
         points = [
