@@ -42,8 +42,7 @@ Words = Annotated[
     list[str],
     typer.Argument(
         metavar="[BASE] ADAPTER[@WEIGHT]...",
-        help="Paths, s3://, gs:// or hub ids, as my-lora@0.5, or a recipe. BASE, if not"
-        " the adapters' own.",
+        help="Paths, s3://, hub ids, as my-lora@0.5; a recipe.",
         callback=take_defaults,
         is_eager=True,
     ),
