@@ -69,7 +69,7 @@ def read_status(out: Location) -> Status:
         tensors = [[task["target"]["name"] for task in shard["tasks"]] for shard in shards]
     except (StorageError, ValueError, KeyError, TypeError):
         raise refuse(
-            "there is no merge", str(out), "Name the --out of a merge that was started"
+            "there is no merge", str(out), "Name the --out of one that was started, or its --state"
         ) from None
     holder, finished = live_holder(out), is_there(out / CONFIG)
     accepted = accepted_shards(out)

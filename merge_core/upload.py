@@ -9,11 +9,12 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from merge_core.errors import Problem, StorageError, gathered, some_of
+from merge_core.errors import AbsentError, Problem, StorageError, gathered, some_of
 from merge_core.output import STAGED_CONFIG, read_plan, verified_level
 from merge_core.plan import MergePlan
-from merge_core.stores.location import Location
-from merge_core.stores.opening import open_hub_out
+from merge_core.stores.location import Location, Upload, onto_hub
+from merge_core.stores.opening import open_hub_out, read_file
+from merge_core.stores.store import HUB_RECORD
 
 if TYPE_CHECKING:
     from merge_core.stores.hub_out import HubOut
@@ -111,7 +112,21 @@ def published_at(out: Location) -> str | None:
     return found
 
 
-def _keep(store: HubOut, record: Mapping[str, Any]) -> None:
-    from merge_core.stores.hub_out import RECORD
+def destination_of(state: Location) -> Location | None:
+    """The model on the hub whose state ``state`` is; None of any other folder.
 
-    store.put(RECORD, json.dumps(record, indent=1).encode())
+    Raises:
+        StorageError: it may not be looked at.
+    """
+    try:
+        record = json.loads(read_file(state / HUB_RECORD))
+        model = Location(
+            scheme="hf", root=record["model"], revision=record["branch"], access=state.access
+        )
+        return onto_hub(model, Upload(state=state, private=record["private"]))
+    except (AbsentError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep(store: HubOut, record: Mapping[str, Any]) -> None:
+    store.put(HUB_RECORD, json.dumps(record, indent=1).encode())

@@ -25,10 +25,7 @@ from merge_core.stores.hub_objects import HubObjects, Sent
 from merge_core.stores.hub_retries import PATIENT
 from merge_core.stores.location import Location, Upload
 from merge_core.stores.scratch import Scratch
-from merge_core.stores.store import FileIdentity, Listed, PartWriter, Reader, Store
-
-RECORD = ".raymeld/hub.json"
-"""In the state: the model, the commit that a merge follows, and the one that it made."""
+from merge_core.stores.store import HUB_RECORD, FileIdentity, Listed, PartWriter, Reader, Store
 
 SENT = ".raymeld/sent"
 """In the state: what stands for files of weights, and in folders of their names for parts."""
@@ -174,7 +171,7 @@ class HubOut:
     def record(self) -> Mapping[str, Any]:
         """What the state knows of the model; empty before a merge has begun."""
         try:
-            found = json.loads(self._state.get(RECORD))
+            found = json.loads(self._state.get(HUB_RECORD))
         except (AbsentError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
