@@ -7,19 +7,14 @@ from typing import Any
 
 import pytest
 from fault_proxy import Exchange, Fault, FaultProxy, pass_on
-from handmade import TWO_LANES
 from hub_repos import sha256
-from hub_server import Hub
+from hub_target import SHARDS, Target
 from network_faults import drop, lose_answer
 from pushes import assert_pushed, files_of, head
 
 from merge_core.errors import InputError, StorageError
 from merge_core.hub_commit import commit_merge
-from merge_core.merge import MergeResult, merge
 from merge_core.output import RECEIPTS
-from merge_core.plan import MergePlan
-from merge_core.stores.hub_retries import Retries
-from merge_core.stores.location import Location, Upload, locate, onto_hub
 from merge_core.verdict import conclude
 
 pytestmark = [
@@ -27,31 +22,6 @@ pytestmark = [
     # huggingface_hub 2.4's own, where it sends a file:
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
 ]
-
-SHARDS = [f"model-0000{n}-of-00004.safetensors" for n in range(1, 5)]
-
-
-class Target:
-    """A model on the hub, the state of a merge that goes there, and its scratch."""
-
-    def __init__(self, folder: Path, hub: Hub, plan: MergePlan) -> None:
-        self.hub, self.plan = hub, plan
-        self.state, self.scratch = folder / "state", folder / "scratch"
-        upload = Upload(state=locate(self.state), scratch=str(self.scratch))
-        self.out: Location = onto_hub(locate("hf://me/merge"), upload)
-
-    def merge(self, **how: Any) -> MergeResult:
-        return merge(self.plan, self.out, device="cpu", choice=TWO_LANES, **how)
-
-    def waiting(self) -> list[Path]:
-        """Files that are not sent."""
-        return list(self.scratch.glob("*.raymeld-part"))
-
-
-@pytest.fixture
-def target(tmp_path: Path, hub: Hub, small: MergePlan, monkeypatch: pytest.MonkeyPatch) -> Target:
-    monkeypatch.setattr(Retries, "pause", lambda *_: None)
-    return Target(tmp_path, hub, small)
 
 
 def assert_merged(target: Target, merged: Path) -> None:
