@@ -83,6 +83,8 @@ def read_merge(words: Sequence[str], parsed: typer.Context) -> MergeWords:
     with gathered(problems):
         size_in_bytes(parsed.params["shard_size"])
     with gathered(problems):
+        size_in_bytes(parsed.params["scratch_limit"] or "0", "--scratch-limit")
+    with gathered(problems):
         if is_recipe(parsed.params["words"][0]):
             parsed.params["words"] = _words_of(*named_by(parsed.params["words"]))
             words = unfolded(parsed.params)

@@ -140,6 +140,11 @@ def test_a_job_ends_with_the_exit_code_of_its_driver(
         ("-- merge /b /a --out /o --shard-size many", "'many' is no size"),
         ("-- merge b /a --out /o", "BASE: 'b' is relative"),
         ("-- merge /b a@0.5 --out o", "2 problems"),
+        ("-- merge /b /a --out hf://o/m --state s --scratch /n", "STATE: 's' is relative"),
+        (
+            "-- merge /b /a --out hf://o/m --scratch-limit many",
+            "--scratch-limit: 'many' is no size",
+        ),
         ("--address ray://head:10001 -- merge /b s3://a --out /o", "no cluster takes jobs there"),
         ("--address auto -- merge /b /a --out /o", "no cluster takes jobs there"),
     ],

@@ -144,7 +144,8 @@ class HubOut:
 
     def sweep(self, name: str | None = None) -> None:
         """See ``store.Store``; of this node's scratch what belongs to nobody any more."""
-        self._state.sweep(name)
+        if name is None or not self._is_weights(name):
+            self._state.sweep(name)
         below = SENT if name is None else f"{SENT}/{name}"
         for found in list(self._state.list(below)):
             if "/" in found.name.removeprefix(f"{SENT}/"):
