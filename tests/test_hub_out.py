@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,18 @@ def test_nothing_is_seen_before_the_commit_and_one_file_waits_at_a_time(
     target.merge()
 
     assert seen == [(0, 1)] * 4
+
+
+def test_a_branch_can_be_merged_onto(target: Target, merged: Path) -> None:
+    repo = target.hub.repo("me/merge", {"README.md": b"mine"}, private=True)
+    first = repo.refs["trial"] = repo.refs["main"]
+    target.out = replace(target.out, revision="trial")
+    target.merge()
+    assert repo.refs["main"] == first
+    assert repo.commits[repo.refs["trial"]][SHARDS[0]] == (merged / SHARDS[0]).read_bytes()
+    target.out = replace(target.out, revision="none")
+    with pytest.raises(StorageError, match="no branch, tag or commit 'none'"):
+        target.merge()
 
 
 def test_the_same_merge_again_does_nothing(target: Target, before_hub: FaultProxy) -> None:

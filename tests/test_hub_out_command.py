@@ -118,6 +118,19 @@ def test_a_merge_that_was_killed_sends_only_the_rest(place: Place) -> None:
     assert list((place.folder / "scratch").glob("*.raymeld-part")) == []
 
 
+def test_a_worker_that_dies_while_it_sends_is_replaced(place: Place) -> None:
+    place.answer(*MERGE, "--out", "local")
+    upload = "before merge_core.stores.hub_objects:HubObjects.hold"
+    kills = marked([Kill(victim="worker", place=upload, call=2)], place.folder / "marks")
+    ray = ("merge", *INPUTS, "--address", "local", "--workers", "2", "--device", "cpu")
+    done = place.run(*command(kills, *ray, *TO_HUB, "--scratch-limit", "30KB"))
+
+    assert (place.folder / "marks" / "0-worker").exists()
+    assert "after failure 1 of 20" in done.stderr
+    assert_pushed(place.hub.repos["me/merge"], place.folder / "local")
+    assert list((place.folder / "scratch").glob("*.raymeld-part")) == []
+
+
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [

@@ -17,10 +17,11 @@ from hub_repos import Xet, sha256
 from hub_target import SHARDS, Target
 from pushes import head
 
-from merge_core.errors import StorageError, VerificationError
+from merge_core.errors import AbsentError, StorageError, VerificationError
 from merge_core.merge import begin, claim
 from merge_core.stores.hub_objects import HubObjects
 from merge_core.stores.hub_out import HubOut, SentFile
+from merge_core.stores.opening import open_hub_out
 from merge_core.stores.scratch import ScratchPart
 from merge_core.worker import ShardWorker
 
@@ -111,3 +112,27 @@ def test_shards_go_through_xet_if_the_hub_tells_of_them_before_the_commit(
     for name in SHARDS:
         data = (merged / name).read_bytes()
         assert files[name] == (Xet(oid=sha256(data), size=len(data)) if tells else data)
+
+
+def test_a_part_is_published_once_and_as_it_was_planned(target: Target) -> None:
+    store, name = open_hub_out(target.out), SHARDS[0]
+    sent = SentFile(part="1-a", size=9, sha256="0" * 64, header=b"header", digests={"t": "1"})
+    for part in ("1-a", "2-b"):
+        store.part_of(name, replace(sent, part=part))
+    assert name not in {one.name for one in store.list()}
+    with pytest.raises(StorageError, match="9 of 8 bytes"):
+        store.publish("1-a", name, 8)
+
+    for _ in range(2):
+        store.publish("1-a", name, 9)
+
+    assert (store.sent(name), store.look(name).pin) == (sent, "0" * 64)
+    assert {one.name: one.size for one in store.list()}[name] == 9
+    with pytest.raises(StorageError, match="another writer made"):
+        store.publish("2-b", name, 9)
+    store.sweep(name)
+    store.delete(name)
+    with pytest.raises(AbsentError, match="part of attempt 2-b is gone"):
+        store.publish("2-b", name, 9)
+    with pytest.raises(AbsentError, match="was not sent to the hub"):
+        store.look(name)

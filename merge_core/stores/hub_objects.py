@@ -90,10 +90,12 @@ class HubObjects:
             StorageError: see ``send``; or the hub does not say that it holds it.
         """
         sent = self.send(path, name, through_lfs=self._forgets)
-        if self.missing([sent]) and not self._forgets:
+        lost = self.missing([sent])
+        if lost and not self._forgets:
             self._forgets = True
             sent = self.send(path, name, through_lfs=True)
-        if self.missing([sent]):
+            lost = self.missing([sent])
+        if lost:
             what, where = "the hub does not hold what it was sent", str(self._target.at(name))
             raise StorageError(what, where, "Try again later")
         return sent
