@@ -126,6 +126,23 @@ def test_what_the_hub_has_lost_is_merged_again(
     assert_merged(target, merged)
 
 
+def test_what_the_state_has_lost_is_merged_again_but_not_sent(
+    target: Target, merged: Path, before_hub: FaultProxy
+) -> None:
+    before_hub.faults(Fault(drop, path="/commit/", times=None))
+    with pytest.raises(StorageError):
+        target.merge()
+    (target.state / ".raymeld" / "sent" / f"{SHARDS[0]}.json").write_text("{}")
+    (target.state / ".raymeld" / "sent" / f"{SHARDS[1]}.json").unlink()
+    before_hub.faults()
+    before_hub.forget()
+
+    assert target.merge().resumed == 2
+
+    assert_merged(target, merged)
+    assert before_hub.tally("PUT").requests == 0
+
+
 def test_what_the_hub_loses_before_the_commit_is_said(
     target: Target, merged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

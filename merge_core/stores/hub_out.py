@@ -50,17 +50,14 @@ class SentFile:
         return json.dumps(fields, indent=1).encode()
 
     @classmethod
-    def from_json(cls, data: bytes, where: Location) -> Self:
+    def from_json(cls, data: bytes) -> Self:
         """What ``to_json`` wrote.
 
         Raises:
-            StorageError: it is something else.
+            ValueError, KeyError, TypeError: it is something else.
         """
-        try:
-            fields = json.loads(data)
-            return cls(**fields | {"header": base64.b64decode(fields["header"], validate=True)})
-        except (ValueError, KeyError, TypeError) as error:
-            raise StorageError("is no record of a sent file", str(where)) from error
+        fields = json.loads(data)
+        return cls(**fields | {"header": base64.b64decode(fields["header"], validate=True)})
 
 
 class HubOut:
@@ -86,8 +83,9 @@ class HubOut:
         for found in self._state.list(below):
             yield found
             name = found.name.removeprefix(f"{SENT}/").removesuffix(".json")
-            if not below and found.name == _record(name):
-                yield dataclasses.replace(found, name=name, size=self.sent(name).size)
+            sent = self._sent(found.name) if not below and found.name == _record(name) else None
+            if sent is not None:
+                yield dataclasses.replace(found, name=name, size=sent.size)
 
     def get(self, name: str) -> bytes:
         """See ``store.Store``."""
@@ -150,7 +148,8 @@ class HubOut:
         for found in list(self._state.list(below)):
             if "/" in found.name.removeprefix(f"{SENT}/"):
                 self._state.delete(found.name)
-        self._scratch.sweep()
+        if name is None:
+            self._scratch.sweep()
 
     def delete(self, name: str) -> None:
         """See ``store.Store``."""
@@ -222,9 +221,10 @@ class HubOut:
         return not self.location.path and "/" not in name and name.endswith(".safetensors")
 
     def _sent(self, record: str) -> SentFile | None:
+        """None if there is none that can be read: what it would speak of is merged again."""
         try:
-            return SentFile.from_json(self._state.get(record), self.location / record)
-        except AbsentError:
+            return SentFile.from_json(self._state.get(record))
+        except (AbsentError, ValueError, KeyError, TypeError):
             return None
 
 

@@ -91,7 +91,7 @@ class HubPush(HubObjects):
         try:
             said, _ = ask(target, f"/revision/{quoted(target.revision)}", retries)
         except AbsentError:
-            if revision is None and get_token() is not None:
+            if target.revision == constants.DEFAULT_REVISION and get_token() is not None:
                 return None
             raise
         if private and not said["private"]:

@@ -86,9 +86,9 @@ class Scratch:
             time.sleep(LOOK_SECONDS)
 
     def sweep(self) -> None:
-        """Remove the files of processes that died."""
+        """Remove the files of processes that died, if there are any that may be removed."""
         if self._folder.is_dir():
-            with self._locked():
+            with contextlib.suppress(StorageError), self._locked():
                 self._held()
 
     def _has_room(self, size: int, held: int) -> bool:
