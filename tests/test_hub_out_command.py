@@ -81,9 +81,13 @@ def test_a_merge_is_told_by_the_address_of_its_commit_and_known_by_its_state(pla
 
     again = place.answer(*MERGE, *TO_HUB)
     assert (again["already_there"], again["out"], again["url"]) == (True, "hf://me/merge", url)
-    assert place.answer("status", "state")["state"] == "finished"
+    status = place.answer("status", "state")
+    found = [status[field] for field in ("state", "model", "url")]
+    assert found == ["finished", "hf://me/merge@main", url]
     place.answer("report", "state", "--output", "page.html", "--spectrum", "1")
     assert "Merged and verified" in (place.folder / "page.html").read_text()
+    files = [path for path in place.folder.rglob("*") if path.is_file()]
+    assert [path for path in files if TOKEN.encode() in path.read_bytes()] == []
 
 
 def test_what_a_model_on_the_hub_holds_is_verified_from_there(place: Place) -> None:
