@@ -78,6 +78,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
         from cluster.estimate_report import estimate_documents, estimate_lines
         from cluster.pools import find_pools
         from merge_core.destination import check_destination, notes_on, shards_there
+        from merge_core.upload import notes_on_scratch
 
         counts = node_counts(nodes)
         machines = Machines(
@@ -95,7 +96,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
             target = hub.locate_out(out, asked.access)
             check_destination(target, planned)
             there = shards_there(target, planned)
-            notes = map(str, notes_on(target))
+            notes = map(str, [*notes_on(target), *notes_on_scratch(target, planned)])
             planned = replace(planned, notes=(*planned.notes, *notes))
         pools = find_pools(planned)
         estimates = {n: estimate(planned, replace(machines, nodes=n), verify) for n in counts}

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from merge_core.errors import StorageError, some_of
 from merge_core.ledger import TensorRecord
+from merge_core.storage import reported
 from merge_core.stores.hub_out import SentFile
 from merge_core.stores.location import Location, locate
 from merge_core.stores.opening import open_hub_out
@@ -28,7 +29,8 @@ def send_part(
     """
     path = part.finish()
     try:
-        found = read_back(locate(part.path))
+        with reported(path):
+            found = read_back(locate(part.path))
     except MalformedError as error:
         raise _damaged(path, str(error)) from error
     wrong = [

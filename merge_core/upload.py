@@ -50,6 +50,18 @@ def check_upload(out: Location, plan: MergePlan) -> list[Problem]:
     return problems
 
 
+def notes_on_scratch(out: Location, plan: MergePlan) -> list[Problem]:
+    """What a merge to the hub needs of each node; nothing of others."""
+    if out.upload is None:
+        return []
+    largest = max((plan.shards[index].size for index in plan.stage), default=0)
+    what = (
+        f"holds, for each worker of a node, a file of up to {largest / 1e9:.2f} GB until it is sent"
+    )
+    remedy = "The disk needs that room; --scratch-limit bounds what all of them hold"
+    return [Problem(what, f"--scratch {out.upload.scratch or '(temporary files)'}", remedy)]
+
+
 def check_level(out: Location, level: str) -> list[Problem]:
     """What stands against verifying at ``level`` what goes to ``out``."""
     if out.scheme != "hf" or level in LEVELS:

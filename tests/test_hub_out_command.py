@@ -167,7 +167,8 @@ def test_what_cannot_go_there_is_refused_before_anything_is_written(
 
 
 def test_a_plan_says_nothing_against_a_model_that_is_yet_to_be_made(place: Place) -> None:
-    place.answer("plan", *INPUTS, *TO_HUB)
+    (note,) = place.answer("plan", *INPUTS, *TO_HUB)["notes"]
+    assert "scratch: holds, for each worker of a node, a file of up to 0.00 GB until it is" in note
     assert place.hub.repos == {}
     assert not (place.folder / "state").exists()
 
