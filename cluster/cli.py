@@ -20,6 +20,7 @@ from cluster import (
 )
 from cluster.answering import answering
 from cluster.help_screen import CLUSTERS, ONE_MERGE, WHAT, App
+from cluster.hub_options import HubOptions
 from cluster.option_groups import with_options
 from cluster.options import Debug, Json, Quiet, refuse_workers
 from cluster.plan_options import PlanOptions
@@ -61,12 +62,13 @@ def _whole(
     del version  # told before
 
 
-@with_options(run=RunOptions, asked=PlanOptions)
+@with_options(run=RunOptions, asked=PlanOptions, hub=HubOptions)
 def merge(
     *,
     words: Words,
     run: RunOptions,
     asked: PlanOptions,
+    hub: HubOptions,
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", rich_help_panel=WHAT, help="Replace an earlier merge in OUT."),
@@ -78,7 +80,6 @@ def merge(
     """Merge adapters into BASE, or into the one that they name; verify, publish.
 
     raymeld merge Qwen1.5-7B my-lora other-lora@0.5 --out merged
-    raymeld merge Qwen1.5-7B my-lora --out merged --verify numeric
     """
     with answering(as_json=as_json, debug=debug, out=run.out, resumes=True):
         from cluster import console
@@ -86,7 +87,8 @@ def merge(
         from cluster.talk import Talk
 
         talk = Talk(quiet=quiet, out=run.out)
-        target, plan = asked.locate_out(run.out), asked.plan(*named_by(words, asked.access))
+        target = hub.locate_out(run.out, asked.access)
+        plan = asked.plan(*named_by(words, asked.access))
         for line in console.plan_lines(plan, find_pools(plan)):
             talk.say(line)
         with talk.progress():

@@ -155,7 +155,7 @@ def plan_document(
 def result_lines(result: MergeResult, plan: MergePlan) -> list[str]:
     """What a merge did, as a person reads it."""
     if not result.receipts:
-        here = f"{result.out} already holds this merge ({result.fingerprint[:12]})"
+        here = f"{result.url or result.out} already holds this merge ({result.fingerprint[:12]})"
         return [f"{here}; nothing done", *_verified_lines(result)]
     size, plan_id = sum(receipt.size for receipt in result.receipts), result.fingerprint[:12]
     merged = counted(sum(t.action == "merged" for t in _tensors(result)), "tensor")
@@ -169,7 +169,7 @@ def result_lines(result: MergeResult, plan: MergePlan) -> list[str]:
         *(f"note     {note}" for note in plan.notes),
         *_verified_lines(result),
         *_deferred_lines(result, plan),
-        *[f"result   {result.out}"] * (not result.deferred),
+        *[f"result   {result.url or result.out}"] * (not result.deferred),
     ]
 
 
@@ -215,6 +215,7 @@ def result_document(result: MergeResult, plan: MergePlan) -> dict[str, Any]:
     return {
         "ok": True,
         "out": str(result.out),
+        "url": result.url,
         "fingerprint": result.fingerprint,
         "already_there": not result.receipts,
         "resumed": result.resumed,

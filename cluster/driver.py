@@ -50,7 +50,8 @@ def merge_on_ray(
         RaymeldError: and its subclasses, as the merge in one process does.
     """
     clock, target = time.perf_counter(), locate_out(out, plan.base.access)
-    refuse_private(plan.base, target, *(adapter.path for adapter in plan.adapters))
+    kept = target if target.upload is None else target.upload.state
+    refuse_private(plan.base, kept, *(adapter.path for adapter in plan.adapters))
     plan = begin(plan, target, level)
     if not overwrite and holds_result(target, plan, say):  # it needs no Ray, unless it is read back
         readers = replace(options, device="cpu", cpu_workers=0)

@@ -22,7 +22,9 @@ STORES, TIME, TALK = "Stores", "Estimate", "Answer"
 ONE_MERGE, CLUSTERS = "A merge", "Clusters"
 """The groups of commands."""
 
-_ORDER = ("Arguments", "Options", WHAT, VALUES, WHERE, STORES, TIME, TALK)
+ARGUMENTS = "Arguments"
+
+_ORDER = (ARGUMENTS, "Options", WHAT, VALUES, WHERE, STORES, TIME, TALK)
 _NAMES = 26
 """Columns for the names of options, or else their help has too few."""
 
@@ -148,7 +150,7 @@ def _rows_of(params: Iterable[Any], ctx: Any) -> Rows:
         if param.get_help_record(ctx) is None:
             continue
         if param.param_type_name == "argument":
-            rows["Arguments"].append((_metavar(param), _help(param)))
+            rows[ARGUMENTS].append((_metavar(param), _help(param)))
         else:
             last = TALK if rows[TALK] else "Options"
             group = last if param.name == "help" else param.rich_help_panel or "Options"
@@ -164,7 +166,8 @@ def _write_rows(rows: Rows, formatter: Any) -> None:
     width = min(names, _NAMES)
     formatter.write_paragraph()
     for group, entries in rows.items():
-        formatter.write(f"{group}:\n")
+        if group != ARGUMENTS:  # the first rows, right below the usage that names them
+            formatter.write(f"{group}:\n")
         with formatter.indentation():
             formatter.write_dl([(f"{name:{width}}", text) for name, text in entries], col_max=width)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import typer
 
+from cluster.hub_options import HubOptions
 from cluster.option_groups import options_of
 from cluster.options import size_in_bytes
 from cluster.plan_options import PlanOptions
@@ -28,11 +29,13 @@ SPEED = frozenset(
     {
         "address", "workers", "cpu_workers", "gpus_per_worker", "start_timeout", "device",
         "verify", "overwrite", "layers", "as_json", "quiet", "debug", "endpoint_url", "region",
-        "anonymous", "cache",
+        "anonymous", "cache", "state", "public", "scratch", "scratch_limit",
     }
 )  # fmt: skip
 """Options of a merge that change no byte of its result. All others belong to the recipe: an option
 that is missing here makes a merge look new, which is better than to take it for another."""
+
+_GROUPS = (PlanOptions, RunOptions, HubOptions)
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+]*:/")
 
@@ -80,6 +83,8 @@ def read_merge(words: Sequence[str], parsed: typer.Context) -> MergeWords:
     with gathered(problems):
         size_in_bytes(parsed.params["shard_size"])
     with gathered(problems):
+        size_in_bytes(parsed.params["scratch_limit"] or "0", "--scratch-limit")
+    with gathered(problems):
         if is_recipe(parsed.params["words"][0]):
             parsed.params["words"] = _words_of(*named_by(parsed.params["words"]))
             words = unfolded(parsed.params)
@@ -96,7 +101,7 @@ def unfolded(parameters: Mapping[str, Any]) -> list[str]:
     Its address is left out: a job runs on the cluster that it is submitted to.
     """
     words = ["merge", *parameters["words"]]
-    for option in [*options_of(PlanOptions), *options_of(RunOptions)]:
+    for option in (one for group in _GROUPS for one in options_of(group)):
         value = parameters[option.name]
         if option.name != "address" and value != option.default:
             words += [option.flag] if value is True else [option.flag, str(value)]
@@ -137,7 +142,8 @@ def recipe_digest(parameters: Mapping[str, Any]) -> str:
 
 
 def _paths(parameters: Mapping[str, Any]) -> list[tuple[str, str]]:
-    single = [(n, str(parameters[n])) for n in ("base", "out", "device_map") if parameters.get(n)]
+    names = ("base", "out", "device_map", "state", "scratch")
+    single = [(name, str(parameters[name])) for name in names if parameters.get(name)]
     tokenizer = parameters["tokenizer"]
     if tokenizer not in (None, "base"):
         single.append(("tokenizer", tokenizer))

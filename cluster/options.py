@@ -193,11 +193,11 @@ Debug = Annotated[
 ]
 
 
-def size_in_bytes(text: str) -> int:
+def size_in_bytes(text: str, option: str = "--shard-size") -> int:
     """The bytes that a size such as ``2GB`` or ``512 MiB`` means."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?)i?[bB]?", text.strip())
     if match is None or len(text) > 20:
-        raise refuse(f"{text!r} is no size", "--shard-size", "Give a size such as 2GB")
+        raise refuse(f"{text!r} is no size", option, "Give a size such as 2GB")
     step = 1024 if "i" in text else 1000
     return int(float(match[1]) * step ** " kMGT".index(match[2].replace("K", "k") or " "))
 

@@ -10,6 +10,7 @@ import typer
 
 from cluster.answering import answering
 from cluster.help_screen import ONE_MERGE, TIME, WHAT, App
+from cluster.hub_options import HubOptions
 from cluster.option_groups import with_options
 from cluster.options import Debug, Device, Json, Level, bytes_a_second, node_counts
 from cluster.plan_options import PlanOptions
@@ -21,7 +22,7 @@ def register(app: App) -> None:
     app.add(plan, rich_help_panel=ONE_MERGE)
 
 
-@with_options(asked=PlanOptions)
+@with_options(asked=PlanOptions, hub=HubOptions)
 def plan(  # noqa: PLR0913 - one parameter an option
     *,
     words: Words,
@@ -32,6 +33,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
         ),
     ] = None,
     asked: PlanOptions,
+    hub: HubOptions,
     nodes: Annotated[
         str,
         typer.Option(
@@ -68,7 +70,6 @@ def plan(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Say what a merge would do, need and take; reads headers.
 
-    raymeld plan Qwen1.5-7B my-lora --out merged
     raymeld plan Qwen1.5-72B my-lora --nodes 1,8,64 --node-bandwidth 25Gbit/s
     """
     with answering(as_json=as_json, debug=debug):
@@ -78,6 +79,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
         from cluster.pools import find_pools
         from merge_core.destination import check_destination, notes_on, shards_there
         from merge_core.server_copy import copy_notes
+        from merge_core.upload import notes_on_scratch
 
         counts = node_counts(nodes)
         machines = Machines(
@@ -92,10 +94,13 @@ def plan(  # noqa: PLR0913 - one parameter an option
         planned = asked.plan(*named_by(words, asked.access))
         there: frozenset[int] = frozenset()
         if out is not None:
-            target = asked.locate_out(out)
+            target = hub.locate_out(out, asked.access)
             check_destination(target, planned)
             there = shards_there(target, planned)
-            notes = [*map(str, notes_on(target)), *copy_notes(planned, target)]
+            notes = [
+                *map(str, (*notes_on(target), *notes_on_scratch(target, planned))),
+                *copy_notes(planned, target),
+            ]
             planned = replace(planned, notes=(*planned.notes, *notes))
         pools = find_pools(planned)
         estimates = {n: estimate(planned, replace(machines, nodes=n), verify) for n in counts}

@@ -28,7 +28,7 @@ from cluster.options import (
 from merge_core.adapter import AdapterWord
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
-from merge_core.stores.location import Access, Location, Place, locate_out
+from merge_core.stores.location import Access, Place
 from merge_core.updates.combined import Combination
 
 
@@ -63,10 +63,6 @@ class PlanOptions:
             anonymous=self.anonymous,
             cache=self.cache,
         )
-
-    def locate_out(self, out: str) -> Location:
-        """What OUT means, reached like base and adapters."""
-        return locate_out(out, self.access)
 
     def plan(self, base: Place | None, adapters: Sequence[AdapterWord]) -> MergePlan:
         """See ``make_plan``."""

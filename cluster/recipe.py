@@ -25,10 +25,10 @@ LARGEST = 1 << 20
 
 _SEE = "See docs/recipes.md"
 
-PATHS = ("device_map", "out", "tokenizer")
+PATHS = ("device_map", "out", "scratch", "state", "tokenizer")
 """Options that are paths."""
 
-_NEVER_ON_HUB = frozenset({"device_map", "out"})
+_NEVER_ON_HUB = frozenset({"device_map", "out", "scratch", "state"})
 
 _ELSEWHERE = {
     "base_model": "base",

@@ -10,6 +10,7 @@ from typing import Any
 
 from cluster.answering import answering
 from cluster.help_screen import ONE_MERGE, App
+from cluster.hub_options import HubOptions
 from cluster.option_groups import Option, with_options
 from cluster.options import Debug
 from cluster.plan_options import PlanOptions
@@ -30,8 +31,10 @@ def register(app: App) -> None:
     app.add(recipe, rich_help_panel=ONE_MERGE)
 
 
-@with_options(run=RunOptions, asked=PlanOptions)
-def recipe(*, words: Words, run: RunOptions, asked: PlanOptions, debug: Debug = False) -> None:
+@with_options(run=RunOptions, asked=PlanOptions, hub=HubOptions)
+def recipe(
+    *, words: Words, run: RunOptions, asked: PlanOptions, hub: HubOptions, debug: Debug = False
+) -> None:
     """Write a merge down as a recipe; merges nothing.
 
     raymeld recipe Qwen1.5-7B my-lora@0.5 --out merged > recipe.yaml
@@ -41,7 +44,7 @@ def recipe(*, words: Words, run: RunOptions, asked: PlanOptions, debug: Debug = 
         from cluster import console
         from cluster.recipe_model import recipe_options
 
-        values = _values(words, asked, run)
+        values = _values(words, asked, run, hub)
         about = {option.name: _about(option) for option in recipe_options()}
         text = _as_printed(recipe_text(_HEAD, values, about))
         console.answer(text.splitlines(), {}, as_json=False)
@@ -68,14 +71,16 @@ def _about(option: Option) -> str:
     )
 
 
-def _values(words: list[str], asked: PlanOptions, run: RunOptions) -> dict[str, Any]:
+def _values(
+    words: list[str], asked: PlanOptions, run: RunOptions, hub: HubOptions
+) -> dict[str, Any]:
     """Those that differ from the defaults; None for all others."""
     from cluster.recipe import PATHS, anchored
     from cluster.recipe_model import recipe_options
 
     base, adapters = named_by(words, asked.access)
     entries = [parse_adapter(adapter) for adapter in adapters]
-    given = {**asdict(asked), **asdict(run)}
+    given = {**asdict(asked), **asdict(run), **asdict(hub)}
     options = {
         option.name: None if given[option.name] == option.default else given[option.name]
         for option in recipe_options()

@@ -1,7 +1,7 @@
 """The model of a recipe: the options of a merge themselves, read off the flags.
 
-There is no second list: what is a field here is what ``PlanOptions`` and ``RunOptions`` have, with
-the types, limits and words of the flags.
+There is no second list: what is a field here is what ``PlanOptions``, ``RunOptions`` and
+``HubOptions`` have, with the types, limits and words of the flags.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pydantic import (
     create_model,
 )
 
+from cluster.hub_options import HubOptions
 from cluster.option_groups import Option, options_of
 from cluster.options import size_in_bytes
 from cluster.plan_options import PlanOptions
@@ -78,6 +79,7 @@ _SHORT = {
 _Entry = Annotated[AdapterEntry, BeforeValidator(_entry)]
 _CHECKS = {
     "shard_size": _passes(size_in_bytes),
+    "scratch_limit": _passes(size_in_bytes),
     "density": _passes(check_density),
     "layers": _passes(check_layers),
 }
@@ -102,7 +104,7 @@ def recipe_model() -> type[BaseModel]:
 
 def recipe_options() -> list[Option]:
     """The options of a merge that recipes have, beside base and adapters."""
-    return [*options_of(PlanOptions), *options_of(RunOptions)]
+    return [*options_of(PlanOptions), *options_of(RunOptions), *options_of(HubOptions)]
 
 
 def recipe_schema() -> dict[str, Any]:

@@ -18,7 +18,9 @@ def register(app: App) -> None:
 
 
 def report(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The --out of a merge.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="The --out of a merge, or its --state.")
+    ],
     output: Annotated[
         Path | None,
         typer.Option(

@@ -34,7 +34,7 @@ def register(app: App) -> None:
 
 
 def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
-    out: Annotated[str, typer.Argument(metavar="OUT", help="A merged checkpoint.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="A merged checkpoint, or a --state.")],
     level: Annotated[
         Level, typer.Option(metavar="LEVEL", help="structure, digest, numeric or load.")
     ] = Level.DIGEST,
@@ -70,11 +70,13 @@ def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
     """
     with answering(as_json=as_json, debug=debug, out=out):
         from cluster import console
+        from merge_core.upload import destination_of
         from merge_core.verify import parse_weighted
         from merge_core.verify import verify as verify_checkpoint
 
         access = Access(endpoint_url=endpoint_url, region=region, anonymous=anonymous)
-        target, source = locate_out(out, access), locate(base, access) if base else None
+        place, source = locate_out(out, access), locate(base, access) if base else None
+        target = destination_of(place) or place
         given = [parse_weighted(text, access) for text in adapter] if adapter else None
         if address == "inline":
             refuse_workers(workers, 0)
@@ -110,7 +112,9 @@ def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
 
 
 def status(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="The --out of a merge.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="The --out of a merge, or its --state.")
+    ],
     watch: Annotated[
         bool, typer.Option("--watch", "-w", help="Show it as it happens, until it ends.")
     ] = False,

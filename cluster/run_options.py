@@ -22,7 +22,7 @@ class RunOptions:
             "-o",
             metavar="OUT",
             rich_help_panel=WHAT,
-            help="Where to: path, s3:// or gs://.",
+            help="Where to: path, s3://, gs:// or hf://.",
         ),
     ]
     verify: Annotated[

@@ -18,6 +18,7 @@ from merge_core.side_files import CONFIG
 from merge_core.stages import layers_among
 from merge_core.stores.location import Location
 from merge_core.stores.opening import is_there, read_file
+from merge_core.upload import destination_of, published_at
 
 SHOWN_LINES = 10
 """Of the decisions on the way; ``--json`` has them all."""
@@ -44,6 +45,10 @@ class Status:
     """Who is at work."""
     progress: dict[str, Any]
     """See ``read_progress``; empty if none was kept."""
+    model: Location | None = None
+    """On the hub, if ``out`` is the state of a merge that goes there."""
+    url: str | None = None
+    """Of the commit there that has it."""
 
     @property
     def seconds_left(self) -> float | None:
@@ -69,10 +74,11 @@ def read_status(out: Location) -> Status:
         tensors = [[task["target"]["name"] for task in shard["tasks"]] for shard in shards]
     except (StorageError, ValueError, KeyError, TypeError):
         raise refuse(
-            "there is no merge", str(out), "Name the --out of a merge that was started"
+            "there is no merge", str(out), "Name the --out of one that was started, or its --state"
         ) from None
     holder, finished = live_holder(out), is_there(out / CONFIG)
     accepted = accepted_shards(out)
+    model = destination_of(out)
     left = [names for n, names in enumerate(tensors) if n not in accepted]
     return Status(
         out=out,
@@ -83,6 +89,8 @@ def read_status(out: Location) -> Status:
         missing="" if finished else layers_among(chain.from_iterable(left)),
         holder=holder,
         progress=read_progress(out) or {},
+        model=model,
+        url=None if model is None else published_at(model),
     )
 
 
@@ -92,6 +100,8 @@ def status_lines(status: Status) -> list[str]:
         f"{status.state:<8} {status.out}, plan {status.fingerprint[:12]}",
         f"shards   {status.done} of {status.shards} done",
     ]
+    if status.model is not None:
+        lines.append(f"onto     {status.url or status.model}")
     if status.state == "stopped":
         lines.append("next     the same merge command again goes on from here")
         if status.missing:
@@ -110,6 +120,8 @@ def status_document(status: Status) -> dict[str, Any]:
     return {
         "ok": True,
         "out": str(status.out),
+        "model": str(status.model) if status.model else None,
+        "url": status.url,
         "state": status.state,
         "fingerprint": status.fingerprint,
         "shards": status.shards,

@@ -2,7 +2,8 @@
 
 A receipt is the acceptance. It is made durable before the part gets its final name, so that
 after a crash the names that are missing can be given, and a late twin of an accepted attempt is
-recognised and thrown away. config.json is written last of all: it is the one commit point.
+recognised and thrown away. config.json is written last of all: it is the one commit point. Where
+OUT is on the hub, its commit comes right before, which is made once however often it is asked for.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from merge_core.published_config import config_to_publish
 from merge_core.side_files import CONFIG, INDEX
 from merge_core.stores.location import Location
 from merge_core.stores.opening import check_unchanged, open_store
+from merge_core.upload import commit_out
 from merge_core.verify import FileCheck, Row
 
 
@@ -138,7 +140,8 @@ class Assembly:
         """Make OUT a checkpoint: the last inputs check, what was verified, then config.json.
 
         Raises:
-            StorageError: an input changed during the merge.
+            StorageError: an input changed during the merge; or somebody else has committed to the
+                model on the hub that OUT is.
             LeaseLostError: another merge has taken OUT over.
         """
         self._check_run()
@@ -151,6 +154,8 @@ class Assembly:
             check_unchanged(adapter.path, adapter.config_file)
         self._store.put(VERIFIED, json.dumps(verified, indent=1).encode())
         self._check_run()  # again: looking at the inputs may have taken long
+        if self._out.upload is not None:
+            commit_out(self._out, self._plan)
         self._store.put(CONFIG, self._store.get(STAGED_CONFIG))
         remove_leftovers(self._out)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 from merge_core.errors import InputError, Problem
 from merge_core.lease import live_holder
 from merge_core.output import (
     accepted_shards,
-    check_location,
     check_space,
     is_new,
     not_ours,
@@ -20,6 +20,7 @@ from merge_core.plan import MergePlan
 from merge_core.side_files import CONFIG
 from merge_core.stores.location import Location
 from merge_core.stores.opening import is_there
+from merge_core.upload import check_upload
 
 
 def check_destination(out: Location, plan: MergePlan) -> None:
@@ -28,13 +29,55 @@ def check_destination(out: Location, plan: MergePlan) -> None:
 
     Raises:
         InputError: OUT lies in what is read, or holds what is not ours.
-        StorageError: the disk is too small, or OUT may not be looked at.
+        StorageError: the disk is too small, or OUT may not be looked at, or the hub not be asked.
     """
-    problems = check_location(out, plan.base, tuple(a.path for a in plan.adapters))
-    if problems:
+    if problems := check_location(out, plan):
         raise InputError(problems)
     check_ownership(out)
     check_space(out, plan, freed=written_bytes(out))
+
+
+def check_location(out: Location, plan: MergePlan) -> list[Problem]:
+    """Problems of where OUT lies: it may share no folder with what is read, and must be one that
+    can be written to.
+
+    Raises:
+        StorageError: the hub cannot be asked.
+    """
+    inputs = [("BASE", plan.base), *(("ADAPTER", adapter.path) for adapter in plan.adapters)]
+    problems = check_upload(out, plan)
+    try:
+        written = [("OUT", out)]
+        if out.upload is not None:
+            written.append(("STATE", out.upload.state))
+        for mine, place in written:
+            for name, path in inputs:
+                if _share(place, path):
+                    what = f"{mine} and {name} ({path}) lie in one another"
+                    remedy = f"Choose an --{mine.lower()} outside of what is read"
+                    problems.append(Problem(what, str(place), remedy))
+            if place.is_local:
+                problems += _below_files(mine, place)
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle
+        return [Problem(f"OUT cannot be made ({error})", str(out), "Choose another --out")]
+    return problems
+
+
+def _share(one: Location, two: Location) -> bool:
+    """Whether one of them lies in the other, or they are the same."""
+    if (one.scheme, one.root) != (two.scheme, two.root):
+        return False
+    paths = [Path("/", place.path) for place in (one, two)]
+    a, b = (path.resolve() if one.is_local else path for path in paths)
+    return a == b or a in b.parents or b in a.parents
+
+
+def _below_files(name: str, place: Location) -> list[Problem]:
+    above = next(path for path in (place.local, *place.local.parents) if path.exists())
+    if above.is_dir():
+        return []
+    what = f"{name} is a file" if above == place.local else f"{name} lies below a file ({above})"
+    return [Problem(what, str(place), f"Choose another --{name.lower()}")]
 
 
 def check_ownership(out: Location) -> None:

@@ -12,24 +12,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from merge_core.commit import Assembly, remove_leftovers
+from merge_core.destination import check_location
 from merge_core.errors import DeviceMemoryError, InputError, RaymeldError, gathered, refuse
 from merge_core.factors import seal
 from merge_core.history import Attempt, History, recorded
 from merge_core.holder import Holder
 from merge_core.lease import Lease, live_holder
 from merge_core.ledger import Receipt
-from merge_core.output import (
-    RECEIPTS,
-    check_location,
-    check_usable,
-    is_finished,
-    prepare,
-)
+from merge_core.output import RECEIPTS, check_usable, is_finished, prepare
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, Watch, WorkerProgress
 from merge_core.stored_head import check_stored_head
 from merge_core.stores.location import Location, Place, locate_out
 from merge_core.stores.opening import open_store
+from merge_core.upload import check_level, make_ready, published_at
 from merge_core.verdict import conclude, unproven, verify_deeper
 from merge_core.verify import (
     FileCheck,
@@ -55,6 +51,8 @@ class MergeResult:
     """What a merge did."""
 
     out: Location
+    url: str | None
+    """Of the commit that has it, if ``out`` is a model on the hub and it is published."""
     fingerprint: str
     receipts: tuple[Receipt, ...]
     """One a shard; empty if OUT already held this very merge."""
@@ -144,7 +142,7 @@ def begin(plan: MergePlan, out: Location, level: str) -> MergePlan:
         InputError: ``out``, the base's head or the adapters cannot be used, or not be verified at
             ``level``.
     """
-    problems = check_location(out, plan.base, tuple(a.path for a in plan.adapters))
+    problems = [*check_level(out, level), *check_location(out, plan)]
     with gathered(problems):
         if level == "numeric":  # what it cannot check is better known before the merge than after
             adapters = tuple((a.path, a.weight) for a in plan.adapters)
@@ -182,6 +180,7 @@ def claim(
             yield None
         else:
             prepare(out, plan, overwrite=overwrite)
+            make_ready(out)
             yield lease.holder
 
 
@@ -291,6 +290,7 @@ def result_of(
     """The result of a merge that began at ``clock``, by ``time.perf_counter``."""
     return MergeResult(
         out=out,
+        url=published_at(out),
         fingerprint=plan.fingerprint,
         receipts=tuple(receipts[index] for index in sorted(receipts)),
         resumed=resumed,

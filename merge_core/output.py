@@ -31,7 +31,7 @@ from merge_core.published_config import config_to_publish
 from merge_core.recipe_text import recipe_of
 from merge_core.side_files import CONFIG, INDEX, TEMPLATES
 from merge_core.stores.location import Location
-from merge_core.stores.opening import is_there, open_store, read_file
+from merge_core.stores.opening import is_there, open_hub_out, open_store, read_file
 from merge_core.verify import LEVELS
 
 STATE = ".raymeld"
@@ -60,39 +60,6 @@ def accepted_shards(out: Location) -> frozenset[int]:
     return frozenset(int(number) for number in numbers if number.isdecimal())
 
 
-def check_location(out: Location, base: Location, adapters: tuple[Location, ...]) -> list[Problem]:
-    """Problems of where OUT lies: it may share no folder with what is read."""
-    problems = []
-    try:
-        for name, path in (("BASE", base), *(("ADAPTER", adapter) for adapter in adapters)):
-            if _share(out, path):
-                what = f"OUT and {name} ({path}) lie in one another"
-                remedy = "Choose an --out outside of what is read"
-                problems.append(Problem(what, str(out), remedy))
-        if out.is_local:
-            problems += _below_files(out)
-    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle
-        return [Problem(f"OUT cannot be made ({error})", str(out), "Choose another --out")]
-    return problems
-
-
-def _share(one: Location, two: Location) -> bool:
-    """Whether one of them lies in the other, or they are the same."""
-    if (one.scheme, one.root) != (two.scheme, two.root):
-        return False
-    paths = [Path("/", place.path) for place in (one, two)]
-    a, b = (path.resolve() if one.is_local else path for path in paths)
-    return a == b or a in b.parents or b in a.parents
-
-
-def _below_files(out: Location) -> list[Problem]:
-    above = next(path for path in (out.local, *out.local.parents) if path.exists())
-    if above.is_dir():
-        return []
-    what = "OUT is a file" if above == out.local else f"OUT lies below a file ({above})"
-    return [Problem(what, str(out), "Choose another --out")]
-
-
 def is_finished(out: Location, plan: MergePlan) -> bool:
     """Whether OUT holds the committed result of exactly this plan, every file in its size."""
     earlier = read_plan(out)
@@ -109,9 +76,9 @@ def is_finished(out: Location, plan: MergePlan) -> bool:
     sizes |= {side.name: side.file.size for side in plan.side_files}
     found = {listed.name: listed.size for listed in open_store(out).list()}
     made = {CARD, *[INDEX] * (len(plan.shards) > 1)}  # a card may be written on
-    if not made <= found.keys():
+    if not made <= found.keys() or any(found.get(name) != size for name, size in sizes.items()):
         return False
-    return all(found.get(name) == size for name, size in sizes.items())
+    return out.upload is None or open_hub_out(out).is_on_branch(shard.name for shard in plan.shards)
 
 
 def verified_level(out: Location) -> str:

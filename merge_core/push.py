@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from merge_core.errors import refuse, some_of
-from merge_core.ledger import unfold_ledger
-from merge_core.model_card import CARD, Origin, for_hub, names_base
-from merge_core.output import LEDGER, VERIFIED, read_plan
-from merge_core.side_files import CONFIG, INDEX
-from merge_core.stores.hub_files import HubEntry
-from merge_core.stores.hub_push import HubPush, Sent
+from merge_core.hub_commit import check_usable, commit_merge, small_files
+from merge_core.model_card import CARD, names_base
+from merge_core.output import VERIFIED, read_plan, verified_level
+from merge_core.side_files import CONFIG
+from merge_core.stores.hub_objects import Sent
+from merge_core.stores.hub_push import HubPush
 from merge_core.stores.hub_retries import PATIENT, Retries
 from merge_core.stores.location import Location, Place, locate_out
-from merge_core.stores.opening import open_store, read_file
-
-RECIPE = "raymeld.json"
-"""In the model: what it was made of, and the sha256 of its files."""
-
-_NEW = frozenset({".gitattributes", CARD})
-"""All that the hub puts into a new model."""
+from merge_core.stores.opening import open_store
 
 
 def push(
@@ -51,20 +43,16 @@ def push(
     """
     folder = locate_out(out)
     plan = _finished(folder)
-    small, shards = _small_files(folder, plan), [shard["name"] for shard in plan["shards"]]
+    small, shards = small_files(folder, plan), [shard["name"] for shard in plan["shards"]]
     target = HubPush.begin(repo, revision, private=private, retries=retries)
-    before = target.files()
-    _check_usable(repo, before)
+    check_usable(repo, target.files())
     sent = [_send(target, folder, name, say) for name in shards]
-    contents = small | _descriptions(folder, plan, sent, small)
-    if not names_base(contents[CARD].decode(errors="replace")):
+    if not names_base(small[CARD].decode(errors="replace")):
         say("the model card names no base on the hub: BASE was none")
-    wanted: dict[str, str | bytes] = {**{one.name: one.sha256 for one in sent}, **contents}
-    leftovers = [name for name in before if _is_weights(name) and name not in wanted]
-    if not leftovers and all(n in before and before[n].holds(w) for n, w in wanted.items()):
+    url = commit_merge(target, plan, sent, small, verified_level(folder))
+    if url == target.url:
         say(f"{repo} has all of it already")
-        return target.url
-    return target.commit(sent, contents, f"Merge by raymeld {plan['raymeld']}", leftovers)
+    return url
 
 
 def _finished(out: Location) -> dict[str, Any]:
@@ -88,58 +76,7 @@ def _finished(out: Location) -> dict[str, Any]:
     return plan
 
 
-def _small_files(out: Location, plan: Mapping[str, Any]) -> dict[str, bytes]:
-    """Config, index and side files, which must be as the merge wrote them, but for the card."""
-    _, about = unfold_ledger(read_file(out / LEDGER))
-    digests = about["files"]
-    names = [CONFIG, *([INDEX] if len(plan["shards"]) > 1 else []), *plan["side_files"]]
-    contents = {name: read_file(out / name) for name in names}
-    fixed = {name: data for name, data in contents.items() if name != CARD}
-    changed = [n for n, data in fixed.items() if hashlib.sha256(data).hexdigest() != digests[n]]
-    if changed:
-        what, remedy = f"{some_of(changed)} changed since the merge", "Merge again"
-        raise refuse(what, str(out), f"{remedy}, or upload the folder as it is with `hf upload`")
-    return contents
-
-
-def _check_usable(repo: str, files: Mapping[str, HubEntry]) -> None:
-    """Refuse a model that is none of raymeld's: git keeps what is replaced, but nobody asked."""
-    if RECIPE not in files and (others := sorted(set(files) - _NEW)):
-        what = f"the model holds something else already: {some_of(others)}"
-        raise refuse(what, f"hf://{repo}", "Choose another name, or a branch made for it")
-
-
 def _send(target: HubPush, out: Location, name: str, say: Callable[[str], None]) -> Sent:
     sent = target.send(out.local / name, name)
     say(f"the hub holds {name} ({sent.size / 1e9:.2f} GB)")
     return sent
-
-
-def _descriptions(
-    out: Location, plan: Mapping[str, Any], sent: list[Sent], small: Mapping[str, bytes]
-) -> dict[str, bytes]:
-    """Model card and recipe."""
-    base = Origin.of(plan["base"])
-    adapters = [Origin.of(each["path"], each["weight"]) for each in plan["adapters"]]
-    level = json.loads(read_file(out / VERIFIED))["level"]
-    card = for_hub(small[CARD].decode(errors="replace"), level)
-    recipe = {
-        "raymeld": plan["raymeld"],
-        "fingerprint": plan["fingerprint"],
-        "base": {"name": base.name, "revision": base.revision},
-        "adapters": [
-            {"name": each.name, "revision": each.revision, "weight": each.weight}
-            for each in adapters
-        ],
-        "combination": plan["combination"],
-        "keep_tied": plan["keep_tied"],
-        "simulate_nf4": plan["simulate_nf4"],
-        "verified": level,
-        "sha256": {one.name: one.sha256 for one in sent}
-        | {n: hashlib.sha256(d).hexdigest() for n, d in small.items() if n not in (CARD, RECIPE)},
-    }
-    return {CARD: card.encode(), RECIPE: json.dumps(recipe, indent=1).encode() + b"\n"}
-
-
-def _is_weights(name: str) -> bool:
-    return "/" not in name and name.endswith((".safetensors", INDEX))

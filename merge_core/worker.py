@@ -24,6 +24,7 @@ from merge_core.peaks import Peaks, resident
 from merge_core.plan import MergePlan, Shard, TensorTask
 from merge_core.server_copy import PartStarter
 from merge_core.stores.location import Location
+from merge_core.stores.scratch import ScratchPart
 from merge_core.stores.store import PartWriter
 from merge_core.stream import LoadedTask, stream_shard
 
@@ -110,7 +111,7 @@ class ShardWorker:
             with self._inputs.fetched_ahead(shard):
                 records = self._stream(shard, part, watch)
             self._inputs.check(shard)
-            finished = part.finish()
+            finished = self._finish(part, shard, unique, records)
         except BaseException:
             part.discard()
             raise
@@ -159,6 +160,15 @@ class ShardWorker:
         except DeviceMemoryError:
             self._take_lanes(max(1, self.choice.lanes // 3))
             raise
+
+    def _finish(
+        self, part: PartWriter, shard: Shard, unique: str, records: Sequence[TensorRecord]
+    ) -> str:
+        if not isinstance(part, ScratchPart):
+            return part.finish()
+        from merge_core.sending import send_part  # and huggingface_hub
+
+        return send_part(self._parts.out, shard.name, unique, part, records)
 
     def _allocated_lanes(self) -> Sequence[Lane]:
         need = lane_need(self._plan, self._device.type, self.choice.read_bytes)

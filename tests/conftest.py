@@ -22,6 +22,7 @@ from fault_proxy import FaultProxy
 from handmade import TWO_LANES, small_merge
 from hub_client import HubClient
 from hub_server import Hub
+from hub_target import Target
 from hypothesis import settings
 from merged_by_hand import merged_names, write_out
 from models import DTYPES, make_adapter, make_base, oracle
@@ -36,6 +37,7 @@ from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.stores import blocks, retries
+from merge_core.stores.hub_retries import Retries
 from merge_core.stores.location import Access, Location
 from merge_core.stores.s3 import S3Store
 from merge_core.stores.s3_client import client_for
@@ -269,3 +271,10 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("merged")
     merge(small_merge(folder), folder / "out", device="cpu", choice=TWO_LANES)
     return folder / "out"
+
+
+@pytest.fixture
+def target(tmp_path: Path, hub: Hub, small: MergePlan, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """A merge of four shards that goes to ``hub``, whose failures are tried again at once."""
+    monkeypatch.setattr(Retries, "pause", lambda *_: None)
+    return Target(tmp_path, hub, small)

@@ -23,8 +23,8 @@ from cluster.options import Device, Dtype, Level
 from merge_core import __version__
 from merge_core.updates.combined import SignMethod
 
-SCREEN = 45
-"""Lines that a merge's two dozen options may take; a window of 80 columns has that many, or does
+SCREEN = 46
+"""Lines that a merge's thirty-odd options may take; a window of 80 columns has that many, or does
 at the second look."""
 
 

@@ -276,7 +276,9 @@ def test_a_token_that_is_wrong_is_said_and_never_shown(
 
 
 def test_the_hub_is_not_written_to(repo: Repo) -> None:
-    with pytest.raises(StorageError, match=r"hf://org/base: .*in one commit.*push the result"):
+    with pytest.raises(
+        StorageError, match=r"hf://org/base: .*in one commit.*Merge onto it with --state"
+    ):
         store().put("config.json", json.dumps({}).encode())
     with pytest.raises(StorageError, match="in one commit"):
         store().start("model.safetensors", 7, attempt="1")

@@ -12,7 +12,7 @@ from network_faults import drop, drop_within, lose_answer, say, stall
 from pushes import TOKEN, assert_pushed, head, push
 
 from merge_core.errors import RaymeldError, StorageError, VerificationError
-from merge_core.stores import hub_push
+from merge_core.stores import hub_objects
 
 pytestmark = [
     pytest.mark.usefixtures("before_hub"),
@@ -64,7 +64,7 @@ def test_a_commit_without_an_answer_is_given_up(
     before_hub: FaultProxy,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(hub_push, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(hub_objects, "ANSWER_SECONDS", 0.5)
     before_hub.faults(Fault(stall(), path="/commit/"))
     push(merged)
     assert_pushed(hub.repos["me/merge"], merged)
@@ -83,7 +83,7 @@ def test_a_stale_parent_is_said_and_nothing_is_committed(
     before_hub.faults(Fault(meanwhile, path="/commit/"))
     with pytest.raises(StorageError, match="somebody else has committed meanwhile") as raised:
         push(merged)
-    assert f"{started[:12]} when the push began, and is {repo.refs['main'][:12]} now" in str(
+    assert f"{started[:12]} at the beginning, and is {repo.refs['main'][:12]} now" in str(
         raised.value
     )
     assert head(repo) == {"notes.md": b"by another"}

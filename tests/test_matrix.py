@@ -19,12 +19,14 @@ from fault_proxy import Exchange, Fault, FaultProxy, pass_on
 from hub_client import HubClient
 from hub_server import Hub
 from models import make_adapter, make_base
+from pushes import head
 from ray import cloudpickle
 from ray._common.utils import get_default_ray_temp_dir
 from s3_server import ENVIRONMENT, TOKEN, refusal
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from merge_core.hub_commit import RECIPE
 from merge_core.model_card import CARD
 from merge_core.planner import make_plan
 from merge_core.stores.location import Access, locate
@@ -33,8 +35,10 @@ from merge_core.stores.s3_client import client_for
 
 BUCKET = "matrix"
 NUMBERS = itertools.count()
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+"""huggingface_hub 2.4's own, where it sends a file."""
+
 HF_TOKEN = "hf_that-nobody-may-see"
-"""Of an account with no rights of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,15 +47,21 @@ class Places:
 
     folder: Path
     endpoint: str
-    hub: str
+    hub: Hub
     inputs: dict[str, tuple[str, str]]
 
-    def result(self, kind: str) -> str:
+    def result(self, kind: str) -> list[str]:
+        """OUT, and what goes with it: ``hub and s3`` is a hub with its state in S3."""
         name = f"out-{next(NUMBERS)}"
-        return f"s3://{BUCKET}/{name}" if kind == "s3" else str(self.folder / name)
+        places = {"disk": str(self.folder / name), "s3": f"s3://{BUCKET}/{name}"}
+        first, _, state = kind.partition(" and ")
+        return [f"hf://me/{name}", "--state", places[state]] if state else [places[first]]
 
     def files(self, out: str) -> dict[str, bytes]:
         """What lies there, but for raymeld's own and the card, which names what it was made of."""
+        if out.startswith("hf://"):
+            files = head(self.hub.repos[out.removeprefix("hf://")])
+            return {n: data for n, data in files.items() if n not in (CARD, RECIPE)}
         store = open_store(locate(out, Access(endpoint_url=self.endpoint)))
         listed = (one.name for one in store.list())
         names = [name for name in listed if not name.startswith(".") and name != CARD]
@@ -64,16 +74,16 @@ class Places:
         return done.stdout
 
     def merge(
-        self, base: str, adapter: str, out: str, address: str, result: str | None = None
+        self, base: str, adapter: str, out: str, address: str, again: str | None = None
     ) -> str:
         """Where the result lies."""
-        result = result or self.result(out)
+        result = [again] if again is not None else self.result(out)
         how = ["--address", address, "--shard-size", "80KB", "--quiet"]
         if address != "inline":
             how += ["--workers", "2"]
         ends = self.inputs[base][0], self.inputs[adapter][1]
-        self.run("merge", *ends, "--out", result, *how)
-        return result
+        self.run("merge", *ends, "--out", *result, *how)
+        return result[0]
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +99,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, s3_address: str) -> Iterato
         client = HubClient(patch, folder / "hf")
         client.use(hub.address)
         client.log_in(HF_TOKEN)
+        hub.tokens[HF_TOKEN] = "me"
         stack.callback(client.close)
         access = Access(endpoint_url=s3_address)
         client_for(access).create_bucket(Bucket=BUCKET)
@@ -100,7 +111,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, s3_address: str) -> Iterato
         yield Places(
             folder=folder,
             endpoint=s3_address,
-            hub=hub.address,
+            hub=hub,
             inputs={
                 "disk": (str(base), str(adapter)),
                 "s3": (f"s3://{BUCKET}/base", f"s3://{BUCKET}/adapter"),
@@ -120,7 +131,7 @@ def expected(places: Places) -> dict[str, bytes]:
 def address(places: Places) -> Iterator[str]:
     """Of a cluster that reaches S3 and the hub."""
     seen = {
-        "HF_ENDPOINT": places.hub,
+        "HF_ENDPOINT": places.hub.address,
         "HF_HUB_OFFLINE": "0",
         "HF_TOKEN": HF_TOKEN,
         "HF_HUB_DISABLE_XET": "1",
@@ -130,9 +141,14 @@ def address(places: Places) -> Iterator[str]:
         yield at
 
 
-@pytest.mark.parametrize("out", ["disk", "s3"])
-@pytest.mark.parametrize("adapter", ["disk", "s3", "hub"])
-@pytest.mark.parametrize("base", ["disk", "s3", "hub"])
+@pytest.mark.parametrize(
+    ("base", "adapter", "out"),
+    [
+        *itertools.product(("disk", "s3", "hub"), ("disk", "s3", "hub"), ("disk", "s3")),
+        ("disk", "disk", "hub and disk"),
+        ("hub", "s3", "hub and s3"),
+    ],
+)
 def test_inline(
     places: Places, expected: dict[str, bytes], base: str, adapter: str, out: str
 ) -> None:
@@ -141,7 +157,12 @@ def test_inline(
 
 @pytest.mark.parametrize(
     ("base", "adapter", "out"),
-    [("disk", "hub", "s3"), ("s3", "disk", "disk"), ("hub", "s3", "s3")],
+    [
+        ("disk", "hub", "s3"),
+        ("s3", "disk", "disk"),
+        ("hub", "s3", "s3"),
+        ("s3", "hub", "hub and s3"),
+    ],
 )
 def test_on_ray(
     places: Places,
@@ -212,13 +233,13 @@ def test_the_other_commands_know_a_result_in_a_store(places: Places) -> None:
     page = places.folder / "report.html"
     places.run("report", out, "--output", str(page), "--spectrum", "1")
     assert "Merged and verified" in page.read_text()
-    places.merge("hub", "s3", "s3", "inline", result=out)
+    places.merge("hub", "s3", "s3", "inline", again=out)
     after = open_store(locate(out, Access(endpoint_url=places.endpoint))).look("config.json")
     assert after == before
 
 
 def test_no_credentials_are_kept_or_said_anywhere(places: Places, address: str) -> None:
-    out, page = places.result("s3"), places.folder / "shown.html"
+    (out,), page = places.result("s3"), places.folder / "shown.html"
     inputs = places.inputs["hub"][0], places.inputs["s3"][1]
     options = ["--address", address, "--workers", "2", "--debug"]
     said = places.run("merge", *inputs, "--out", out, *options)

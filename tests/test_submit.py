@@ -143,6 +143,11 @@ def test_a_job_ends_with_the_exit_code_of_its_driver(
         ("-- merge o/b /a --out /o", "as the cluster's nodes have it; hf://o/b is the hub"),
         ("-- merge /b /a --out o/r", "as the cluster's nodes have it; hf://org/name is the hub"),
         ("-- merge /b a@0.5 --out o", "2 problems"),
+        ("-- merge /b /a --out hf://o/m --state s --scratch /n", "STATE: 's' is relative"),
+        (
+            "-- merge /b /a --out hf://o/m --scratch-limit many",
+            "--scratch-limit: 'many' is no size",
+        ),
         ("--address ray://head:10001 -- merge /b s3://a --out /o", "no cluster takes jobs there"),
         ("--address auto -- merge /b /a --out /o", "no cluster takes jobs there"),
     ],

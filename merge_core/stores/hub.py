@@ -119,7 +119,7 @@ class HubStore:
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         what = "a model on the hub is written in one commit, not file by file"
-        remedy = "Merge to a path or an object store, and push the result"
+        remedy = "Merge onto it with --state; as --out of anything else, give that state"
         raise StorageError(what, str(self._location), remedy)
 
     put = create = start = publish = sweep = delete = _refuse

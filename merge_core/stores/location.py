@@ -61,6 +61,8 @@ class Location:
     """Of the hub: branch, tag or commit; None: the main branch."""
     access: Access = DEFAULT_ACCESS
     """How an S3 is reached: this folder, or what is found by what it says."""
+    upload: Upload | None = None
+    """How a merge gets there, where it is a model on the hub; None: only to read from."""
 
     def __str__(self) -> str:
         if self.scheme == "file":
@@ -100,6 +102,21 @@ class Location:
         return Path(self.path)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upload:
+    """How a merge gets onto the hub, which holds weights and nothing else before its one commit."""
+
+    state: Location
+    """The folder of all that is small: plan, lease, receipts, ledger. Every node reaches it."""
+    private: bool = True
+    """Nobody else may see the model."""
+    scratch: str | None = None
+    """The directory of each node in which a shard lies until it is sent; None: one of our own where
+    temporary files belong."""
+    scratch_limit: int | None = None
+    """Bytes that all workers of a node may have there at a time; None: what is free."""
+
+
 Place = str | Path | Location
 """What ``locate`` takes."""
 
@@ -129,6 +146,20 @@ def locate_out(text: Place, access: Access = DEFAULT_ACCESS) -> Location:
         InputError: see ``locate``.
     """
     return locate(text, access, exists=lambda _: True)
+
+
+def onto_hub(model: Location, upload: Upload) -> Location:
+    """A model on the hub as OUT.
+
+    Raises:
+        InputError: it is none, or only a folder of one, or its state cannot lie where it should.
+    """
+    if model.scheme != "hf" or model.path:
+        raise refuse("is no model on the hub", str(model), "Write hf://org/name[@branch]")
+    if upload.state.scheme == "hf":
+        what = "the hub keeps nothing of a merge but its one commit"
+        raise refuse(what, f"--state {upload.state}", "Give a folder or s3://bucket/key")
+    return replace(model, upload=upload)
 
 
 def _parse(text: str | Path, exists: Exists) -> Location:

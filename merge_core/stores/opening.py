@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 from merge_core.errors import AbsentError, StorageError, replaced
 from merge_core.stores.location import Location
 from merge_core.stores.store import FileIdentity, Reader, Store
+
+if TYPE_CHECKING:
+    from merge_core.stores.hub_out import HubOut, SentFile
 
 
 @functools.lru_cache(maxsize=64)
@@ -24,6 +28,8 @@ def open_store(location: Location) -> Store:
         from merge_core.stores.s3 import S3Store
 
         return S3Store(location)
+    if location.upload is not None:
+        return open_hub_out(location)
     if location.scheme == "hf":
         from merge_core.stores.hub import HubStore
 
@@ -31,6 +37,34 @@ def open_store(location: Location) -> Store:
     from merge_core.stores.objects import ObjectsStore
 
     return ObjectsStore(location)
+
+
+@functools.lru_cache(maxsize=64)
+def open_hub_out(location: Location) -> HubOut:
+    """The store of a merge that goes to the hub; raises as ``open_store`` does.
+
+    Raises:
+        AssertionError: the location says nothing of how.
+    """
+    from merge_core.stores.hub_out import HubOut
+
+    if location.upload is None:
+        raise AssertionError(f"{location} is only read from")
+    state = location.upload.state
+    return HubOut(location, open_store(state / location.path if location.path else state))
+
+
+def sent_unread(file: Location) -> SentFile | None:
+    """What stands for a file of weights that the hub holds and nobody can read before its commit;
+    None for any other file.
+
+    Raises:
+        AbsentError: it was not sent.
+    """
+    if file.upload is None or not file.path.endswith(".safetensors"):
+        return None
+    out = open_hub_out(file.parent)
+    return None if out.committed else out.sent(file.name)
 
 
 def pinned(folder: Location) -> Location:

@@ -17,6 +17,10 @@ from merge_core.stores.location import Location
 PARTS = ".raymeld/parts"
 """Where parts lie in a store that has no other place for what is not published."""
 
+HUB_RECORD = ".raymeld/hub.json"
+"""Where the state of a merge that goes to the hub says to which model, after which commit, and at
+last in which."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileIdentity:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from merge_core.errors import InputError
 from merge_core.stores.location import Location
+from merge_core.stores.opening import sent_unread
 from merge_core.verify.against_base import Comparison
 from merge_core.verify.decomposed import DecomposedTensor
 from merge_core.verify.digests import CELL_BYTES, check_digests
@@ -21,6 +22,7 @@ from merge_core.verify.merged import MergedTensor, load_product
 from merge_core.verify.reading import Lanes, Source, open_reader
 from merge_core.verify.replaced_rows import check_rows
 from merge_core.verify.report import Finding, at
+from merge_core.verify.sent import check_sent
 from merge_core.verify.strict_json import MalformedError
 from merge_core.verify.untouched import check_converted, check_copied
 from merge_core.verify.updates import Decomposed, Delta, Rows, Shift
@@ -74,8 +76,12 @@ def check_file(check: FileCheck) -> FileResult:
         rows = {row.tensor: row for row in check.rows or ()}
         if check.rows is not None:
             findings += _compare_rows(path.name, entries, rows)
-        if check.level != "structure":
+        sent = sent_unread(path)
+        if sent is not None:
+            findings += check_sent(path, sent, rows if check.level != "structure" else {})
+        elif check.level != "structure":
             findings += _check_digests(path, entries, rows)
+        if check.level != "structure":
             bytes_read += sum(entry.nbytes for entry in entries)
         if check.level == "numeric":
             for finding, compared in _check_numeric(path, entries, check.comparisons):

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from merge_core.stores.location import Location
-from merge_core.stores.opening import is_there, open_file, open_store, read_file
+from merge_core.stores.opening import is_there, open_file, open_store, read_file, sent_unread
 
 HEAD_BYTES = 100_000
 """Of a file in a store, read at once: a second request costs more than these bytes."""
@@ -55,6 +55,9 @@ def read_head(file: Location, head_bytes: int) -> tuple[bytes, int]:
     if file.is_local:
         with open(file.local, "rb") as opened:
             return opened.read(head_bytes), os.fstat(opened.fileno()).st_size
+    sent = sent_unread(file)
+    if sent is not None:
+        return sent.header, sent.size
     reader, size = open_file(file)
     with closing(reader):
         return bytes(reader.read(0, min(head_bytes, size))), size

@@ -1,0 +1,144 @@
+"""A merge that goes to the hub: whether it may, what it leaves in its state, and its one commit.
+
+huggingface_hub, which takes long to import, is so only where there is such a merge.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from merge_core.errors import AbsentError, Problem, StorageError, gathered, some_of
+from merge_core.output import STAGED_CONFIG, read_plan, verified_level
+from merge_core.plan import MergePlan
+from merge_core.stores.location import Location, Upload, onto_hub
+from merge_core.stores.opening import open_hub_out, read_file
+from merge_core.stores.store import HUB_RECORD
+
+if TYPE_CHECKING:
+    from merge_core.stores.hub_out import HubOut
+
+LEVELS = ("structure", "digest", "load")
+"""At which what is sent can be verified: by its headers, and by each byte as it was read back."""
+
+
+def check_upload(out: Location, plan: MergePlan) -> list[Problem]:
+    """What stands against ``plan`` going to the hub; nothing is made there. None of other places.
+
+    Raises:
+        StorageError: the hub cannot be asked.
+    """
+    if out.scheme != "hf":
+        return []
+    if out.upload is None:
+        what = "a merge onto the hub keeps its records elsewhere until it is done"
+        return [Problem(what, str(out), "Give --state: a folder of its own, or s3://bucket/key")]
+    from merge_core.hub_commit import check_usable
+    from merge_core.stores.hub_push import HubPush
+
+    problems, limit = [], out.upload.scratch_limit
+    largest = max((shard.size for shard in plan.shards), default=0)
+    if limit is not None and largest > limit:
+        what = f"the largest file of the result has {largest} bytes, more than may lie there"
+        remedy = "Allow as much, or give a smaller --shard-size"
+        problems.append(Problem(what, f"--scratch-limit {limit}", remedy))
+    with gathered(problems):
+        there = HubPush.look(out.root, out.revision, private=out.upload.private)
+        if there is not None:
+            check_usable(out.root, there.files(), begun=bool(open_hub_out(out).record))
+    return problems
+
+
+def notes_on_scratch(out: Location, plan: MergePlan) -> list[Problem]:
+    """What a merge to the hub needs of each node; nothing of others."""
+    if out.upload is None:
+        return []
+    largest = max((plan.shards[index].size for index in plan.stage), default=0)
+    what = (
+        f"holds, for each worker of a node, a file of up to {largest / 1e9:.2f} GB until it is sent"
+    )
+    remedy = "The disk needs that room; --scratch-limit bounds what all of them hold"
+    return [Problem(what, f"--scratch {out.upload.scratch or '(temporary files)'}", remedy)]
+
+
+def check_level(out: Location, level: str) -> list[Problem]:
+    """What stands against verifying at ``level`` what goes to ``out``."""
+    if out.scheme != "hf" or level in LEVELS:
+        return []
+    what = "reads the whole result before it is published, and the hub shows nothing before that"
+    remedy = f"Take {', '.join(LEVELS)}; or merge to a disk, verify it, and push it"
+    return [Problem(what, f"--verify {level}", remedy)]
+
+
+def make_ready(out: Location) -> None:
+    """Of a model on the hub: make it if there is none, and keep the commit that the merge follows.
+
+    Raises:
+        InputError: it is none that a merge may go to.
+        StorageError: this account may not write to it.
+    """
+    if out.upload is None:
+        return
+    from merge_core.hub_commit import check_usable
+    from merge_core.stores.hub_push import HubPush
+
+    store, upload = open_hub_out(out), out.upload
+    target = HubPush.begin(out.root, out.revision, private=upload.private)
+    check_usable(out.root, target.files(), begun=bool(store.record))
+    record = {"model": out.root, "branch": store.target.revision, "private": upload.private}
+    _keep(store, {**record, "parent": target.parent, "commit": None, "url": None})
+
+
+def commit_out(out: Location, plan: MergePlan) -> None:
+    """Commit the merge, whose weights the hub holds, and keep where.
+
+    Raises:
+        StorageError: the hub has lost something, or somebody else has committed.
+        VerificationError: what the hub has afterwards is not what was sent.
+    """
+    from merge_core.hub_commit import commit_merge, small_files
+    from merge_core.stores.hub_objects import Sent
+    from merge_core.stores.hub_push import HubPush
+
+    store, written = open_hub_out(out), read_plan(out)
+    if written is None or not store.record:
+        raise StorageError("its plan, or what it says of the hub, is gone", str(out))
+    found = {shard.name: store.sent(shard.name) for shard in plan.shards}
+    sent = [Sent(name=n, size=one.size, sha256=one.sha256) for n, one in found.items()]
+    target = HubPush(store.target, store.record["parent"])
+    if lost := [one.name for one in target.missing(sent)]:
+        what, remedy = f"the hub does not hold {some_of(lost)} any more", "The same command again"
+        raise StorageError(what, str(out), f"{remedy} merges and sends what is missing")
+    small = small_files(out, written, STAGED_CONFIG)
+    url = commit_merge(target, written, sent, small, verified_level(out))
+    commit = url.rpartition("/")[2]
+    _keep(store, {**store.record, "commit": commit, "url": url})
+
+
+def published_at(out: Location) -> str | None:
+    """The address of the commit that has the merge; None of other places, or before it."""
+    if out.upload is None:
+        return None
+    found: str | None = open_hub_out(out).record.get("url")
+    return found
+
+
+def destination_of(state: Location) -> Location | None:
+    """The model on the hub whose state ``state`` is; None of any other folder.
+
+    Raises:
+        StorageError: it may not be looked at.
+    """
+    try:
+        record = json.loads(read_file(state / HUB_RECORD))
+        model = Location(
+            scheme="hf", root=record["model"], revision=record["branch"], access=state.access
+        )
+        return onto_hub(model, Upload(state=state, private=record["private"]))
+    except (AbsentError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep(store: HubOut, record: Mapping[str, Any]) -> None:
+    store.put(HUB_RECORD, json.dumps(record, indent=1).encode())
