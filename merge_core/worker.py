@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import secrets
 import socket
@@ -111,7 +112,7 @@ class ShardWorker:
             with self._inputs.fetched_ahead(shard):
                 records = self._stream(shard, part, watch)
             self._inputs.check(shard)
-            finished = self._finish(part, shard, unique, records)
+            finished = self._finish(part, shard, unique, records, watch)
         except BaseException:
             part.discard()
             raise
@@ -162,13 +163,20 @@ class ShardWorker:
             raise
 
     def _finish(
-        self, part: PartWriter, shard: Shard, unique: str, records: Sequence[TensorRecord]
+        self,
+        part: PartWriter,
+        shard: Shard,
+        unique: str,
+        records: Sequence[TensorRecord],
+        watch: Callable[[int], None],
     ) -> str:
         if not isinstance(part, ScratchPart):
             return part.finish()
         from merge_core.sending import send_part  # and huggingface_hub
 
-        return send_part(self._parts.out, shard.name, unique, part, records)
+        written = sum(record.nbytes for record in records)
+        told = functools.partial(watch, written)
+        return send_part(self._parts.out, shard.name, unique, part, records, told)
 
     def _allocated_lanes(self) -> Sequence[Lane]:
         need = lane_need(self._plan, self._device.type, self.choice.read_bytes)

@@ -77,6 +77,7 @@ def test_a_merge_is_told_by_the_address_of_its_commit_and_known_by_its_state(pla
     repo = place.hub.repos["me/merge"]
     url = f"{place.proxy.address}/me/merge/commit/{repo.refs['main']}"
     assert f"result   {url}" in done.stdout
+    assert "B/s]" not in done.stderr  # huggingface_hub's own progress bars
     assert repo.private
 
     again = place.answer(*MERGE, *TO_HUB)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -19,6 +20,7 @@ from pushes import head
 
 from merge_core.errors import AbsentError, StorageError, VerificationError
 from merge_core.merge import begin, claim
+from merge_core.progress import Progress
 from merge_core.stores.hub_objects import HubObjects
 from merge_core.stores.hub_out import HubOut, SentFile
 from merge_core.stores.opening import open_hub_out
@@ -57,6 +59,47 @@ def test_workers_of_a_node_keep_within_its_limit(
     assert len(seen) == 4
     assert max(seen) <= largest * 3 // 2
     assert target.waiting() == []
+
+
+def test_who_watches_hears_of_a_merge_while_it_sends(
+    target: Target, before_hub: FaultProxy
+) -> None:
+    sending, heard = threading.Event(), threading.Event()
+
+    def wait(exchange: Exchange) -> None:
+        sending.set()
+        assert heard.wait(10)
+        pass_on(exchange)
+
+    def watch(progress: Progress) -> None:
+        if sending.is_set():
+            heard.set()
+
+    before_hub.faults(Fault(wait, method="PUT"))
+    target.merge(watch=watch)
+    assert heard.is_set()
+
+
+def test_what_the_watching_raises_while_it_sends_ends_the_merge(
+    target: Target, before_hub: FaultProxy
+) -> None:
+    sending, raised = threading.Event(), threading.Event()
+
+    def wait(exchange: Exchange) -> None:
+        sending.set()
+        assert raised.wait(10)
+        pass_on(exchange)
+
+    def watch(progress: Progress) -> None:
+        if sending.is_set():
+            raised.set()
+            raise KeyboardInterrupt
+
+    before_hub.faults(Fault(wait, method="PUT"))
+    with pytest.raises(KeyboardInterrupt):
+        target.merge(watch=watch)
+    assert target.waiting() == []
+    assert target.merge().resumed == 0
 
 
 def test_what_the_scratch_does_not_keep_is_not_sent(

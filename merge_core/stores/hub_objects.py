@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_session
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
 from merge_core.errors import StorageError
 from merge_core.storage import reported
@@ -89,12 +94,13 @@ class HubObjects:
         Raises:
             StorageError: see ``send``; or the hub does not say that it holds it.
         """
-        sent = self.send(path, name, through_lfs=self._forgets)
-        lost = self.missing([sent])
-        if lost and not self._forgets:
-            self._forgets = True
-            sent = self.send(path, name, through_lfs=True)
+        with _without_bars():
+            sent = self.send(path, name, through_lfs=self._forgets)
             lost = self.missing([sent])
+            if lost and not self._forgets:
+                self._forgets = True
+                sent = self.send(path, name, through_lfs=True)
+                lost = self.missing([sent])
         if lost:
             what, where = "the hub does not hold what it was sent", str(self._target.at(name))
             raise StorageError(what, where, "Try again later")
@@ -147,6 +153,19 @@ def asked(attempt: Callable[[], _T], place: HubPlace, retries: Retries) -> _T:
         return persistently(told, place, retries)
     finally:
         session.timeout = before
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without huggingface_hub's own progress bars, which would disturb a merge's, and its logs."""
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
+        yield  # the environment has decided, or somebody before
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 @contextlib.contextmanager
