@@ -11,14 +11,12 @@ from actors.metrics import driver_line
 from actors.pool import Pool, node_resources
 from cluster.loop import Loop
 from cluster.session import session
-from cluster.tasks import VERIFYING, checking
+from cluster.tasks import VERIFYING, checking, size_of
 from cluster.timing import Timing
 from cluster.workers import ClusterOptions, size_fleet
-from merge_core.errors import StorageError
 from merge_core.progress import Watch
 from merge_core.reachable import refuse_private
 from merge_core.stores.location import Location, Place
-from merge_core.stores.opening import parted
 from merge_core.verify import FileCheck, FileResult, VerifyReport, verify
 
 
@@ -75,18 +73,9 @@ def _run(
     pool = Pool(identify(), fleet.workers, Checker)
     timing = Timing(lambda _: None)  # OUT keeps the history of merges alone
     loop = Loop(pool, fleet, options.start_timeout, settle, say, watch, timing)
-    loop.add([checking(check, _size(check), VERIFYING) for check in checks])
+    loop.add([checking(check, size_of(check), VERIFYING) for check in checks])
     try:
         loop.run()
     finally:
         pool.close()
     return results
-
-
-def _size(check: FileCheck) -> int:
-    """In bytes; what cannot be looked at is for the check itself to report."""
-    try:
-        store, name = parted(check.file)
-        return store.look(name).size
-    except StorageError:
-        return 0

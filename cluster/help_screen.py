@@ -28,6 +28,8 @@ _ORDER = (ARGUMENTS, "Options", WHAT, VALUES, WHERE, STORES, TIME, TALK)
 _NAMES = 26
 """Columns for the names of options, or else their help has too few."""
 
+_CONTEXT = {"help_option_names": ["--help", "-h"]}
+
 Rows = dict[str, list[tuple[str, str]]]
 
 
@@ -98,12 +100,14 @@ class App(typer.Typer):
             no_args_is_help=True,
             pretty_exceptions_enable=False,
             rich_markup_mode=None,
+            context_settings=_CONTEXT,
             **settings,
         )
 
     def add(self, function: Callable[..., Any], name: str | None = None, **settings: Any) -> None:
         """Add a command."""
-        self.command(name, cls=Command, **settings)(function)
+        own = settings.pop("context_settings", {})
+        self.command(name, cls=Command, context_settings=_CONTEXT | own, **settings)(function)
 
 
 def _told(parse: Callable[..., list[str]], ctx: Any, args: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,10 +22,12 @@ from cluster.options import (
     refuse_workers,
 )
 from merge_core.errors import InterruptedMergeError, VerificationError, counted, refuse
-from merge_core.stores.location import Access, Location, locate, locate_out
+from merge_core.stores.location import Access, Location, Place, locate, locate_out
 
 if TYPE_CHECKING:
     from cluster.status import Status
+    from cluster.talk import Talk
+    from merge_core.verify import VerifyReport
 
 
 def register(app: App) -> None:
@@ -70,26 +73,26 @@ def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
     """
     with answering(as_json=as_json, debug=debug, out=out):
         from cluster import console
+        from cluster.talk import Talk
         from merge_core.upload import destination_of
         from merge_core.verify import parse_weighted
-        from merge_core.verify import verify as verify_checkpoint
 
         access = Access(endpoint_url=endpoint_url, region=region, anonymous=anonymous)
         place, source = locate_out(out, access), locate(base, access) if base else None
         target = destination_of(place) or place
         given = [parse_weighted(text, access) for text in adapter] if adapter else None
+        talk = Talk(quiet=quiet, out=out)
         if address == "inline":
             refuse_workers(workers, 0)
-            report = verify_checkpoint(target, level, base=source, adapters=given)
+            with talk.progress():
+                report = _verified_here(target, level, source, given, talk)
         else:
             from cluster.checking import verify_on_ray
-            from cluster.talk import Talk
             from cluster.workers import ClusterOptions
 
             options = ClusterOptions(
                 address=address, device="cpu", workers=workers, start_timeout=start_timeout
             )
-            talk = Talk(quiet=quiet, out=out)
             with talk.progress():
                 report = verify_on_ray(
                     target,
@@ -109,6 +112,22 @@ def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
                 f"{failed} failed, the first: {report.findings[0]}",
                 out=out,
             )
+
+
+def _verified_here(
+    out: Location,
+    level: str,
+    base: Place | None,
+    adapters: Sequence[tuple[Place, float]] | None,
+    talk: Talk,
+) -> VerifyReport:
+    """In this process, which takes as long as reading all of it: bars and lines tell how far."""
+    from cluster.tasks import PHASES, VERIFYING, size_of
+    from merge_core.progress import in_turn
+    from merge_core.verify import verify as verify_checkpoint
+
+    run = in_turn(PHASES[VERIFYING], talk.watch, size_of)
+    return verify_checkpoint(out, level, base=base, adapters=adapters, run=run)
 
 
 def status(

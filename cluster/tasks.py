@@ -7,7 +7,9 @@ from typing import Any
 
 from cluster.backlog import Item
 from cluster.commands import Assign
+from merge_core.errors import StorageError
 from merge_core.plan import Shard
+from merge_core.stores.opening import parted
 from merge_core.verify import FileCheck
 
 PHASES = ("proving", "merging", "verifying")
@@ -47,3 +49,12 @@ def checking(check: FileCheck, size: int, rank: int) -> Task:
     name = f"check of {check.file.name}"
     item = Item(size=size, rank=rank)
     return Task(name=name, item=item, method="check", argument=check)
+
+
+def size_of(check: FileCheck) -> int:
+    """Bytes of its file; what cannot be looked at is for the check itself to report."""
+    try:
+        store, name = parted(check.file)
+        return store.look(name).size
+    except StorageError:
+        return 0

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import importlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from merge_core.lease import Lease, live_holder
 from merge_core.ledger import Receipt
 from merge_core.output import RECEIPTS, check_usable, is_finished, prepare
 from merge_core.plan import MergePlan
-from merge_core.progress import Progress, Watch, WorkerProgress
+from merge_core.progress import Progress, Watch, WorkerProgress, in_turn
 from merge_core.stored_head import check_stored_head
 from merge_core.stores.location import Location, Place, locate_out
 from merge_core.stores.opening import open_store
@@ -29,7 +29,6 @@ from merge_core.upload import check_level, make_ready, published_at
 from merge_core.verdict import conclude, unproven, verify_deeper
 from merge_core.verify import (
     FileCheck,
-    FileResult,
     Sources,
     VerifyReport,
     check_file,
@@ -103,7 +102,8 @@ def merge(
         module = importing.result()
     with claim(plan, target, overwrite=overwrite, say=say) as holder:
         if holder is None:
-            return result_of(plan, target, {}, verify_deeper(target, level), clock)
+            check = functools.partial(verify, run=in_turn("verifying", watch, _size_in(plan)))
+            return result_of(plan, target, {}, verify_deeper(target, level, check), clock)
         assembly = Assembly(plan, target, holder.run)
         options = {"address": "inline", "device": device, "verify": level}
         with recorded(target, holder, options, watch, say) as history:
@@ -203,7 +203,7 @@ def holds_result(out: Location, plan: MergePlan, say: Callable[[str], None]) -> 
 def _resume(assembly: Assembly, plan: MergePlan, watch: Watch) -> int:
     """Prove what an earlier run finished, and forget what is not as its receipt says."""
     checks = assembly.resume()
-    results = _watched(plan, "proving", watch)(check_file, list(checks.values()))
+    results = in_turn("proving", watch, _size_in(plan))(check_file, list(checks.values()))
     for index in unproven(checks, results):
         assembly.forget(index)
     return len(assembly.receipts)
@@ -214,7 +214,8 @@ def _finish(
 ) -> VerifyReport:
     """Verify the result and publish it."""
     assembly.write_record()
-    report = verify(out, level, committed=False, run=_watched(plan, "verifying", history.watch))
+    run = in_turn("verifying", history.watch, _size_in(plan))
+    report = verify(out, level, committed=False, run=run)
     history.verified(report)
     conclude(assembly, report)
     return report
@@ -260,23 +261,10 @@ def _merge_shard(
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _watched(
-    plan: MergePlan, phase: str, watch: Watch
-) -> Callable[[Callable[[FileCheck], FileResult], Sequence[FileCheck]], Iterable[FileResult]]:
-    """Run the checks of a verification one after another, reporting in between."""
+def _size_in(plan: MergePlan) -> Callable[[FileCheck], int]:
+    """Bytes of the file that a check is about, of those that the plan makes."""
     sizes = {shard.name: shard.size for shard in plan.shards}
-
-    def run(
-        check: Callable[[FileCheck], FileResult], checks: Sequence[FileCheck]
-    ) -> Iterable[FileResult]:
-        done, total = 0, sum(sizes.get(one.file.name, 0) for one in checks)
-        for one in checks:
-            watch(Progress(phase=phase, done=done, total=total, workers=()))
-            result = check(one)
-            done += sizes.get(one.file.name, 0)  # not what it read: numeric reads the base as well
-            yield result
-
-    return run
+    return lambda check: sizes.get(check.file.name, 0)
 
 
 def result_of(

@@ -6,10 +6,10 @@ import dataclasses
 import json
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from merge_core.errors import StorageError
 from merge_core.kept_json import KeptJson
@@ -53,6 +53,29 @@ class Progress:
 
 
 Watch = Callable[[Progress], None]
+
+_Check = TypeVar("_Check")
+_Result = TypeVar("_Result")
+
+
+def in_turn(
+    phase: str, watch: Watch, size_of: Callable[[_Check], int]
+) -> Callable[[Callable[[_Check], _Result], Sequence[_Check]], Iterator[_Result]]:
+    """How checks are run one after another, and told in between how far that is.
+
+    Args:
+        size_of: bytes of the file that a check is about. What it reads may be more: the numeric
+            one reads the base as well.
+    """
+
+    def run(check: Callable[[_Check], _Result], checks: Sequence[_Check]) -> Iterator[_Result]:
+        sizes = [size_of(one) for one in checks]
+        for number, one in enumerate(checks):
+            done = sum(sizes[:number])
+            watch(Progress(phase=phase, done=done, total=sum(sizes), workers=()))
+            yield check(one)
+
+    return run
 
 
 class ProgressFile:

@@ -187,6 +187,10 @@ def _notes(base: SmallFiles, one: _Brought, rows: int | None, *, chosen: bool) -
     new = mine.beyond(theirs) if theirs.ids else []
     more = f", with {counted(len(new), 'token')} more: {_listed(new)}" if new else ""
     yield f"the tokenizer is that of {one.folder}, in place of the base's{more}"
+    lost = theirs.beyond(mine) if mine.ids else []
+    if lost:
+        what = f"lacks {counted(len(lost), 'token')} of the base's: {_listed(lost)}"
+        yield f"{one.folder}: its tokenizer {what}"
     if moved:
         yield f"it gives {counted(len(moved), 'token')} other ids than the base's tokenizer"
     if not mine.ids:

@@ -58,6 +58,11 @@ def test_help_fits_a_screen(words: str) -> None:
 
 
 @every
+def test_help_is_there_for_who_asks_shortly(words: str) -> None:
+    assert shown(*words.split(), "-h") == shown(*words.split(), "--help")
+
+
+@every
 def test_help_is_there_on_a_narrow_terminal_too(words: str) -> None:
     wide, narrow = (shown(*words.split(), "--help", columns=n) for n in (80, 50))
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
 from cluster import talk
+from cluster.cli import app
 from cluster.folding import fold
+from cluster.talk import Talk
+from merge_core.plan import MergePlan
 from merge_core.progress import Progress, WorkerProgress
 
 
@@ -134,3 +139,25 @@ def test_the_bars_fit_into_one_line_each(width: int) -> None:
 )
 def test_lines_are_broken_between_words_below_what_they_are_about(line: str, shown: str) -> None:
     assert fold(line, 20) == shown
+
+
+@pytest.mark.parametrize("again", ["verify", "merge"])
+def test_who_reads_a_finished_merge_back_is_told_how_far_that_is(
+    small: MergePlan, out: Path, monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    """Of a 72B the numeric check takes an hour on one machine."""
+    words = [str(small.base), *(str(adapter.path) for adapter in small.adapters), "--out", str(out)]
+    words += ["--shard-size", "20kB", "--address", "inline", "--quiet"]
+    assert CliRunner().invoke(app, ["merge", *words]).exit_code == 0
+    seen: list[Progress] = []
+    monkeypatch.setattr(Talk, "watch", lambda _, progress: seen.append(progress))
+    command = (
+        ["verify", str(out), "--level"] if again == "verify" else ["merge", *words, "--verify"]
+    )
+    assert CliRunner().invoke(app, [*command, "numeric"]).exit_code == 0
+
+    sizes = [path.stat().st_size for path in sorted(out.glob("*.safetensors"))]
+    assert len(sizes) > 2
+    assert [(now.phase, now.done, now.total) for now in seen] == [
+        ("verifying", sum(sizes[:n]), sum(sizes)) for n in range(len(sizes))
+    ]

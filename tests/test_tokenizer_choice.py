@@ -65,6 +65,12 @@ def test_an_adapters_tokenizer_wins_whole_and_is_verified(base: Path, tmp_path: 
     assert str(finding) == f"base: chat_template.jinja: it differs from that of {adapter}"
 
 
+def test_tokens_that_an_adapters_tokenizer_lacks_are_told(base: Path, tmp_path: Path) -> None:
+    adapter = tokenizer_at(adapter_at(tmp_path / "adapter"), first=68)
+    _, note = make_plan(base, [adapter]).notes
+    assert note == f"{adapter}: its tokenizer lacks 2 tokens of the base's: 't68', 't69'"
+
+
 def test_the_bases_own_tokenizer_in_an_adapter_changes_nothing(base: Path, tmp_path: Path) -> None:
     adapter = trained(tmp_path / "adapter")
     assert origins(base, adapter) == dict.fromkeys(OWN, base)
