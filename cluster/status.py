@@ -73,9 +73,7 @@ def read_status(out: Location) -> Status:
         shards, fingerprint = plan["shards"], plan["fingerprint"]
         tensors = [[task["target"]["name"] for task in shard["tasks"]] for shard in shards]
     except (StorageError, ValueError, KeyError, TypeError):
-        remedy = (
-            "Name the --out or --state of a merge that was started; it is seen once its Ray is up"
-        )
+        remedy = "Name the --out or --state of one that was started; it is seen once its Ray is up"
         raise refuse("there is no merge", str(out), remedy) from None
     holder, finished = live_holder(out), is_there(out / CONFIG)
     accepted = accepted_shards(out)
