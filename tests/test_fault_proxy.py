@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import http.client
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from fault_proxy import Fault, FaultProxy, How
+from fault_proxy import Exchange, Fault, FaultProxy, How
+from head import until
 from network_faults import (
+    client,
     drop,
     drop_within,
     flip,
+    heard,
     ignore_range,
+    kill,
     lengthen,
     lose_answer,
     misplace,
@@ -22,6 +29,7 @@ from network_faults import (
     shorten,
     stall,
     trickle,
+    unheard,
     unrange,
 )
 
@@ -157,6 +165,27 @@ def test_an_answer_is_lost_after_the_work_was_done(
         ask(proxy, "PUT", "/done", b"data")
     kept: Any = server.RequestHandlerClass
     assert kept.kept.pop()[:2] == ("/done", b"data")
+
+
+@pytest.mark.parametrize(
+    ("at", "arrived"), [(unheard, []), (Exchange.half_asked, [BODY[:512]]), (heard, [BODY])]
+)
+def test_who_asks_is_killed_in_the_middle_of_it(
+    server: ThreadingHTTPServer, proxy: FaultProxy, at: Any, arrived: list[bytes]
+) -> None:
+    kept: Any = server.RequestHandlerClass
+    kept.kept.clear()
+    proxy.faults(Fault(kill(client, at)))
+    ask_it = f"""
+import http.client
+connection = http.client.HTTPConnection("127.0.0.1", {proxy.port})
+connection.request("PUT", "/x", bytes(range(256)) * 4)
+connection.getresponse()
+"""
+    ended = subprocess.run([sys.executable, "-c", ask_it])
+    assert ended.returncode == -signal.SIGKILL
+    until(lambda: len(kept.kept) == len(arrived))
+    assert [data for _, data, _ in kept.kept] == arrived
 
 
 RIGHT = "bytes 10-109/1024"
