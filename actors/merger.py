@@ -9,6 +9,7 @@ from actors.checker import Checker
 from actors.greeting import greet
 from actors.identity import Signed
 from merge_core.ledger import Receipt
+from merge_core.output import check_prepared
 from merge_core.plan import MergePlan
 from merge_core.stores.location import Location
 
@@ -34,9 +35,11 @@ class Merger(Checker):
 
         Raises:
             DeviceMemoryError: not even one lane fits here.
+            StorageError: an input or OUT is another one here than for the driver.
         """
         from merge_core.worker import ShardWorker
 
+        check_prepared(self._out, self._plan)
         self._worker = ShardWorker(self._plan, self._out, self._device, self._name)
         self._begin("idle", 0)
         worker = self._worker

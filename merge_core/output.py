@@ -125,6 +125,20 @@ def prepare(out: Location, plan: MergePlan, *, overwrite: bool = False) -> None:
     store.put(PLAN, json.dumps(describe(plan), indent=1).encode())
 
 
+def check_prepared(out: Location, plan: MergePlan) -> None:
+    """Make sure, on another machine, that OUT is the place that was made ready, and not another
+    one of its name; for OUT on the hub that its state is.
+
+    Raises:
+        StorageError: it is not.
+    """
+    found = read_plan(out)
+    if found is None or found["fingerprint"] != plan.fingerprint:
+        place = out if out.upload is None else out.upload.state
+        what = "this node has another place of that name, or none: the driver's plan is not there"
+        raise StorageError(what, str(place), "Give a place that every node reaches, or s3://.")
+
+
 def check_space(out: Location, plan: MergePlan, freed: int = 0) -> None:
     """Raise StorageError if the file system of OUT has no room for the result; others grow.
 
