@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import (
     AfterValidator,
@@ -41,13 +41,22 @@ NO_FIELDS = {
 _STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
 
+def _no_truth(value: Any) -> Any:
+    """To Python true is 1, which nobody means who writes it."""
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is no number", "Give one")  # noqa: TRY004 - pydantic's
+    return value
+
+
 class AdapterEntry(BaseModel):
     """An adapter, and the weight that it is merged with."""
 
     model_config = _STRICT
 
     path: str = Field(min_length=1, description="A PEFT adapter: path, s3://, gs:// or hub id.")
-    weight: float | None = Field(default=None, description="What its change is multiplied by.")
+    weight: Annotated[float | None, BeforeValidator(_no_truth)] = Field(
+        default=None, description="What its change is multiplied by."
+    )
 
 
 def _entry(value: Any) -> Any:
@@ -128,9 +137,12 @@ def _field(option: Option) -> tuple[Any, Any]:
         description=option.help,
         ge=getattr(option.info, "min", None),
     )
-    check = _CHECKS.get(option.name)
-    kind = option.kind if check is None else Annotated[option.kind, check]
-    return kind | None, field
+    kind = option.kind | None
+    if option.name in _CHECKS:
+        kind = Annotated[kind, _CHECKS[option.name]]
+    if {int, float} & {option.kind, *get_args(option.kind)}:
+        kind = Annotated[kind, BeforeValidator(_no_truth)]
+    return kind, field
 
 
 if __name__ == "__main__":  # python -m cluster.recipe_model > docs/recipe.schema.json

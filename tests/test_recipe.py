@@ -94,6 +94,8 @@ def test_the_command_tells_all_of_them_and_asks_for_nothing_else(tmp_path: Path)
         ("adapters: [a]\ndensity: 7", "2:10: density: 7 is no share of the elements. Give a"),
         ("adapters: [a]\nlayers: 9-3", "2:9: layers: '9-3' names no layers. Give numbers and rang"),
         ("adapters: [a]\nlayers: 1,x", "2:9: layers: 'x' names no layers. Give numbers and ranges"),
+        ("adapters: [a]\nworkers: true", "2:10: workers: true is no number. Give one"),
+        ("adapters: [{path: a, weight: false}]", "1:30: weight: false is no number. Give one"),
         ("adapters: [{weight: 1}]", "1:12: path is missing"),
         ("adapters: [a]\ntemplate: qwen", "2:1: there is no option 'template'. Leave it out"),
     ],

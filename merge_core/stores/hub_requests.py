@@ -69,7 +69,8 @@ def persistently(attempt: Callable[[], _T], place: HubPlace, retries: Retries) -
                     raise PassingError(f"no answer ({type(error).__name__})") from None
         except PassingError as error:
             if failed == retries.attempts:
-                what, remedy = f"{error}, {failed} times in a row", "Try again later"
+                what = f"{error}, {failed} times in a row"
+                remedy = "Try again later, or name a mirror in HF_ENDPOINT"
                 raise StorageError(what, str(place), remedy) from None
             retries.pause(failed, error.asked)
     raise AssertionError("no attempt was allowed")
