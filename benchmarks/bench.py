@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import machine
+from checkpoints import FAMILY, config, make_adapter, make_checkpoint
 from measure import INTERVAL, CommandError, Measured, measure
-from models import FAMILY, config, make_adapter, make_checkpoint
 from report import Report, Row
 
 from merge_core.architecture import expected_tensors

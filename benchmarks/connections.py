@@ -10,25 +10,21 @@ over one connection, one of eight lanes over eight.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from statistics import median
-from urllib.parse import urlsplit
 
 import machine
 import storage_client
-from models import FAMILY, config, make_adapter, make_checkpoint
+from checkpoints import FAMILY, config, make_adapter, make_checkpoint
+from link import Link
 from report import Page
 from storage import fill
-from throttled import Gate
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "tests"))  # whose server this is
@@ -36,53 +32,6 @@ sys.path.append(str(HERE.parent / "tests"))  # whose server this is
 from s3_server import ENVIRONMENT, s3_server  # noqa: E402
 
 COUNTS = (1, 2, 4, 8)
-PIECE_BYTES = 64 << 10
-"""Passed on at a time: small beside what a connection carries in a tenth of a second."""
-
-
-class Link:
-    """Forwards connections to a server, each and all of them at their speed.
-
-    Args:
-        connection: bytes a second of each connection, each way.
-        link: of all together, each way.
-    """
-
-    def __init__(self, address: str, connection: float, link: float) -> None:
-        parts = urlsplit(address)
-        self._server = (str(parts.hostname), int(parts.port or 80))
-        self._connection = connection
-        self._up, self._down = Gate(link), Gate(link)
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.address = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        """Accept no more."""
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # closed
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(self._server)
-                for source, target, whole in (
-                    (client, server, self._up),
-                    (server, client, self._down),
-                ):
-                    gates = (Gate(self._connection), whole)
-                    threading.Thread(
-                        target=_forward, args=(source, target, gates), daemon=True
-                    ).start()
-
-
-def _forward(source: socket.socket, target: socket.socket, gates: tuple[Gate, ...]) -> None:
-    with contextlib.suppress(OSError):
-        while data := source.recv(PIECE_BYTES):
-            for gate in gates:
-                gate.take(len(data))
-            target.sendall(data)
-        target.shutdown(socket.SHUT_WR)
 
 
 def main() -> None:
@@ -98,7 +47,7 @@ def main() -> None:
     size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
     facts = machine.describe(place)
     with s3_server() as address:
-        link = Link(address, options.connection * 1e6, options.link * 1e6)
+        link = Link(address, options.link * 1e6, options.connection * 1e6)
         os.environ |= {**ENVIRONMENT, "AWS_ENDPOINT_URL": address}
         fill(base)
         os.environ["AWS_ENDPOINT_URL"] = link.address

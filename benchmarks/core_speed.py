@@ -20,7 +20,7 @@ from pathlib import Path
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's threads would wait for one another, spinning
 
 import machine
-from models import config, make_adapter, make_checkpoint
+from checkpoints import config, make_adapter, make_checkpoint
 from report import Page
 
 from merge_core.factors import seal

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from models import FAMILY, config, make_adapter, make_checkpoint
+from checkpoints import FAMILY, config, make_adapter, make_checkpoint
 from typer.testing import CliRunner
 
 from cluster.cli import app

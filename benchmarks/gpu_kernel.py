@@ -22,15 +22,17 @@ from statistics import median
 
 import machine
 import torch
-from models import config
+from checkpoints import config
 
 from merge_core.architecture import expected_tensors
 from merge_core.blocks import largest_block
 from merge_core.digest import CELL_BYTES
-from merge_core.kernel import LoadedUpdate, MergeKernel
+from merge_core.kernel import LoadedUpdates, MergeKernel
 from merge_core.memory import MAX_LANES
 from merge_core.merge import merge
 from merge_core.planner import make_plan
+from merge_core.updates.low_rank import LoadedLowRank
+from merge_core.updates.piece import Piece
 from merge_core.worker import exact_float32
 
 RANK, REPEATS = 16, 20
@@ -99,18 +101,20 @@ def _kernel_seconds(shape: Shape, in_cells: bool, lanes: int) -> float:
     target = torch.empty_like(source)
     a = torch.randn(RANK, width, device="cuda") * 0.01
     b = torch.randn(rows, RANK, device="cuda") * 0.01
-    updates = [LoadedUpdate(a=a, b=b, scaling=2.0, transposed=False)]
+    low_rank = LoadedLowRank(a=a, b=b, scaling=2.0, transposed=False)
+    updates = LoadedUpdates(deltas=(low_rank,))
     piece = CELL_BYTES // 2 if in_cells else rows * width
     starts = range(0, rows * width, piece)
-    scratch, cuda = largest_block(rows, width, "cuda"), torch.device("cuda")
-    kernels = [MergeKernel(scratch, cuda) for _ in range(lanes)]
+    block, cuda = largest_block(rows, width, "cuda"), torch.device("cuda")
+    kernels = [MergeKernel(block, 2, cuda) for _ in range(lanes)]
     streams = [torch.cuda.Stream() for _ in range(lanes)]  # type: ignore[no-untyped-call]
 
     def lane(number: int) -> None:
         with torch.cuda.stream(streams[number]):
             for first in starts[number::lanes]:
-                run = slice(first, first + piece)
-                kernels[number].merge(updates, shape, first, source[run], target[run])
+                run = slice(first, min(first + piece, rows * width))
+                cell = Piece(matrix=shape, first=first, behind=run.stop, source_first=first)
+                kernels[number].merge(updates, cell, source[run], target[run])
 
     with ThreadPoolExecutor(lanes) as pool:
 

@@ -20,8 +20,8 @@ from statistics import median
 from typing import Any
 
 import machine
+from checkpoints import FAMILY, config, make_adapter, make_checkpoint
 from measure import drop_page_cache
-from models import FAMILY, config, make_adapter, make_checkpoint
 from report import Page
 
 HERE = Path(__file__).resolve().parent

@@ -21,7 +21,7 @@ from statistics import median
 
 import machine
 import throttled
-from models import config, make_adapter, make_checkpoint
+from checkpoints import config, make_adapter, make_checkpoint
 from report import Page
 
 from cluster import estimate

@@ -2,9 +2,12 @@
 
     make bench-storage
     python benchmarks/storage.py --model 1.8B --rounds 3 --results
+    python benchmarks/storage.py --link 80 --rounds 1 --results
 
 A real S3 server (OpenStack Swift) on this machine keeps base and result. Each row is a process of
-its own; the plain ones make requests of the size and number at a time that raymeld has.
+its own; the plain ones make requests of the size and number at a time that raymeld has. Without
+--link server and client take the same cores from each other, so that nobody reads and writes at
+once as fast as each alone; with it the network is what everybody waits for, as between machines.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from statistics import median
 from typing import Any
 
 import machine
+from checkpoints import FAMILY, config, make_adapter, make_checkpoint
+from link import Link
 from measure import drop_page_cache
-from models import FAMILY, config, make_adapter, make_checkpoint
 from report import Page
 
 HERE = Path(__file__).resolve().parent
@@ -51,16 +55,19 @@ def main() -> None:
     with s3_server() as address:
         os.environ |= {**ENVIRONMENT, "AWS_ENDPOINT_URL": address}
         fill(base)
+        if options.link:
+            os.environ["AWS_ENDPOINT_URL"] = Link(address, options.link * 1e6).address
         runs = [_round(number, adapter, sizes) for number in range(options.rounds)]
     shutil.rmtree(place)
     page = Page(
         title=f"Qwen1.5-{options.model} from S3 to S3",
         machine=facts,
         table=_table(runs, sum(sizes)),
-        notes=_notes(runs, sum(sizes)),
-        runs=runs,
+        notes=[*_notes(runs, sum(sizes)), _about_link(options.link)],
+        runs={str(number): run for number, run in enumerate(runs)},
     )
-    page.show(keep_as=f"storage-{options.model}" if options.results else None)
+    name = f"storage-{options.model}" + "-over-a-link" * bool(options.link)
+    page.show(keep_as=name if options.results else None)
 
 
 def _options() -> argparse.Namespace:
@@ -69,6 +76,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--model", choices=FAMILY, default="1.8B")
     parser.add_argument("--dir", type=Path, default=Path("/tmp/raymeld-bench"), help="on the disk")
+    parser.add_argument("--link", type=float, default=0.0, help="MB/s each way; 0: none")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--results", action="store_true", help="keep them in benchmarks/results")
     return parser.parse_args()
@@ -146,8 +154,12 @@ def _notes(runs: list[dict[str, dict[str, Any]]], size: int) -> list[str]:
         "x copy: throughput over that of both at once; medians of the rounds' ratios",
         f"requests of a merge: {listed}",
         f"read beyond the need: {beyond:.2%}",
-        "the server runs on the same cores",
     ]
+
+
+def _about_link(link: float) -> str:
+    where = "the server runs on the same cores"
+    return f"{where}, behind a link of {link:g} MB/s each way" if link else where
 
 
 if __name__ == "__main__":

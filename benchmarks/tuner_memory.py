@@ -11,6 +11,7 @@ that its memory is given back at once. The adapters are those of the tests.
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import tempfile
@@ -52,7 +53,7 @@ def lines(plan: MergePlan, base: Path, adapter: Path) -> Iterator[str]:
             continue
         seen.add(update.layer.shape)
         merge(plan, update, saved, weights)  # what is loaded once is not of a layer
-        grown = growth(lambda one=update: merge(plan, one, saved, weights))
+        grown = growth(functools.partial(merge, plan, update, saved, weights))
         planned = alone_bytes(update, plan) + 4 * update.elements
         shape = " x ".join(map(str, update.layer.shape))
         yield f"{shape:<13} {grown / 1e6:8.0f} {planned / 1e6:8.0f}" + " !" * (grown > planned)

@@ -1,6 +1,6 @@
 """Qwen1.5-shaped checkpoints and adapters with random values, for measuring; no hub needed.
 
-    python benchmarks/models.py 4B /data/base /data/adapter
+    python benchmarks/checkpoints.py 4B /data/base /data/adapter
 
 Shapes are those that each model's config.json publishes.
 """
@@ -85,7 +85,7 @@ def make_checkpoint(shapes: Mapping[str, object], path: Path, *, hollow: bool = 
             files.append({})
         files[-1][name] = (dtype, shape)
     pool = None if hollow else _pool_of_bfloat16(0.02, POOL_BYTES)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, content in enumerate(files, 1):
         name = f"model-{number:05}-of-{len(files):05}.safetensors"
         _write(path / name, dict(sorted(content.items())), pool)
