@@ -11,13 +11,16 @@ import torch
 from clusters import running_cluster
 from handmade import published
 
+from actors.events import WorkerReady
 from actors.identity import identify
 from actors.pool import Pool, WorkerOptions
 from cluster.driver import merge_on_ray
 from cluster.session import session
 from cluster.workers import ClusterOptions
 from merge_core.merge import merge
+from merge_core.output import prepare
 from merge_core.plan import MergePlan
+from merge_core.stores.location import locate
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +36,14 @@ def test_a_worker_says_who_it_is_where_and_what_is_free(
     from actors.merger import Merger
     from merge_core.factors import seal
 
+    plan, out = seal(small), locate(tmp_path / "out")
+    prepare(out, plan)
     kind = WorkerOptions(device="cpu", resources={"num_cpus": 1, "num_gpus": 0})
     with session(address, use_gpus=False):
-        pool = Pool(identify(), [kind], Merger, (seal(small), tmp_path))
+        pool = Pool(identify(), [kind], Merger, (plan, out))
         pool.start(0, "cpu", 0)
         while not pool.greetings:
-            pool.next_events(10)
+            assert all(isinstance(event, WorkerReady) for event in pool.next_events(10))
         (greeting,) = pool.greetings.values()
         pool.close()
 
