@@ -78,9 +78,9 @@ class Assembly:
     def forget(self, index: int) -> None:
         """Have a shard that failed its proof count as not done."""
         self._check_run()
+        del self._receipts[index]  # first: if the store fails now, no attempt is taken for a twin
         self._store.delete(receipt_name(index))
         self._store.delete(self._plan.shards[index].name)
-        del self._receipts[index]
 
     def accept(self, receipt: Receipt) -> bool:
         """Take a finished part as the shard, unless another attempt was taken before.
@@ -108,7 +108,8 @@ class Assembly:
             self.forget(shard.index)
             self._store.sweep(shard.name)
             raise
-        self._store.sweep(shard.name)
+        with contextlib.suppress(StorageError):  # it is accepted; the last sweep comes at the end
+            self._store.sweep(shard.name)
         return True
 
     def write_record(self) -> None:

@@ -20,7 +20,7 @@ from merge_core.plan import MergePlan
 from merge_core.side_files import CONFIG
 from merge_core.stores.location import Location
 from merge_core.stores.opening import is_there
-from merge_core.upload import check_upload
+from merge_core.upload import check_upload, destination_of
 
 
 def check_destination(out: Location, plan: MergePlan) -> None:
@@ -58,6 +58,9 @@ def check_location(out: Location, plan: MergePlan) -> list[Problem]:
                     problems.append(Problem(what, str(place), remedy))
             if place.is_local:
                 problems += _below_files(mine, place)
+        if out.upload is None and (model := destination_of(out)) is not None:
+            remedy = f"Give --out {model} --state {out}, or another --out"
+            problems.append(Problem(f"is the state of a merge onto {model}", str(out), remedy))
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle
         return [Problem(f"OUT cannot be made ({error})", str(out), "Choose another --out")]
     return problems

@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merge_core import __version__
-from merge_core.errors import InputError, Problem, StorageError, refuse
+from merge_core.errors import AbsentError, InputError, Problem, StorageError, refuse
 from merge_core.model_card import CARD
 from merge_core.plan import AdapterInput, MergePlan
 from merge_core.published_config import config_to_publish
@@ -130,10 +130,13 @@ def check_prepared(out: Location, plan: MergePlan) -> None:
     one of its name; for OUT on the hub that its state is.
 
     Raises:
-        StorageError: it is not.
+        StorageError: it is not, or it cannot be reached from here.
     """
-    found = read_plan(out)
-    if found is None or found["fingerprint"] != plan.fingerprint:
+    try:
+        there = json.loads(read_file(out / PLAN))["fingerprint"] == plan.fingerprint
+    except (AbsentError, ValueError, KeyError, TypeError):
+        there = False
+    if not there:
         place = out if out.upload is None else out.upload.state
         what = "this node has another place of that name, or none: the driver's plan is not there"
         raise StorageError(what, str(place), "Give a place that every node reaches, or s3://.")

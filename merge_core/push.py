@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from merge_core.errors import refuse, some_of
 from merge_core.hub_commit import check_usable, commit_merge, small_files
+from merge_core.ledger import unfold_ledger
 from merge_core.model_card import CARD, names_base
-from merge_core.output import VERIFIED, read_plan, verified_level
+from merge_core.output import LEDGER, VERIFIED, read_plan, verified_level
 from merge_core.side_files import CONFIG
 from merge_core.stores.hub_objects import Sent
 from merge_core.stores.hub_push import HubPush
 from merge_core.stores.hub_retries import PATIENT, Retries
 from merge_core.stores.location import Location, Place, locate_out
-from merge_core.stores.opening import open_store
+from merge_core.stores.opening import open_store, read_file
+from merge_core.verify import MalformedError, ReadBack, read_back
 
 
 def push(
@@ -37,7 +39,8 @@ def push(
         say: told what is done.
 
     Raises:
-        InputError: ``out`` is no finished merge on a disk, or the model there is none of raymeld's.
+        InputError: ``out`` is no finished merge on a disk, or changed since it was verified; or the
+            model there is none of raymeld's.
         StorageError: the hub cannot be reached, or refuses, or somebody else has committed.
         VerificationError: what the hub has afterwards is not what was sent.
     """
@@ -46,7 +49,8 @@ def push(
     small, shards = small_files(folder, plan), [shard["name"] for shard in plan["shards"]]
     target = HubPush.begin(repo, revision, private=private, retries=retries)
     check_usable(repo, target.files())
-    sent = [_send(target, folder, name, say) for name in shards]
+    rows, _ = unfold_ledger(read_file(folder / LEDGER))
+    sent = [_send(target, folder, name, rows, say) for name in shards]
     if not names_base(small[CARD].decode(errors="replace")):
         say("the model card names no base on the hub: BASE was none")
     url = commit_merge(target, plan, sent, small, verified_level(folder))
@@ -76,7 +80,34 @@ def _finished(out: Location) -> dict[str, Any]:
     return plan
 
 
-def _send(target: HubPush, out: Location, name: str, say: Callable[[str], None]) -> Sent:
+def _send(
+    target: HubPush,
+    out: Location,
+    name: str,
+    rows: Sequence[Mapping[str, Any]],
+    say: Callable[[str], None],
+) -> Sent:
+    """Send what the ledger speaks of, or nothing: the model card says that it was verified.
+
+    Args:
+        rows: of the ledger.
+    """
+    found = _read_again(out / name)
+    digests = {row["tensor"]: row["digest"] for row in rows if row["file"] == name}
+    if found.digests != digests:
+        changed = sorted(t for t, digest in digests.items() if found.digests.get(t) != digest)
+        what = f"{name} changed since the merge: {some_of(changed) or 'it has other tensors'}"
+        raise refuse(what, str(out), "Merge again")
     sent = target.send(out.local / name, name)
+    if sent.sha256 != found.sha256:
+        raise refuse(f"{name} changed while it was sent", str(out), "Push it again")
     say(f"the hub holds {name} ({sent.size / 1e9:.2f} GB)")
     return sent
+
+
+def _read_again(file: Location) -> ReadBack:
+    try:
+        return read_back(file)
+    except MalformedError as error:
+        what = f"{file.name} changed since the merge: {error}"
+        raise refuse(what, str(file.parent), "Merge again") from error

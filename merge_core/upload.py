@@ -6,14 +6,14 @@ huggingface_hub, which takes long to import, is so only where there is such a me
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from merge_core.errors import AbsentError, Problem, StorageError, gathered, some_of
 from merge_core.output import STAGED_CONFIG, read_plan, verified_level
 from merge_core.plan import MergePlan
 from merge_core.stores.location import Location, Upload, onto_hub
-from merge_core.stores.opening import open_hub_out, read_file
+from merge_core.stores.opening import open_hub_out, open_store, read_file
 from merge_core.stores.store import HUB_RECORD
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def check_upload(out: Location, plan: MergePlan) -> list[Problem]:
     from merge_core.hub_commit import check_usable
     from merge_core.stores.hub_push import HubPush
 
-    problems, limit = [], out.upload.scratch_limit
+    problems, limit = list(_of_state(out.upload.state, out)), out.upload.scratch_limit
     largest = max((shard.size for shard in plan.shards), default=0)
     if limit is not None and largest > limit:
         what = f"the largest file of the result has {largest} bytes, more than may lie there"
@@ -48,6 +48,17 @@ def check_upload(out: Location, plan: MergePlan) -> list[Problem]:
         if there is not None:
             check_usable(out.root, there.files(), begun=bool(open_hub_out(out).record))
     return problems
+
+
+def _of_state(state: Location, out: Location) -> Iterator[Problem]:
+    """What stands against ``state`` being that of ``out``: it may be another merge's."""
+    there, remedy = destination_of(state), "Give --state a folder of its own"
+    if there is None:
+        names = (listed.name for listed in open_store(state).list())
+        if any("/" not in name and name.endswith(".safetensors") for name in names):
+            yield Problem("holds weights, of a merge that went there itself", str(state), remedy)
+    elif (there.root, there.revision) != (out.root, open_hub_out(out).target.revision):
+        yield Problem(f"is the state of a merge onto {there}", str(state), remedy)
 
 
 def notes_on_scratch(out: Location, plan: MergePlan) -> list[Problem]:

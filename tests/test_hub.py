@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import mmap
 import pickle
 import random
@@ -51,6 +52,12 @@ def read(opened: HubStore, name: str, offset: int, nbytes: int) -> bytes:
     assert got == bytes(reader.read(offset, nbytes))
     reader.close()
     return got
+
+
+def test_signed_addresses_are_in_no_log(repo: Repo, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    read(store(), "model.safetensors", 1, 10)
+    assert "signature" not in caplog.text
 
 
 def test_the_files_of_a_model_and_of_a_folder_in_it(repo: Repo, hub: Hub) -> None:

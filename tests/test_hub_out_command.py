@@ -167,6 +167,22 @@ def test_what_cannot_go_there_is_refused_before_anything_is_written(
     assert set(place.hub.repos) == {"me/other", "me/open"}
 
 
+def test_a_folder_is_the_state_of_one_merge_and_nothing_else(place: Place) -> None:
+    place.answer(*MERGE, "--out", "local")
+    weights = {path: path.read_bytes() for path in (place.folder / "local").glob("*.safetensors")}
+    mixed = ["--out", "hf://me/merge", "--state", "local"]
+    for how in ([], ["--overwrite"]):
+        said = place.answer(*MERGE, *mixed, *how, code=2)["error"]
+        assert "local: holds weights, of a merge that went there itself" in said
+    assert {path: path.read_bytes() for path in weights} == weights
+
+    place.answer(*MERGE, *TO_HUB)
+    said = place.answer(*MERGE, "--out", "hf://me/second", "--state", "state", code=2)["error"]
+    assert "state: is the state of a merge onto hf://me/merge" in said
+    said = place.answer(*MERGE, "--out", "state", "--overwrite", code=2)["error"]
+    assert "state: is the state of a merge onto hf://me/merge" in said
+
+
 def test_a_plan_says_nothing_against_a_model_that_is_yet_to_be_made(place: Place) -> None:
     (note,) = place.answer("plan", *INPUTS, *TO_HUB)["notes"]
     assert "scratch: holds, for each worker of a node, a file of up to 0.00 GB until it is" in note

@@ -181,3 +181,18 @@ def test_without_a_token_a_push_says_how_to_get_one(
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(StorageError, match=r"401 .*`hf auth login`, or put a token into HF_TOKEN"):
         push(merged)
+
+
+def test_weights_that_changed_since_they_were_verified_are_not_sent(
+    merged: Path, hub: Hub, before_hub: FaultProxy, tmp_path: Path
+) -> None:
+    out = shutil.copytree(merged, tmp_path / "altered")
+    weights = sorted(out.glob("*.safetensors"))[1]
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+
+    with pytest.raises(InputError, match=f"{weights.name} changed since the merge"):
+        push(out)
+
+    assert before_hub.tally("POST", "/commit/").requests == 0

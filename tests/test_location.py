@@ -68,6 +68,9 @@ def test_access_is_kept_whatever_it_is() -> None:
         ("s3://bucket/../a", "'.' or '..' in its key"),
         ("s3:///a", "'' is no bucket"),
         ("hf://org", "is no model on the hub"),
+        ("hf://somebody:secret@org/a", "holds credentials"),
+        ("hf://secret@org/a/b", "holds credentials"),
+        ("hf://org/a/b?token=secret", "holds credentials"),
         ("file://host/a", "names another machine"),
     ],
 )

@@ -54,16 +54,19 @@ def test_a_killed_writer_leaves_no_object_and_the_next_sweep_ends_its_upload(s3:
     assert uploads(s3) == []
 
 
-def test_a_sweep_ends_no_uploads_beside_the_folder_or_of_longer_names(s3: Location) -> None:
+def test_a_sweep_ends_no_uploads_beside_or_below_the_folder_or_of_longer_names(
+    s3: Location,
+) -> None:
     store, beside = S3Store(s3 / "out"), S3Store(s3 / "out2")
+    S3Store(s3 / "out" / "other").start("model", 1, "1-a")
     for name in ("model", "model2"):
         store.start(name, 1, "1-a")
     beside.start("model", 1, "1-a")
 
     store.sweep("model")
-    assert uploads(s3) == ["out/model2", "out2/model"]
+    assert uploads(s3) == ["out/model2", "out/other/model", "out2/model"]
     store.sweep()
-    assert uploads(s3) == ["out2/model"]
+    assert uploads(s3) == ["out/other/model", "out2/model"]
 
 
 def test_what_publishes_may_be_another_process(s3: Location) -> None:

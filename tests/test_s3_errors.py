@@ -20,6 +20,7 @@ from merge_core.errors import AbsentError, InputError, RaymeldError, StorageErro
 from merge_core.stores import s3_client
 from merge_core.stores.location import Access, Location
 from merge_core.stores.s3 import S3Store
+from merge_core.stores.s3_client import client_for
 
 
 @pytest.mark.parametrize(
@@ -112,6 +113,21 @@ def test_an_endpoint_with_credentials_is_refused(s3: Location) -> None:
     with pytest.raises(InputError, match="holds credentials") as caught:
         S3Store(dataclasses.replace(s3, access=access)).get("a")
     assert "something" not in str(caught.value)
+
+
+def test_an_endpoint_that_is_no_address_is_refused(s3: Location) -> None:
+    access = Access(endpoint_url="localhost:9000")
+    with pytest.raises(InputError, match="localhost:9000: is no address of a server"):
+        S3Store(dataclasses.replace(s3, access=access)).get("a")
+
+
+def test_the_region_may_come_from_the_variable_that_containers_have(
+    s3: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_DEFAULT_REGION", raising=False)
+    monkeypatch.setenv("AWS_REGION", "eu-west-3")
+    access = dataclasses.replace(s3.access, anonymous=True, region=None)
+    assert client_for(access).meta.region_name == "eu-west-3"
 
 
 def test_secrets_are_in_no_error_log_or_pickle(

@@ -83,7 +83,8 @@ class HubOut:
         for found in self._state.list(below):
             yield found
             name = found.name.removeprefix(f"{SENT}/").removesuffix(".json")
-            sent = self._sent(found.name) if not below and found.name == _record(name) else None
+            is_record = not below and "/" not in name and found.name == _record(name)
+            sent = self._sent(found.name) if is_record else None
             if sent is not None:
                 yield dataclasses.replace(found, name=name, size=sent.size)
 

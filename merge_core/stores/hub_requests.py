@@ -6,6 +6,7 @@ wait without end for an answer that stalls, so what a merge asks for is asked fo
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -26,6 +27,10 @@ _RESET = re.compile(r";\s*t\s*=\s*(\d+)")
 """Seconds until the hub counts requests anew, in its RateLimit header."""
 
 _T = TypeVar("_T")
+
+for _name in ("httpx", "httpx2"):  # at INFO they log each address: signed ones open private files
+    if (_logger := logging.getLogger(_name)).level == logging.NOTSET:
+        _logger.setLevel(logging.WARNING)
 
 
 class PassingError(Exception):

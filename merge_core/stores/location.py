@@ -210,6 +210,7 @@ def _file_path(rest: str, text: str) -> str:
 
 
 def _hub(rest: str, text: str) -> Location:
+    _refuse_secrets(rest, text)
     match = _HUB.match(rest)
     if match is None:
         raise refuse("is no model on the hub", text, "Write hf://org/name[@revision][/subfolder]")
@@ -229,7 +230,7 @@ def _refuse_secrets(rest: str, text: str) -> None:
     if "@" in rest.partition("/")[0] or re.search(
         r"[?&][\w-]*(signature|token|key)", rest, re.IGNORECASE
     ):
-        remedy = "Leave them to the environment: AWS_PROFILE, AWS_ACCESS_KEY_ID, an instance's role"
+        remedy = "Leave them to the environment: AWS_PROFILE, an instance's role, HF_TOKEN"
         raise refuse("holds credentials", _shown(text), remedy)
 
 

@@ -118,7 +118,7 @@ class S3Store:
                 raise
 
     def sweep(self, name: str | None = None) -> None:
-        """See ``store.Store``."""
+        """See ``store.Store``; what is under way in folders below may be anybody's."""
         where = self.location if name is None else self.location / name
         prefix = _prefix(where) if name is None else where.path
         with reported(where):
@@ -126,7 +126,8 @@ class S3Store:
                 Bucket=where.root, Prefix=prefix
             )
             for found in [one for page in pages for one in page.get("Uploads", ())]:
-                if name is None or found["Key"] == where.path:
+                below = found["Key"].removeprefix(prefix)
+                if "/" not in below if name is None else not below:
                     self._abort(found["Key"], found["UploadId"])
 
     def delete(self, name: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import os
 import threading
 import zlib
 from typing import Any
@@ -41,7 +42,7 @@ def client_for(access: Access) -> Any:
     """The process's client for ``access``; threads may share it.
 
     Raises:
-        InputError: the endpoint holds credentials.
+        InputError: the endpoint holds credentials, or is none.
         botocore.exceptions.BotoCoreError: no such profile, a broken config file, and so on.
     """
     with _lock:
@@ -69,6 +70,7 @@ def sends_checksums(client: Any) -> bool:
 def _make_client(access: Access) -> Any:
     _keep_requests_out_of_logs()
     _refuse_secrets(access.endpoint_url)
+    _refuse_odd(access.endpoint_url)
     session = botocore.session.get_session()
     style = session.get_scoped_config().get("s3", {}).get("addressing_style")
     if style is None and access.endpoint_url is not None:
@@ -92,8 +94,9 @@ def _create(session: Any, access: Access, style: str | None) -> Any:
         signature_version=UNSIGNED if access.anonymous else None,
         s3={**options, "addressing_style": style} if style else options,
     )
+    region = access.region or os.environ.get("AWS_REGION")  # which botocore alone does not know
     return session.create_client(
-        "s3", region_name=access.region, endpoint_url=access.endpoint_url, config=config
+        "s3", region_name=region, endpoint_url=access.endpoint_url, config=config
     )
 
 
@@ -103,6 +106,12 @@ def _keep_requests_out_of_logs() -> None:
         logger = logging.getLogger(name)
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)
+
+
+def _refuse_odd(endpoint: str | None) -> None:
+    if endpoint is not None and urlsplit(endpoint).scheme not in ("http", "https"):
+        remedy = "Write it with http:// or https:// in front"
+        raise refuse("is no address of a server", f"--endpoint-url {endpoint}", remedy)
 
 
 def _refuse_secrets(endpoint: str | None) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from merge_core.errors import InputError
+from merge_core.errors import AbsentError, InputError, StorageError
 from merge_core.stores.location import Location
 from merge_core.stores.opening import sent_unread
 from merge_core.verify.against_base import Comparison
@@ -63,6 +63,9 @@ class FileResult:
 def check_file(check: FileCheck) -> FileResult:
     """Check one weight file. A file that is broken or vanishes gives findings, never an exception.
 
+    Raises:
+        StorageError: the store that keeps it fails, which says nothing of the file.
+
     Memory: ``reading.LANES`` lanes of up to 20 MB each, and for numeric the factors of one tensor,
     beside the last few that many experts share.
     """
@@ -90,6 +93,8 @@ def check_file(check: FileCheck) -> FileResult:
     except MalformedError as error:
         findings.append(Finding(check="header", where=path.name, what=str(error)))
     except (OSError, InputError) as error:
+        if isinstance(error, StorageError) and not isinstance(error, AbsentError):
+            raise
         findings.append(Finding(check="read", where=path.name, what=str(error)))
     return FileResult(
         file=check.file,
