@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from handmade import (
     write_base,
 )
 from hub_client import HubClient
+from hub_repos import sha256
 from hub_server import Hub
 from network_faults import drop_within
 from typer.testing import CliRunner
@@ -29,7 +31,9 @@ from merge_core.merge import merge
 from merge_core.model_card import CARD
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
-from merge_core.stores.location import Access
+from merge_core.stores import hub_files
+from merge_core.stores.hub import HubStore
+from merge_core.stores.location import Access, locate
 
 BIG = 9 << 20
 """Bytes of a side file that is read in pieces."""
@@ -173,3 +177,23 @@ def test_room_is_looked_for_before_anything_is_fetched(
     with pytest.raises(StorageError, match=r"no room: [\d,]+ bytes are to come, 10,000 are free"):
         merge(plan, tmp_path / "one", choice=TWO_LANES)
     assert proxy.seen("GET", "/resolve/|^/cdn/") == []
+
+
+def test_room_is_needed_only_for_what_is_still_to_come(
+    proxy: FaultProxy,
+    client: HubClient,
+    folders: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = HubStore(locate("hf://org/base", Access(cache=True)))
+    file = next(store.look(one.name) for one in store.list() if one.name.endswith("safetensors"))
+    content, usage = (folders[0] / file.name).read_bytes(), shutil.disk_usage(folders[0])
+    full = SimpleNamespace(disk_usage=lambda _: usage._replace(free=file.size - 1))
+    monkeypatch.setattr(hub_files, "shutil", full)  # the library has its own eyes, and only warns
+    with pytest.raises(StorageError, match="no room"):
+        store.fetch(file)
+
+    begun = client.cache / "models--org--base" / "blobs" / f"{sha256(content)}.incomplete"
+    begun.parent.mkdir(parents=True, exist_ok=True)
+    begun.write_bytes(content[:100])
+    assert store.fetch(file).read_bytes() == content

@@ -95,7 +95,7 @@ class HubStore:
     def fetch(self, file: FileIdentity) -> Path:
         """Have the whole file that was pinned in the cache, where it is opened from then on."""
         place, entry = self._pinned(file)
-        return fetch(place, entry.size)
+        return fetch(place, entry)
 
     @cached_property
     def _pin(self) -> tuple[HubPlace, float]:

@@ -88,25 +88,32 @@ def cached_file(place: HubPlace) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def fetch(place: HubPlace, size: int) -> Path:
+def fetch(place: HubPlace, entry: HubEntry) -> Path:
     """The file in the cache, fetched if it is not there.
 
     That is huggingface_hub's own work: processes of a machine wait for each other, and what broke
     off is continued.
 
     Raises:
-        StorageError: the disk of the cache has no room for ``size`` bytes, or the hub fails.
+        StorageError: the disk of the cache has no room for what is to come, or the hub fails.
     """
     found = cached_file(place)
     if found is not None:
         return found
-    _check_room(size)
+    _check_room(entry.size - _fetched(place, entry))
     try:
         with reported(_folder(place)), told(place):
             return Path(hf_hub_download(place.repo, place.path, revision=place.revision))
     except RuntimeError as error:  # hf_xet's
         remedy = "Try again; without --cache, or with HF_HUB_DISABLE_XET=1, it is not needed"
         raise StorageError(f"hf_xet failed: {error}", str(place), remedy) from error
+
+
+def _fetched(place: HubPlace, entry: HubEntry) -> int:
+    """Bytes that lie there of a file which broke off, or which another process is fetching."""
+    name = entry.oid.removeprefix("sha256:")
+    parts = (_folder(place) / "blobs").glob(f"{name}*.incomplete")
+    return max((path.stat().st_size for path in parts), default=0)
 
 
 def _check_room(size: int) -> None:
