@@ -72,20 +72,22 @@ def main() -> None:
 def ranges(words: Sequence[str]) -> None:
     """Read every weight file of a model on the hub, and keep nothing."""
     from huggingface_hub import HfApi, get_session, hf_hub_url
+    from huggingface_hub.hf_api import RepoFile
 
-    info = HfApi().model_info(words[0], files_metadata=True)
+    tree = list(HfApi().list_repo_tree(words[0]))
+    sizes = {one.path: one.size for one in tree if isinstance(one, RepoFile)}
     session = get_session()
 
     def fetch(block: tuple[str, int, int]) -> None:
         name, first, nbytes = block
         asked = {"Range": f"bytes={first}-{first + nbytes - 1}"}
-        url = hf_hub_url(words[0], name, revision=info.sha)
+        url = hf_hub_url(words[0], name)
         with session.stream("GET", url, headers=asked, follow_redirects=True) as answer:
             got = sum(len(data) for data in answer.iter_raw())
         assert got == nbytes
 
-    sizes = [(file.rfilename, file.size or 0) for file in info.siblings or []]
-    blocks = _cut((name, size) for name, size in sizes if name.endswith(".safetensors"))
+    blocks = list(_cut((n, size) for n, size in sizes.items() if n.endswith(".safetensors")))
+    assert blocks
     with ThreadPoolExecutor(CONNECTIONS) as threads:
         for _ in threads.map(fetch, blocks):
             pass
