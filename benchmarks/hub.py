@@ -40,7 +40,8 @@ TITLES = {
 def main() -> None:
     options = _options()
     place = options.dir / f"raymeld-bench-hub-{options.model}"
-    place.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(place, ignore_errors=True)  # of a run that was stopped
+    place.mkdir(parents=True)
     base, adapter = place / "base", place / "adapter"
     make_checkpoint(config(options.model), base)
     make_adapter(config(options.model), adapter)

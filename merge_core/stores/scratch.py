@@ -34,7 +34,7 @@ class ScratchPart(PartFile):
         self._finished = False
         super().__init__(path, size)
         with reported(path):
-            self._lock = os.open(path, os.O_RDONLY)
+            self._lock = os.open(path, os.O_RDWR)  # NFS gives no exclusive lock to who only reads
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def finish(self) -> str:
@@ -109,7 +109,7 @@ class Scratch:
         """Bytes of files that are needed; removes the others."""
         held = 0
         for path in self._folder.glob(f"*{_SUFFIX}"):
-            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            with contextlib.suppress(FileNotFoundError), path.open("r+b") as file:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
