@@ -35,6 +35,10 @@ LEAVE_SECONDS = 10.0
 """For taking leave of a cluster, which takes a tenth of a second while its head answers. Without a
 head Ray may try for a minute, and then ends the process without a word."""
 
+LEFT_SECONDS = 120.0
+"""For an earlier leave that is still under way, where the next session begins: on a busy machine
+the end of Ray's metrics has taken more than 20 s."""
+
 _leaving: list[threading.Thread] = []
 """Those that are still at it."""
 
@@ -104,8 +108,7 @@ def _connect(starter: Executor, ray: Any, address: str, scratch: Path, *, use_gp
         **(own if address == LOCAL else {}),
         **({"job_config": _json_logs_in_workers()} if logs_json() else {}),
     }
-    while _leaving:  # a shutdown that is still under way would end what begins here
-        _leaving.pop().join(LEAVE_SECONDS)
+    _wait_for_leaving()
     started = starter.submit(ray.init, **options)
     try:
         started.result()
@@ -115,6 +118,20 @@ def _connect(starter: Executor, ray: Any, address: str, scratch: Path, *, use_gp
         raise
     except Exception as error:
         raise _unreachable(address, str(error).strip().splitlines()[0]) from error
+
+
+def _wait_for_leaving() -> None:
+    """Let an earlier shutdown end: it would end what begins now, and Ray the process with it.
+
+    Raises:
+        RaymeldError: it does not end.
+    """
+    for leaving in list(_leaving):
+        leaving.join(LEFT_SECONDS)
+        if leaving.is_alive():
+            what = "the Ray that this process was connected to before does not come to its end"
+            raise RaymeldError(what, "ray", "Start the merge in a process of its own")
+        _leaving.remove(leaving)
 
 
 def _disconnect(ray: Any, address: str) -> None:
