@@ -9,11 +9,8 @@ over one connection, one of eight lanes over eight.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,15 +18,14 @@ from statistics import median
 
 import machine
 import storage_client
-from checkpoints import FAMILY, config, make_adapter, make_checkpoint
 from link import Link
 from report import Page
 from storage import fill
+from store_rows import answer, models, parser, weights_in
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "tests"))  # whose server this is
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # whose server this is
 
-from s3_server import ENVIRONMENT, s3_server  # noqa: E402
+from s3_server import ENVIRONMENT, s3_server
 
 COUNTS = (1, 2, 4, 8)
 
@@ -38,23 +34,18 @@ def main() -> None:
     if len(sys.argv) > 1 and sys.argv[1] in ROWS:
         print(json.dumps(ROWS[sys.argv[1]](*sys.argv[2:])))
         return
-    options = _options()
-    place = options.dir / f"raymeld-bench-connections-{options.model}"
-    shutil.rmtree(place, ignore_errors=True)  # of a run that was stopped
-    place.mkdir(parents=True)
-    base, adapter = place / "base", place / "adapter"
-    make_checkpoint(config(options.model), base)
-    make_adapter(config(options.model), adapter)
-    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    facts = machine.describe(place)
-    with s3_server() as address:
+    asked = parser(str(__doc__), model="0.5B", rounds=1)
+    asked.add_argument("--connection", type=float, default=10.0, help="MB/s of one, each way")
+    asked.add_argument("--link", type=float, default=50.0, help="MB/s of all, each way")
+    options = asked.parse_args()
+    with models(options, "connections") as place, s3_server() as address:
+        facts, size = machine.describe(place), sum(weights_in(place / "base"))
         link = Link(address, options.link * 1e6, options.connection * 1e6)
         os.environ |= {**ENVIRONMENT, "AWS_ENDPOINT_URL": address}
-        fill(base)
+        fill(place / "base")
         os.environ["AWS_ENDPOINT_URL"] = link.address
-        runs = [_round(number, adapter) for number in range(options.rounds)]
+        runs = [_round(number, place / "adapter") for number in range(options.rounds)]
         link.close()
-    shutil.rmtree(place)
     page = Page(
         title=f"Qwen1.5-{options.model} over slow connections",
         machine=facts,
@@ -71,28 +62,13 @@ def main() -> None:
     page.show(keep_as="connections" if options.results else None)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", choices=FAMILY, default="0.5B")
-    parser.add_argument("--connection", type=float, default=10.0, help="MB/s of one, each way")
-    parser.add_argument("--link", type=float, default=50.0, help="MB/s of all, each way")
-    parser.add_argument("--dir", type=Path, default=Path("/tmp/raymeld-bench"), help="on the disk")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--results", action="store_true", help="keep them in benchmarks/results")
-    return parser.parse_args()
-
-
 def _round(number: int, adapter: Path) -> dict[str, dict[str, float]]:
     """Seconds of both rows, by lanes or connections."""
     found: dict[str, dict[str, float]] = {name: {} for name in ROWS}
     for count in map(str, COUNTS):
         for name in ROWS:
             words = [name, str(adapter), f"s3://bench/{name}-{number}-{count}", count]
-            command = [sys.executable, str(HERE / "connections.py"), *words]
-            said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            found[name][count] = float(json.loads(said.splitlines()[-1]))
+            found[name][count] = float(answer("connections.py", words))
             print(f"round {number + 1}: {found[name][count]:6.1f} s  {name} {count}", flush=True)
     return found
 

@@ -9,25 +9,20 @@ row is a process of its own.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import machine
-from checkpoints import FAMILY, config, make_adapter, make_checkpoint
-from measure import drop_page_cache
 from report import Page
+from store_rows import models, one_round, parser, weights_in
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "tests"))  # whose hub this is
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # whose hub this is
 
-from hub_server import Hub  # noqa: E402
+from hub_server import Hub
 
 MODEL = "bench/base"
 TITLES = {
@@ -38,22 +33,15 @@ TITLES = {
 
 
 def main() -> None:
-    options = _options()
-    place = options.dir / f"raymeld-bench-hub-{options.model}"
-    shutil.rmtree(place, ignore_errors=True)  # of a run that was stopped
-    place.mkdir(parents=True)
-    base, adapter = place / "base", place / "adapter"
-    make_checkpoint(config(options.model), base)
-    make_adapter(config(options.model), adapter)
-    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    facts = machine.describe(place)
-    with Hub() as hub:
+    options = parser(str(__doc__), model="1.8B", rounds=3).parse_args()
+    with models(options, "hub") as place, Hub() as hub:
+        base, facts = place / "base", machine.describe(place)
+        size = sum(weights_in(base))
         hub.repo(MODEL, {file.name: file.read_bytes() for file in base.iterdir()})
         shutil.rmtree(base)
         os.environ |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(place / "home")}
         os.environ["HF_HUB_DISABLE_XET"] = "1"
-        runs = [_round(number, adapter, place / "out") for number in range(options.rounds)]
-    shutil.rmtree(place)
+        runs = [_round(number, place) for number in range(options.rounds)]
     page = Page(
         title=f"Qwen1.5-{options.model} from a hub to the disk",
         machine=facts,
@@ -68,36 +56,15 @@ def main() -> None:
     page.show(keep_as=f"hub-{options.model}" if options.results else None)
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", choices=FAMILY, default="1.8B")
-    parser.add_argument("--dir", type=Path, default=Path("/tmp/raymeld-bench"), help="on the disk")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--results", action="store_true", help="keep them in benchmarks/results")
-    return parser.parse_args()
-
-
-def _round(number: int, adapter: Path, out: Path) -> dict[str, dict[str, Any]]:
-    """Every row once."""
-    merge = ["merge", f"hf://{MODEL}", str(adapter), "--out", str(out), "--address", "inline"]
-    words = {
+def _round(number: int, place: Path) -> dict[str, dict[str, Any]]:
+    adapter, out = str(place / "adapter"), place / "out"
+    merge = ["merge", f"hf://{MODEL}", adapter, "--out", str(out), "--address", "inline"]
+    rows = {
         "ranges": ["ranges", MODEL],
         "snapshot": ["snapshot", MODEL, str(out)],
         "merge": ["raymeld", *merge, "--verify", "structure", "--quiet"],
     }
-    names = list(words)
-    found = {}
-    for name in names[number % 3 :] + names[: number % 3]:
-        shutil.rmtree(out, ignore_errors=True)
-        os.sync()
-        drop_page_cache()
-        command = [sys.executable, str(HERE / "storage_client.py"), *words[name]]
-        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found[name] = json.loads(said.splitlines()[-1])
-        print(f"round {number + 1}: {found[name]['seconds']:6.2f} s  {TITLES[name]}", flush=True)
-    return found
+    return one_round(number, rows, TITLES, lambda: shutil.rmtree(out, ignore_errors=True))
 
 
 def _table(runs: list[dict[str, dict[str, Any]]], size: int) -> list[str]:

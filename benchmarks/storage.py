@@ -12,26 +12,20 @@ once as fast as each alone; with it the network is what everybody waits for, as 
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import machine
-from checkpoints import FAMILY, config, make_adapter, make_checkpoint
 from link import Link
-from measure import drop_page_cache
 from report import Page
+from store_rows import models, one_round, parser, weights_in
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "tests"))  # whose server this is
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # whose server this is
 
-from s3_server import ENVIRONMENT, s3_server  # noqa: E402
+from s3_server import ENVIRONMENT, s3_server
 
 TITLES = {
     "download": "client library, download",
@@ -43,22 +37,16 @@ HEADINGS = ("", "median s", "MB/s", "x slower", "x copy", "peak memory", "reques
 
 
 def main() -> None:
-    options = _options()
-    place = options.dir / f"raymeld-bench-storage-{options.model}"
-    place.mkdir(parents=True, exist_ok=True)
-    base, adapter = place / "base", place / "adapter"
-    if not base.exists():
-        make_checkpoint(config(options.model), base)
-        make_adapter(config(options.model), adapter)
-    sizes = [file.stat().st_size for file in sorted(base.glob("*.safetensors"))]
-    facts = machine.describe(place)
-    with s3_server() as address:
+    asked = parser(str(__doc__), model="1.8B", rounds=3)
+    asked.add_argument("--link", type=float, default=0.0, help="MB/s each way; 0: none")
+    options = asked.parse_args()
+    with models(options, "storage") as place, s3_server() as address:
+        facts, sizes = machine.describe(place), weights_in(place / "base")
         os.environ |= {**ENVIRONMENT, "AWS_ENDPOINT_URL": address}
-        fill(base)
+        fill(place / "base")
         if options.link:
             os.environ["AWS_ENDPOINT_URL"] = Link(address, options.link * 1e6).address
-        runs = [_round(number, adapter, sizes) for number in range(options.rounds)]
-    shutil.rmtree(place)
+        runs = [_round(number, place / "adapter", sizes) for number in range(options.rounds)]
     page = Page(
         title=f"Qwen1.5-{options.model} from S3 to S3",
         machine=facts,
@@ -68,18 +56,6 @@ def main() -> None:
     )
     name = f"storage-{options.model}" + "-over-a-link" * bool(options.link)
     page.show(keep_as=name if options.results else None)
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", choices=FAMILY, default="1.8B")
-    parser.add_argument("--dir", type=Path, default=Path("/tmp/raymeld-bench"), help="on the disk")
-    parser.add_argument("--link", type=float, default=0.0, help="MB/s each way; 0: none")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--results", action="store_true", help="keep them in benchmarks/results")
-    return parser.parse_args()
 
 
 def fill(base: Path) -> None:
@@ -99,25 +75,15 @@ def fill(base: Path) -> None:
 
 
 def _round(number: int, adapter: Path, sizes: list[int]) -> dict[str, dict[str, Any]]:
-    """Every row once."""
     base, out = "s3://bench/base", f"s3://bench/out-{number}"
     merge = ["merge", base, str(adapter), "--out", out, "--address", "inline"]
-    words = {
+    rows = {
         "download": ["download", base],
         "upload": ["upload", f"s3://bench/up-{number}", *map(str, sizes)],
         "copy": ["copy", base, f"s3://bench/copy-{number}"],
         "merge": ["raymeld", *merge, "--verify", "structure", "--quiet"],
     }
-    names = list(words)
-    found = {}
-    for name in names[number % 4 :] + names[: number % 4]:
-        os.sync()
-        drop_page_cache()
-        command = [sys.executable, str(HERE / "storage_client.py"), *words[name]]
-        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        found[name] = json.loads(said.splitlines()[-1])
-        print(f"round {number + 1}: {found[name]['seconds']:6.2f} s  {TITLES[name]}", flush=True)
-    return found
+    return one_round(number, rows, TITLES)
 
 
 def _table(runs: list[dict[str, dict[str, Any]]], size: int) -> list[str]:

@@ -94,9 +94,8 @@ def _send(
     """
     found = _read_again(out / name)
     digests = {row["tensor"]: row["digest"] for row in rows if row["file"] == name}
-    if found.digests != digests:
-        changed = sorted(t for t, digest in digests.items() if found.digests.get(t) != digest)
-        what = f"{name} changed since the merge: {some_of(changed) or 'it has other tensors'}"
+    if changed := found.changed(digests):
+        what = f"{name} changed since the merge: {some_of(changed)}"
         raise refuse(what, str(out), "Merge again")
     sent = target.send(out.local / name, name)
     if sent.sha256 != found.sha256:

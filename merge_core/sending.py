@@ -65,8 +65,7 @@ def _read_back(path: str, records: Iterable[TensorRecord]) -> ReadBack:
             found = read_back(locate(path))
     except MalformedError as error:
         raise _damaged(path, str(error)) from error
-    wrong = [one.tensor for one in records if found.digests.get(one.tensor) != one.digest]
-    if wrong:
+    if wrong := found.changed({record.tensor: record.digest for record in records}):
         raise _damaged(path, some_of(wrong))
     return found
 

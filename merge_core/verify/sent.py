@@ -35,6 +35,11 @@ class ReadBack:
     digests: Mapping[str, str]
     """Of each tensor, see ``digests``."""
 
+    def changed(self, digests: Mapping[str, str]) -> list[str]:
+        """The tensors that are not what they were when they had ``digests``, new ones included."""
+        names = self.digests.keys() | digests.keys()
+        return sorted(name for name in names if self.digests.get(name) != digests.get(name))
+
 
 def read_back(file: Location) -> ReadBack:
     """Read every byte of a file, once: the digests and the sha256 are of the same bytes.
