@@ -16,7 +16,7 @@ from merge_core.digest import CELL_BYTES, bytes_digest, cell_digest, tensor_dige
 from merge_core.errors import InputError, Problem, replaced
 from merge_core.layout import DTYPE_BYTES, TensorSpec
 from merge_core.plan import AdapterInput, MergePlan
-from merge_core.read_ahead import ReadAhead
+from merge_core.read_ahead import ReadAhead, Room
 from merge_core.read_blocks import Range
 from merge_core.stores.location import Location
 from merge_core.stores.opening import check_unchanged, fetch, open_store
@@ -116,7 +116,10 @@ class FactorSource:
             yield
             return
         ranges = [Range(0, one.offset, one.offset + one.nbytes) for one in tensors]
-        with closing(ReadAhead([reader], ranges, MOST_BLOCKS)) as ahead:
+        with (
+            closing(Room(MOST_BLOCKS)) as room,
+            closing(ReadAhead([reader], ranges, room)) as ahead,
+        ):
             self._reader = ahead.reader(0)
             try:
                 yield

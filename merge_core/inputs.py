@@ -18,7 +18,7 @@ from merge_core.factors import FactorSource
 from merge_core.lanes import TORCH_DTYPES, aligned
 from merge_core.layout import TensorSpec
 from merge_core.plan import MergePlan, Shard, Source, TensorTask
-from merge_core.read_ahead import ReadAhead
+from merge_core.read_ahead import ReadAhead, Room
 from merge_core.read_blocks import Range
 from merge_core.storage import SLACK
 from merge_core.stores.location import Location
@@ -42,10 +42,13 @@ class Inputs:
             opened = inputs.enter_context
             self.factors = [opened(closing(FactorSource(one))) for one in plan.adapters]
             base = open_store(plan.base)
-            self._readers: list[Reader] = [
+            self._base: list[Reader] = [
                 opened(closing(base.open(file))) for file in plan.base_files
             ]
+            self._room = opened(closing(Room()))
             self._opened = inputs.pop_all()
+        self._readers = self._base
+        self._ahead: dict[int, ReadAhead] = {}
         self._whole: set[int] = set()
         self._kept = _Kept(KEPT_TENSORS * len(plan.adapters))
 
@@ -79,11 +82,15 @@ class Inputs:
         return TaskInputs(self, task, device, loaded)
 
     @contextlib.contextmanager
-    def fetched_ahead(self, shard: Shard) -> Iterator[None]:
+    def fetched_ahead(self, shard: Shard, then: Shard | None = None) -> Iterator[None]:
         """Have what a shard needs of files in stores fetched before it is asked for, while inside.
 
         On a local disk there is nothing to gain. With ``Access.cache`` its files come whole first,
         here and not in a thread, so that who waits for gigabytes can stop it.
+
+        Args:
+            then: the shard that is next: its first blocks are fetched while the last ones of this
+                one are merged and sent, and are there when it is entered.
         """
         if self.plan.base.access.cache:
             self._fetch_whole(shard)
@@ -92,18 +99,31 @@ class Inputs:
                 used = (tensor for task in shard.tasks for tensor in task.read_of(number))
                 inside.enter_context(source.fetched_ahead(used))
             if not self.plan.base.is_local:
-                ranges = [one for task in shard.tasks for one in _ranges(task)]
-                ahead = inside.enter_context(closing(ReadAhead(self._readers, ranges)))
-                inside.callback(setattr, self, "_readers", self._readers)
-                self._readers = [ahead.reader(number) for number in range(len(self._readers))]
+                ahead = inside.enter_context(closing(self._ahead_of(shard, then)))
+                inside.callback(setattr, self, "_readers", self._base)
+                self._readers = [ahead.reader(number) for number in range(len(self._base))]
             yield
+
+    def _ahead_of(self, shard: Shard, then: Shard | None) -> ReadAhead:
+        if self.plan.base.access.cache:  # whole files: nothing of the next one is asked for yet
+            then = None
+        wanted = [shard] if then is None else [shard, then]
+        for other in self._ahead.keys() - {one.index for one in wanted}:
+            self._ahead.pop(other).close()
+        for one in wanted:
+            if one.index not in self._ahead:
+                ranges = [each for task in one.tasks for each in _ranges(task)]
+                self._ahead[one.index] = ReadAhead(self._base, ranges, self._room)
+        mine = self._ahead.pop(shard.index)
+        mine.then = None if then is None else self._ahead[then.index]
+        return mine
 
     def _fetch_whole(self, shard: Shard) -> None:
         for number in sorted(_base_files(shard) - self._whole):
             file = self.plan.base_files[number]
             fetch(self.plan.base, file)
             reader = open_store(self.plan.base).open(file)
-            self._readers[number] = self._opened.enter_context(closing(reader))
+            self._base[number] = self._opened.enter_context(closing(reader))
             self._whole.add(number)
 
     def check(self, shard: Shard) -> None:

@@ -7,21 +7,22 @@ import functools
 import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merge_core.commit import Assembly, remove_leftovers
 from merge_core.destination import check_location
-from merge_core.errors import DeviceMemoryError, InputError, RaymeldError, gathered, refuse
+from merge_core.errors import InputError, RaymeldError, gathered, refuse
 from merge_core.factors import seal
-from merge_core.history import Attempt, History, recorded
+from merge_core.history import History, recorded
 from merge_core.holder import Holder
+from merge_core.inline import merge_shards
 from merge_core.lease import Lease, live_holder
 from merge_core.ledger import Receipt
 from merge_core.output import RECEIPTS, check_usable, is_finished, prepare
 from merge_core.plan import MergePlan
-from merge_core.progress import Progress, Watch, WorkerProgress, in_turn
+from merge_core.progress import Progress, Watch, in_turn
 from merge_core.stored_head import check_stored_head
 from merge_core.stores.location import Location, Place, locate_out
 from merge_core.stores.opening import open_store
@@ -38,11 +39,6 @@ from merge_core.verify import (
 
 if TYPE_CHECKING:
     from merge_core.memory import LaneChoice
-    from merge_core.worker import ShardWorker
-
-ATTEMPTS = 3
-"""Tries of a shard that runs out of memory, each with a third of the lanes. Other errors would meet
-the same process, device and disk again, so they end the merge at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,12 +90,10 @@ def merge(
     clock, watch, say = time.perf_counter(), watch or _unwatched, say or _unheard
     target = locate_out(out, plan.base.access)
     _check_device(plan, device)
-    with ThreadPoolExecutor(1) as pool:
-        importing = pool.submit(importlib.import_module, "merge_core.worker")  # torch takes seconds
-        if "cuda" in {device, *plan.pinned}:  # refused before OUT is touched, if there is none
-            importing.result().pick_device("cuda")
-        plan = begin(plan, target, level)
-        module = importing.result()
+    importing = _imported_meanwhile("merge_core.worker")  # torch takes seconds
+    if "cuda" in {device, *plan.pinned}:  # refused before OUT is touched, if there is none
+        importing.result().pick_device("cuda")
+    plan = begin(plan, target, level)
     with claim(plan, target, overwrite=overwrite, say=say) as holder:
         if holder is None:
             check = functools.partial(verify, run=in_turn("verifying", watch, _size_in(plan)))
@@ -108,21 +102,19 @@ def merge(
         options = {"address": "inline", "device": device, "verify": level}
         with recorded(target, holder, options, watch, say) as history:
             resumed = _resume(assembly, plan, history.watch)
-            with contextlib.ExitStack() as stack:
-
-                @functools.cache
-                def worker_on(where: str) -> ShardWorker:
-                    worker: ShardWorker = module.ShardWorker(plan, target, where, choice=choice)
-                    return stack.enter_context(contextlib.closing(worker))
-
-                for shard in plan.shards:
-                    if shard.index in plan.stage - assembly.receipts.keys():
-                        worker = worker_on(module.pick_device(shard.device or device))
-                        _merge_shard(worker, assembly, plan, shard.index, history)
+            merge_shards(plan, target, assembly, device, choice, history)
             report = None
             if len(assembly.receipts) == len(plan.shards):
                 report = _finish(assembly, plan, target, level, history)
     return result_of(plan, target, assembly.receipts, report, clock, resumed)
+
+
+def _imported_meanwhile(name: str) -> Future[Any]:
+    """A module, as soon as a thread has imported it."""
+    pool = ThreadPoolExecutor(1)
+    importing = pool.submit(importlib.import_module, name)
+    pool.shutdown(wait=False)
+    return importing
 
 
 def _check_device(plan: MergePlan, device: str) -> None:
@@ -227,38 +219,6 @@ def _unwatched(progress: Progress) -> None:
 
 def _unheard(line: str) -> None:
     """What ``say`` is when nobody listens."""
-
-
-def _merge_shard(
-    worker: ShardWorker, assembly: Assembly, plan: MergePlan, index: int, history: History
-) -> None:
-    shard = plan.shards[index]
-    before = sum(plan.shards[n].size for n in plan.stage if n < index)
-    total = sum(plan.shards[n].size for n in plan.stage)
-
-    def tick(done: int) -> None:
-        doing = WorkerProgress(
-            worker="inline",
-            device=worker.describe_device(),
-            doing=shard.name,
-            done=done,
-            size=shard.size,
-        )
-        history.watch(Progress(phase="merging", done=before + done, total=total, workers=(doing,)))
-
-    for attempt in range(1, ATTEMPTS + 1):
-        began = time.time()
-        try:
-            receipt = worker.merge(index, attempt, tick)
-        except DeviceMemoryError as error:
-            history.attempt(Attempt.failed("inline", shard.name, began, error))
-            if attempt == ATTEMPTS:
-                raise
-        else:
-            assembly.accept(receipt)
-            history.note(receipt.note)
-            return
-    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def _size_in(plan: MergePlan) -> Callable[[FileCheck], int]:

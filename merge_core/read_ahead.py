@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from merge_core.read_blocks import BLOCK_BYTES, KEPT_BYTES, Range, blocks_of, overlapping
@@ -25,10 +25,44 @@ AHEAD = 4
 next block there."""
 
 MOST = 10
-"""Blocks that are held: those that lanes are in the middle of, and those ahead."""
+"""Blocks that are held: those that lanes are in the middle of, and those ahead. As many at the end
+of a shard, for the next one, while the last lanes upload."""
 
 MOST_BYTES = MOST * 2 * BLOCK_BYTES
 """That are held at a time; about half of it where what is read is long."""
+
+
+class Room:
+    """Memory for blocks and threads that fill them, for one ``ReadAhead`` after the other.
+
+    Args:
+        most: blocks that are held.
+    """
+
+    def __init__(self, most: int = MOST) -> None:
+        self.most, self.held = most, 0
+        self.lock = threading.Lock()
+        self.threads = ThreadPoolExecutor(IN_FLIGHT, "ahead")
+        self._spare: list[memoryview] = []
+
+    def take(self) -> memoryview:
+        """Memory for a block, be there too many or not."""
+        self.held += 1
+        return self._spare.pop() if self._spare else memoryview(mmap.mmap(-1, _LARGEST))
+
+    def give(self, buffer: memoryview) -> None:
+        """Take it back."""
+        self.held -= 1
+        self._spare.append(buffer)
+
+    def close(self) -> None:
+        """Wait for what is under way, and let go of everything."""
+        self.threads.shutdown(cancel_futures=True)
+        self._spare.clear()
+
+
+_LARGEST = 2 * BLOCK_BYTES + KEPT_BYTES + SLACK
+"""Of a block, see ``read_blocks.blocks_of``. Pages that are not reached take no memory."""
 
 
 @dataclass(slots=True)
@@ -49,24 +83,20 @@ class ReadAhead:
         readers: of the files.
         ranges: what will be read, about in that order. Anything else is read when it is asked for,
             and so is what is asked for again after it was taken.
-        most: blocks that are held.
+        room: where blocks are held; what others hold there counts.
     """
 
-    def __init__(
-        self, readers: Sequence[Reader], ranges: Sequence[Range], most: int = MOST
-    ) -> None:
-        self._readers, self._most = readers, most
+    def __init__(self, readers: Sequence[Reader], ranges: Sequence[Range], room: Room) -> None:
+        self._readers, self._room, self._lock = readers, room, room.lock
         self._wanted = blocks_of(ranges)
         self._order, self._sorted = list(self._wanted), sorted(self._wanted)
         self._number = {block: number for number, block in enumerate(self._order)}
-        self._largest = max((block.nbytes for block in self._order), default=0)
         self._small = self._small_of(ranges)
         self._kept: dict[Range, memoryview] = {}
         self._begun: set[int] = set()
         self._there: dict[Range, _Fetched] = {}
-        self._spare: list[memoryview] = []
-        self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(IN_FLIGHT, "ahead")
+        self.then: ReadAhead | None = None
+        """What is read after this one: it has the room that is left when all is under way here."""
 
     def reader(self, file: int) -> Reader:
         """One that reads out of the blocks where it can."""
@@ -92,11 +122,15 @@ class ReadAhead:
         self._read(target[done - wanted.first :], Range(wanted.file, done, wanted.behind))
 
     def close(self) -> None:
-        """Wait for what is under way, and let go of everything."""
-        self._threads.shutdown(cancel_futures=True)
-        self._there.clear()
-        self._kept.clear()
-        self._spare.clear()
+        """Wait for what is under way, and let go of everything. Nobody reads any more."""
+        with self._lock:
+            there = list(self._there.values())
+            self._there.clear()
+            self._kept.clear()
+        wait([one.data for one in there if not one.data.cancel()])
+        with self._lock:
+            for one in there:
+                self._room.give(one.buffer)
 
     def _read(self, target: memoryview, part: Range) -> None:
         """Without a block."""
@@ -150,35 +184,42 @@ class ReadAhead:
         """Have a block fetched, and those that come next while there is room."""
         self._make_room(number)
         self._begin(number)
-        for ahead in range(number + 1, min(number + 1 + AHEAD, len(self._order))):
-            if len(self._there) >= self._most:
+        self.begin_ahead(number + 1, AHEAD)
+        self._begin_then()
+
+    def begin_ahead(self, first: int, count: int) -> None:
+        """Have some blocks fetched that nobody waits for; under the room's lock."""
+        for number in range(first, min(first + count, len(self._order))):
+            if self._room.held >= self._room.most:
                 return
-            self._begin(ahead)
+            self._begin(number)
+
+    def _begin_then(self) -> None:
+        if self.then is not None and len(self._begun) == len(self._order):
+            self.then.begin_ahead(0, self._room.most)
 
     def _begin(self, number: int) -> None:
         if number in self._begun:
             return
         self._begun.add(number)
         block = self._order[number]
-        buffer = self._spare.pop() if self._spare else self._allocated()
-        data = self._threads.submit(self._fetch, block, buffer)
+        buffer = self._room.take()
+        data = self._room.threads.submit(self._fetch, block, buffer)
         self._there[block] = _Fetched(buffer, data, self._wanted[block])
 
     def _make_room(self, number: int) -> None:
         """What is wanted of a block may never be asked for. No lane is so many blocks behind."""
-        if len(self._there) >= self._most:
+        if self._there and self._room.held >= self._room.most:
             oldest = next(iter(self._there))
-            if self._number[oldest] <= number - self._most:
+            if self._number[oldest] <= number - self._room.most:
                 self._let_go(oldest)
 
     def _let_go(self, block: Range) -> None:
         fetched = self._there.get(block)
         if fetched is not None and fetched.data.done() and not fetched.takers:
             del self._there[block]
-            self._spare.append(fetched.buffer)
-
-    def _allocated(self) -> memoryview:
-        return memoryview(mmap.mmap(-1, self._largest + SLACK))
+            self._room.give(fetched.buffer)
+            self._begin_then()
 
     def _fetch(self, block: Range, buffer: memoryview) -> memoryview:
         data = self._readers[block.file].read_into(buffer, block.first, block.nbytes)

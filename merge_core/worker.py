@@ -88,7 +88,12 @@ class ShardWorker:
         self._inputs = Inputs(plan)
 
     def merge(
-        self, index: int, attempt: int, watch: Callable[[int], None], shrink: int = 0
+        self,
+        index: int,
+        attempt: int,
+        watch: Callable[[int], None],
+        shrink: int = 0,
+        then: int | None = None,
     ) -> Receipt:
         """Merge shard ``index`` into a part of its own; leaves nothing behind if it fails.
 
@@ -97,11 +102,13 @@ class ShardWorker:
             watch: called now and then with the bytes written; what it raises ends the attempt.
             shrink: how often this shard ran out of memory, here or elsewhere: each time it gets a
                 third of the lanes.
+            then: the shard that this worker is given next, if that is known.
 
         Raises:
             RaymeldError: see ``stream.stream_shard``.
         """
         shard = self._plan.shards[index]
+        following = None if then is None else self._plan.shards[then]
         started, clock = time.time(), time.perf_counter()
         unique = f"{attempt}-{secrets.token_hex(8)}"
         part = self._parts.start(shard, unique)
@@ -109,7 +116,7 @@ class ShardWorker:
         if shrink:
             self._take_lanes(max(1, self._most_lanes // 3**shrink))  # 8, 2, 1 in three attempts
         try:
-            with self._inputs.fetched_ahead(shard):
+            with self._inputs.fetched_ahead(shard, following):
                 records = self._stream(shard, part, watch)
             self._inputs.check(shard)
             finished = self._finish(part, shard, unique, records, watch)

@@ -87,10 +87,12 @@ def test_a_shard_that_ran_out_of_memory_is_kept_and_changes_no_byte(
     merge(small, tmp_path / "other", choice=TWO_LANES)
     honest = ShardWorker.merge
 
-    def fail_once(self: ShardWorker, index: int, attempt: int, *others: object) -> object:
+    def fail_once(
+        self: ShardWorker, index: int, attempt: int, *others: object, **named: object
+    ) -> object:
         if (index, attempt) == (1, 1):
             raise DeviceMemoryError("no room", "cpu")
-        return honest(self, index, attempt, *others)  # type: ignore[arg-type]
+        return honest(self, index, attempt, *others, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(ShardWorker, "merge", fail_once)
     merge(small, out, choice=TWO_LANES)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from itertools import pairwise
 
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_core.errors import StorageError
-from merge_core.read_ahead import AHEAD, MOST, ReadAhead
+from merge_core.read_ahead import AHEAD, MOST, ReadAhead, Room
 from merge_core.read_blocks import BLOCK_BYTES, GAP_BYTES, Range, blocks_of
 
 MIB = 1 << 20
@@ -46,6 +46,12 @@ class Recorded:
         """Nothing."""
 
 
+@contextmanager
+def ahead_of(files: Sequence[Recorded], ranges: Sequence[Range]) -> Iterator[ReadAhead]:
+    with closing(Room()) as room, closing(ReadAhead(files, ranges, room)) as ahead:
+        yield ahead
+
+
 def read(ahead: ReadAhead, file: int, first: int, behind: int) -> bytes:
     return bytes(ahead.reader(file).read(first, behind - first))
 
@@ -54,7 +60,7 @@ def test_what_lies_close_together_is_one_request() -> None:
     file = Recorded()
     ranges = [Range(0, n * 4096, n * 4096 + 1000) for n in range(100)]
 
-    with closing(ReadAhead([file], ranges)) as ahead:
+    with ahead_of([file], ranges) as ahead:
         for each in ranges:
             assert read(ahead, 0, each.first, each.behind) == content(each.first, each.behind)
 
@@ -91,7 +97,7 @@ def test_blocks_are_fetched_before_they_are_asked_for_and_no_more_than_planned()
     reached, most = threading.Semaphore(0), 4 * AHEAD
     file = Recorded(lambda _: reached.release())
 
-    with closing(ReadAhead([file], [Range(0, 0, most * BLOCK_BYTES)])) as ahead:
+    with ahead_of([file], [Range(0, 0, most * BLOCK_BYTES)]) as ahead:
         read(ahead, 0, 0, 10)
         for _ in range(1 + AHEAD):
             assert reached.acquire(timeout=30)
@@ -103,7 +109,7 @@ def test_blocks_of_which_something_is_never_asked_for_give_way() -> None:
     most = 6 * AHEAD
     file = Recorded()
 
-    with closing(ReadAhead([file], [Range(0, 0, most * BLOCK_BYTES)])) as ahead:
+    with ahead_of([file], [Range(0, 0, most * BLOCK_BYTES)]) as ahead:
         for number in range(most):
             first = number * BLOCK_BYTES
             assert read(ahead, 0, first, first + 10) == content(first, first + 10)
@@ -115,7 +121,7 @@ def test_blocks_of_which_something_is_never_asked_for_give_way() -> None:
 def test_what_is_read_again_is_asked_for_again() -> None:
     file = Recorded()
 
-    with closing(ReadAhead([file], [Range(0, 0, MIB)])) as ahead:
+    with ahead_of([file], [Range(0, 0, MIB)]) as ahead:
         assert read(ahead, 0, 0, MIB) == content(0, MIB)
         assert read(ahead, 0, 1024, 2048) == content(1024, 2048)
 
@@ -131,7 +137,7 @@ def test_a_failed_fetch_fails_who_wants_it_and_may_be_tried_again(size: int) -> 
             raise StorageError(f"at {offset}", "file")
 
     file = Recorded(fail)
-    with closing(ReadAhead([file], [Range(0, 0, size)])) as ahead:
+    with ahead_of([file], [Range(0, 0, size)]) as ahead:
         with pytest.raises(StorageError, match="at 0"):
             read(ahead, 0, 0, 1000)
         failing[0] = False
@@ -153,7 +159,7 @@ def test_whatever_was_planned_what_is_asked_for_is_read(
     files = [Recorded(), Recorded()]
     ranges = [Range(file, first, first + count) for file, first, count in planned]
 
-    with closing(ReadAhead(files, ranges)) as ahead:
+    with ahead_of(files, ranges) as ahead:
         for file, first, count in asked:
             found = read(ahead, file, first, first + count)
             assert found == content(first, first + count)
@@ -175,7 +181,7 @@ def test_small_tensors_that_are_written_last_are_not_asked_for_again() -> None:
     large = [Range(0, place, place + weight) for place in places]
     small = [Range(0, place + weight, place + weight + 4096) for place in places]
 
-    with closing(ReadAhead([file], [*large, *small])) as ahead:
+    with ahead_of([file], [*large, *small]) as ahead:
         for each in [*large, *small]:
             assert read(ahead, 0, each.first, each.behind) == content(each.first, each.behind)
 
@@ -187,3 +193,45 @@ def test_what_lies_close_together_but_is_read_apart_are_blocks_of_their_own() ->
     one, ten, two = (Range(0, n * MIB, (n + 1) * MIB) for n in range(3))
 
     assert list(blocks_of([one, two, ten])) == [one, two, ten]
+
+
+def test_the_next_shard_is_fetched_in_the_room_that_is_left_once_all_of_this_one_is_under_way() -> (
+    None
+):
+    reached = threading.Semaphore(0)
+    file, following = Recorded(), Recorded(lambda _: reached.release())
+    whole, most = 3 * BLOCK_BYTES, 2 * MOST * BLOCK_BYTES
+
+    with (
+        closing(Room()) as room,
+        closing(ReadAhead([following], [Range(0, 0, most)], room)) as then,
+    ):
+        with closing(ReadAhead([file], [Range(0, 0, whole)], room)) as ahead:
+            ahead.then = then
+            assert following.asked == []
+            read(ahead, 0, 0, 10)
+            for _ in range(MOST - 3):
+                assert reached.acquire(timeout=30)
+            assert room.held == MOST
+            assert read(ahead, 0, 0, whole) == content(0, whole)
+            for _ in range(3):
+                assert reached.acquire(timeout=30)
+            assert room.held == MOST
+
+        assert read(then, 0, 0, most) == content(0, most)
+
+    assert sum(nbytes for _, nbytes in following.asked) == most
+    assert len(file.asked) == 3
+
+
+def test_what_was_fetched_for_nobody_leaves_its_room() -> None:
+    reached = threading.Semaphore(0)
+    file = Recorded(lambda _: reached.release())
+
+    with closing(Room()) as room:
+        for number in range(3):
+            with closing(ReadAhead([file], [Range(0, 0, 5 * BLOCK_BYTES)], room)) as ahead:
+                read(ahead, 0, 0, 10)
+                assert reached.acquire(timeout=30)
+                assert room.held == 5, number
+            assert room.held == 0
