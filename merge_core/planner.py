@@ -26,6 +26,7 @@ from merge_core.replication import describe_copies, layer_order, replicated
 from merge_core.shards import OutputTensor, cut_shards, shard_name
 from merge_core.stages import shards_of
 from merge_core.stores.location import DEFAULT_ACCESS, Access, Place
+from merge_core.stores.opening import lacks_tls
 from merge_core.ties import settle_ties, tied_embeddings
 from merge_core.tokenizer_choice import TokenizerChoice, choose_tokenizer
 from merge_core.tuning import tune
@@ -189,6 +190,7 @@ def _assemble(
             *[_TOKENIZER] * ("vocab_size" in matched.config_changes and brought.adapter is None),
             *notes_on_base(checkpoint.path, checkpoint.config, adapters),
             *_notes_of(adapters),
+            *[_NO_TLS] * lacks_tls(checkpoint.path),
         ),
     )
 
@@ -196,6 +198,11 @@ def _assemble(
 _TOKENIZER = (
     "the vocabulary was resized, and the tokenizer's files are the base's own: if the training"
     " added tokens, copy its tokenizer into the result"
+)
+
+_NO_TLS = (
+    "BASE is read over http, without TLS: what changes on the way is noticed by --verify numeric"
+    " alone, which reads it once more"
 )
 
 

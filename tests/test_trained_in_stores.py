@@ -160,7 +160,7 @@ def test_a_base_that_is_not_on_the_disk_is_taken_from_the_hub(
     plan = make_plan(None, [adapter])
     assert str(plan.base) == f"hf://org/Qwen1.5-7B@{new}"
     said = "BASE is the one that the adapters name, which is not on this disk: hf://org/Qwen1.5-7B"
-    assert plan.notes == (said,)
+    assert plan.notes[0] == said
     assert plan.recipe["base"] == str(plan.base)
     assert "license: mit" in plan.card
 

@@ -116,6 +116,19 @@ def fetch(folder: Location, file: FileIdentity) -> None:
         HubStore(folder).fetch(file)
 
 
+def lacks_tls(folder: Location) -> bool:
+    """Whether what is read there passes a network on which nobody would notice if it changed."""
+    if folder.scheme == "s3":
+        from merge_core.stores.s3_client import client_for
+
+        return str(client_for(folder.access).meta.endpoint_url).startswith("http://")
+    if folder.scheme == "hf":
+        from huggingface_hub import constants
+
+        return constants.ENDPOINT.startswith("http://") and not constants.is_offline_mode()
+    return False
+
+
 def is_there(file: Location) -> bool:
     """Whether there is such a file, be it no file or one that may not be read."""
     store, name = parted(file)
