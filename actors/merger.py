@@ -45,13 +45,13 @@ class Merger(Checker):
         worker = self._worker
         return greet(worker.describe_device(), worker.found, worker.choice.reason)
 
-    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
+    def merge(self, shard: int, attempt: int, shrink: int, then: int | None) -> Receipt:
         """Merge a shard into a part; see ``ShardWorker.merge``."""
         if self._worker is None:
             raise RuntimeError("hello() comes first")
         self._begin(self._plan.shards[shard].name, self._plan.shards[shard].size)
         try:
-            receipt = self._worker.merge(shard, attempt, self._note, shrink)
+            receipt = self._worker.merge(shard, attempt, self._note, shrink, then)
         finally:
             self._begin("idle", 0)
         said = {"out": str(self._out), "done": receipt.size, "seconds": receipt.seconds}

@@ -32,10 +32,13 @@ class Item:
 
 @dataclass(slots=True)
 class Backlog:
-    """Waiting items by their number: of the lowest rank the largest first."""
+    """Waiting items by their number: of the lowest rank the largest first, and behind all others of
+    its rank what is reserved for somebody.
+    """
 
-    _lines: dict[str | None, list[tuple[int, int, int]]] = field(default_factory=dict)
+    _lines: dict[str | None, list[tuple[int, bool, int, int]]] = field(default_factory=dict)
     _items: dict[int, Item] = field(default_factory=dict)
+    _reserved: set[int] = field(default_factory=set)
     _costs: Counter[tuple[str | None, int]] = field(default_factory=Counter)
 
     def __len__(self) -> int:
@@ -53,19 +56,31 @@ class Backlog:
         """Have an item wait."""
         self._items[number] = item
         self._costs[item.device, item.rank] += item.cost
-        insort(self._lines.setdefault(item.device, []), _key(number, item))
+        insort(self._lines.setdefault(item.device, []), self._key(number))
 
     def remove(self, number: int) -> None:
         """Have it wait no more."""
+        self._take_out(number)
+        self._reserved.discard(number)
         item = self._items.pop(number)
         self._costs[item.device, item.rank] -= item.cost
-        line = self._lines[item.device]
-        del line[bisect_left(line, _key(number, item))]
+
+    def reserve(self, number: int, *, reserved: bool = True) -> None:
+        """Have somebody in particular do a waiting item, unless all others are out of work; or
+        have it wait for anybody again.
+        """
+        self._take_out(number)
+        (self._reserved.add if reserved else self._reserved.discard)(number)
+        insort(self._lines[self._items[number].device], self._key(number))
+
+    def is_reserved(self, number: int) -> bool:
+        """Whether a waiting item is reserved."""
+        return number in self._reserved
 
     def waiting(self, device: str) -> Iterator[int]:
         """The items that a worker of this kind may do, in order."""
         lines = (self._lines.get(one, []) for one in (None, device))
-        return (number for _, _, number in heapq.merge(*lines))
+        return (number for *_, number in heapq.merge(*lines))
 
     def count(self, device: str) -> int:
         """How many those are."""
@@ -75,6 +90,10 @@ class Backlog:
         """What those of one rank cost together, in bytes."""
         return sum(self._costs[one, rank] for one in (None, device))
 
+    def _take_out(self, number: int) -> None:
+        line = self._lines[self._items[number].device]
+        del line[bisect_left(line, self._key(number))]
 
-def _key(number: int, item: Item) -> tuple[int, int, int]:
-    return item.rank, -item.size, number
+    def _key(self, number: int) -> tuple[int, bool, int, int]:
+        item = self._items[number]
+        return item.rank, number in self._reserved, -item.size, number

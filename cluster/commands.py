@@ -25,6 +25,8 @@ class Assign:
     attempt: int
     shrink: int = 0
     """How often the item ran out of memory: each time it gets a third of the lanes."""
+    then: int | None = None
+    """The item that the worker will probably be given next, so that it may prepare for that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -130,10 +130,10 @@ class Loop:
             match command:
                 case Start(worker=worker, kind=kind, delay=delay):
                     self.pool.start(worker, kind, delay)
-                case Assign(worker=worker, item=item):
-                    task = self.tasks[item]
+                case Assign(worker=worker, item=item, then=number):
+                    task, then = self.tasks[item], None if number is None else self.tasks[number]
                     self.timing.begin(worker, task)
-                    self.pool.assign(worker, item, task.method, *task.arguments(command))
+                    self.pool.assign(worker, item, task.method, *task.arguments(command, then))
                 case Release(worker=worker):
                     self.timing.release(worker)
                     self.pool.release(worker)

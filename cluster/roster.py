@@ -25,10 +25,13 @@ class Roster:
     items: dict[int, Item] = field(default_factory=dict)
     attempts: dict[int, Attempts] = field(default_factory=dict)
     backlog: Backlog = field(default_factory=Backlog)
+    _next: dict[int, int] = field(default_factory=dict)
+    """The item that is reserved for a worker."""
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     def strike_off(self, worker: int) -> Run | None:
         """Forget a worker; what it was at, if anything."""
+        self.unreserve(worker)
         run = self.crew_of.pop(worker).forget(worker)
         if run is not None:
             self.attempts[run.item].workers.discard(worker)
@@ -52,22 +55,54 @@ class Roster:
                 crew.running[worker] = Run(item=number, since=now)
                 of = self.attempts[number]
                 of.begin(worker)
+                then = self._reserve(crew, worker, self.items[number].rank)
                 commands.append(
-                    Assign(worker=worker, item=number, attempt=of.begun, shrink=of.shrink)
+                    Assign(
+                        worker=worker, item=number, attempt=of.begun, shrink=of.shrink, then=then
+                    )
                 )
         return commands
 
-    def _pick(self, crew: Crew, worker: int) -> int | None:
-        """The first waiting item that did not just fail here, unless there is nobody else, and that
-        faster workers do not do better.
+    def _reserve(self, crew: Crew, worker: int, rank: int) -> int | None:
+        """What a worker that got an item of this rank does after it, if nobody is in more need.
+
+        The first ones are for workers that come up. Nothing that failed before: who tries that next
+        depends on who is up then.
         """
-        return next(
-            (
-                number
-                for number in self.backlog.waiting(crew.kind.name)
-                if self._is_for(crew, number) and self._suits(worker, number)
-            ),
-            None,
+        others = len(crew.starting) + len(crew.idle)
+        waiting = self.backlog.waiting(crew.kind.name)
+        number = next(itertools.islice(waiting, others, None), None)
+        if number is None or self.backlog.is_reserved(number) or self.items[number].rank != rank:
+            return None
+        if self.attempts[number].tried or not self._is_for(crew, number):
+            return None
+        self.backlog.reserve(number)
+        self._next[worker] = number
+        return number
+
+    def unreserve(self, worker: int) -> int | None:
+        """Have what is reserved for a worker wait for anybody; what that is."""
+        number = self._next.pop(worker, None)
+        if number is None or not self.backlog.is_reserved(number):
+            return None
+        self.backlog.reserve(number, reserved=False)
+        return number
+
+    def _pick(self, crew: Crew, worker: int) -> int | None:
+        """What is reserved for a worker, or the first waiting item that did not just fail here,
+        unless there is nobody else, and that faster workers do not do better.
+        """
+        mine = self.unreserve(worker)
+        suitable = (
+            number
+            for number in self.backlog.waiting(crew.kind.name)
+            if self._is_for(crew, number) and self._suits(worker, number)
+        )
+        first = next(suitable, None)
+        if first is None or mine is None or not self._is_for(crew, mine):
+            return first
+        return min(
+            mine, first, key=lambda number: (self.items[number].rank, -self.items[number].size)
         )
 
     def _suits(self, worker: int, number: int) -> bool:

@@ -166,6 +166,7 @@ class Schedule:
             return [Release(worker=worker)]
         if worker not in crew.draining:
             crew.draining.add(worker)
+            self._roster.unreserve(worker)
             self.log.append(f"worker-{worker} gets nothing after {name}: {decision.reason}")
         return []
 

@@ -32,10 +32,16 @@ class Task:
     """Of the actor; called with ``argument``."""
     argument: Any
 
-    def arguments(self, assign: Assign) -> tuple[Any, ...]:
-        """What the method is called with."""
-        retry = (assign.attempt, assign.shrink) if self.method == "merge" else ()
-        return (self.argument, *retry)
+    def arguments(self, assign: Assign, then: Task | None) -> tuple[Any, ...]:
+        """What the method is called with.
+
+        Args:
+            then: the task of ``assign.then``.
+        """
+        if self.method != "merge":
+            return (self.argument,)
+        following = then.argument if then is not None else None
+        return (self.argument, assign.attempt, assign.shrink, following)
 
 
 def merging(shard: Shard) -> Task:

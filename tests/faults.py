@@ -31,31 +31,31 @@ EATS_AT_MOST = 8 << 30
 class FailsTwice(Merger):
     """Raises in the first two attempts of shard 1, once out of memory."""
 
-    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
+    def merge(self, shard: int, attempt: int, shrink: int, then: int | None) -> Receipt:
         if shard == 1 and attempt == 1:
             raise DeviceMemoryError("no room", "cpu")
         if shard == 1 and attempt == 2:
             raise RuntimeError("a bug")
-        return super().merge(shard, attempt, shrink)
+        return super().merge(shard, attempt, shrink, then)
 
 
 class Poisoned(Merger):
     """Raises in every attempt of shard 1."""
 
-    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
+    def merge(self, shard: int, attempt: int, shrink: int, then: int | None) -> Receipt:
         if shard == 1:
             raise RuntimeError("poison")
-        return super().merge(shard, attempt, shrink)
+        return super().merge(shard, attempt, shrink, then)
 
 
 class Hangs(Merger):
     """Goes no further in its first attempt of shard 0, once it has begun to write."""
 
-    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
+    def merge(self, shard: int, attempt: int, shrink: int, then: int | None) -> Receipt:
         self._hanging = shard == 0 and attempt == 1
         if shard == 0 and attempt == 2:  # or the first, which may only be slow, is ended before
             _until(self._out.local.with_name("hangs").exists)
-        return super().merge(shard, attempt, shrink)
+        return super().merge(shard, attempt, shrink, then)
 
     def _note(self, done: int) -> None:
         super()._note(done)
@@ -97,7 +97,7 @@ class FullOnce(Merger):
 class OnANodeThatGoes(Merger):
     """On the spot node: has it go in the middle of a shard; elsewhere it waits for that."""
 
-    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
+    def merge(self, shard: int, attempt: int, shrink: int, then: int | None) -> Receipt:
         mark = self._out.local.with_name("goes")
         if _on_spot_node():
             self._notice()
@@ -105,7 +105,7 @@ class OnANodeThatGoes(Merger):
             self._when_noticed()
         else:
             _until(mark.exists)
-        return super().merge(shard, attempt, shrink)
+        return super().merge(shard, attempt, shrink, then)
 
     def _notice(self) -> None:
         """What befalls the node."""
@@ -147,11 +147,11 @@ class TerminatedInTime(Terminated, FinishesInTime):
 class OnAStoppedNode(OnANodeThatGoes):
     """Stops the raylet of its node, and finishes its part when somebody else has the shard."""
 
-    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
+    def merge(self, shard: int, attempt: int, shrink: int, then: int | None) -> Receipt:
         late = self._out.local.with_name("late")
         if attempt > 1:
             _until(late.exists)
-        receipt = super().merge(shard, attempt, shrink)
+        receipt = super().merge(shard, attempt, shrink, then)
         if _on_spot_node():
             late.write_text(receipt.part)
         return receipt
@@ -166,10 +166,10 @@ class OnAStoppedNode(OnANodeThatGoes):
 class EatsMemory(OnANodeThatGoes):
     """Takes memory until Ray kills it, in its first shard on the spot node."""
 
-    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
+    def merge(self, shard: int, attempt: int, shrink: int, then: int | None) -> Receipt:
         if self._out.local.with_name("goes").exists():
-            return Merger.merge(self, shard, attempt, shrink)
-        return super().merge(shard, attempt, shrink)
+            return Merger.merge(self, shard, attempt, shrink, then)
+        return super().merge(shard, attempt, shrink, then)
 
     def _notice(self) -> None:
         self._eaten: list[bytes] = []
@@ -190,22 +190,22 @@ def _parent(process: int) -> int:
 class UntilANodeLeft(Merger):
     """Begins when two nodes are up, and ends the last shard when one of them has left."""
 
-    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
+    def merge(self, shard: int, attempt: int, shrink: int, then: int | None) -> Receipt:
         both = self._out.local.with_name("both")
         if not both.exists():
             _until(lambda: len(_nodes()) == 2)
             both.write_text(" ".join(_nodes()))
         if shard == len(self._plan.shards) - 1:
             _until(lambda: not _nodes() >= {*both.read_text().split()})
-        return super().merge(shard, attempt, shrink)
+        return super().merge(shard, attempt, shrink, then)
 
 
 class UntilGivenUp(Merger):
     """Begins when the driver waits no longer for workers of the other kind."""
 
-    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
+    def merge(self, shard: int, attempt: int, shrink: int, then: int | None) -> Receipt:
         _until_said(self._out.local, "going on without")
-        return super().merge(shard, attempt, shrink)
+        return super().merge(shard, attempt, shrink, then)
 
 
 class LosesTheLease(Collector):
@@ -264,21 +264,21 @@ def _until(condition: Callable[[], bool]) -> None:
 class StopsAtTheThird(Merger):
     """Never finishes the third shard that it begins."""
 
-    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
+    def merge(self, shard: int, attempt: int, shrink: int, then: int | None) -> Receipt:
         self._begun = getattr(self, "_begun", 0) + 1
         if self._begun == 3:
             self._out.local.with_name("stopped").touch()
             threading.Event().wait()
-        return super().merge(shard, attempt, shrink)
+        return super().merge(shard, attempt, shrink, then)
 
 
 class LiesAboutItsWork(Merger):
     """Claims to have merged another plan, in the first attempt of shard 0."""
 
-    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
+    def merge(self, shard: int, attempt: int, shrink: int, then: int | None) -> Receipt:
         import dataclasses
 
-        receipt = super().merge(shard, attempt, shrink)
+        receipt = super().merge(shard, attempt, shrink, then)
         if shard == 0 and attempt == 1:
             return dataclasses.replace(receipt, fingerprint="0" * 64)
         return receipt
@@ -287,11 +287,11 @@ class LiesAboutItsWork(Merger):
 class FailsInEveryWay(LiesAboutItsWork, FailsTwice):
     """Waits until the driver's side says so; then lies, fails twice, and dies over shard 2."""
 
-    def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:
+    def merge(self, shard: int, attempt: int, shrink: int, then: int | None) -> Receipt:
         _until((self._out.local / ".raymeld" / "go").exists)
         if shard == 2 and attempt == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().merge(shard, attempt, shrink)
+        return super().merge(shard, attempt, shrink, then)
 
 
 def by_value() -> None:

@@ -60,6 +60,8 @@ class Rehearsal:
     counted: dict[str, int] = field(default_factory=dict)
     """Failures of workers up to this one are counted: those of one round are one."""
     closed: set[str] = field(default_factory=set)
+    next: dict[int, int] = field(default_factory=dict)
+    """What a worker was told that it will be given after its item."""
     abort: Abort | None = None
     past: list[Event] = field(default_factory=list)
     now: float = 0.0
@@ -150,6 +152,7 @@ class Rehearsal:
                 self._lose(worker)
             case WorkerDraining(worker=worker):
                 self.draining.add(worker)
+                self.next.pop(worker, None)
             case ItemDone(worker=worker, item=item):
                 del self.running[worker]
                 self.idle.add(worker)
@@ -173,6 +176,7 @@ class Rehearsal:
         for group in (self.starting, self.idle, self.left):
             group.discard(worker)
         self.running.pop(worker, None)
+        self.next.pop(worker, None)
         self.gone.add(worker)
 
     def _release(self, worker: int) -> None:
@@ -206,13 +210,21 @@ class Rehearsal:
         alive = len(self.idle) + len(self.running)
         if not self.slow and not held:
             assert self.failed_on.get(item) != worker or alive == 1
-        larger = {n for n in self.waiting if self.sizes[n] > self.sizes[item]}
+        self.next.pop(worker, None)
+        kept = set(self.next.values())
+        larger = {n for n in self.waiting - kept if self.sizes[n] > self.sizes[item]}
         if not self.slow:
             assert all(self.failed_on.get(n) == worker for n in larger), "a larger one waits"
+        self.next = {w: n for w, n in self.next.items() if n != item}
         self.attempts[item] = self.attempts.get(item, 0) + 1
         assert command.attempt == self.attempts[item]
         self.idle.remove(worker)
         self.running[worker] = item
+        if command.then is not None:
+            assert command.then in self.waiting - kept, "told of what others do next"
+            assert self.suits(worker, command.then), "told of what it may not do"
+            assert command.then not in self.failed_on
+            self.next[worker] = command.then
 
 
 def possible(pool: Rehearsal, bad: bool) -> list[Event]:
