@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
+from merge_core.last_writes import write_last
 from merge_core.stores.failures import ATTEMPT, incomplete
 from merge_core.stores.location import Location
 from merge_core.stores.s3_client import checksum_of, client_for, sends_checksums
@@ -58,8 +60,11 @@ class Upload:
         return {"Bucket": where.root, "Key": where.path, "UploadId": self.id}
 
     def abort(self, where: Location) -> None:
-        """Leave nothing of it. Never raises."""
-        with contextlib.suppress(Exception):  # the next sweep finds it
+        """Leave nothing of it, see ``last_writes``: the next sweep finds it. Never raises."""
+        write_last(self.attempt, partial(self._abort, where))
+
+    def _abort(self, where: Location) -> None:
+        with contextlib.suppress(Exception):
             client_for(where.access).abort_multipart_upload(**self.named(where))
 
 
