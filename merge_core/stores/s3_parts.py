@@ -68,10 +68,10 @@ class Upload:
             client_for(where.access).abort_multipart_upload(**self.named(where))
 
 
-def part_bytes(size: int) -> int:
-    """Bytes of each part but the last of a file of ``size`` bytes."""
+def part_bytes(size: int, usual: int) -> int:
+    """Bytes of each part but the last of a file of ``size`` bytes: ``usual`` if it is not large."""
     least = -(-size // MOST_PARTS)
-    return PART_BYTES if least <= PART_BYTES else -(-least >> 20) << 20
+    return usual if least <= usual else -(-least >> 20) << 20
 
 
 class S3PartWriter:
@@ -84,7 +84,7 @@ class S3PartWriter:
 
     def __init__(self, where: Location, size: int, attempt: str) -> None:
         self._where, self._size = where, size
-        self._part_bytes = part_bytes(size)
+        self._part_bytes = part_bytes(size, PART_BYTES)
         self._gaps: dict[int, _Filling] = {}
         self._spare: list[bytearray] = []
         self._uploaded: set[int] = set()

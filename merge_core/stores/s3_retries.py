@@ -34,6 +34,11 @@ COPYING = Retries(attempts=3)
 """Of a part that S3 copies within itself: what it would save can be sent instead."""
 
 
+def passes(status: int, code: str) -> bool:
+    """Whether an answer is one that passes by itself."""
+    return status in PASSING or code in PASSING_CODES
+
+
 class Persistence:
     """Decides that for one client. Its requests share nothing but whether S3 has ever answered: an
     address that never did is perhaps wrong, which should be said soon.
@@ -59,9 +64,8 @@ class Persistence:
             passing, asked = isinstance(caught_exception, NO_ANSWER), 0.0
         else:
             answer, parsed = response
-            code = parsed.get("Error", {}).get("Code")
-            passing = answer.status_code in PASSING or code in PASSING_CODES
-            asked = asked_by(answer.headers)
+            code = str(parsed.get("Error", {}).get("Code", ""))
+            passing, asked = passes(answer.status_code, code), asked_by(answer.headers)
         retries = self._retries(operation.name)
         return retries.seconds(attempts, asked) if passing and attempts < retries.attempts else None
 
