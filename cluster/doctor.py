@@ -6,17 +6,15 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
-from threading import Thread
-from typing import TypeVar
 
 from actors.examiner import ExaminedNode, examine_here
 from actors.identity import Identity, identify
 from actors.libraries import Library, find_libraries
 from cluster.session import session
 from merge_core.adapter import parse_adapter
+from merge_core.background import in_background
 from merge_core.destination import check_destination, check_ownership, notes_on
 from merge_core.errors import InputError, Problem, StorageError
 from merge_core.plan import MergePlan
@@ -24,8 +22,6 @@ from merge_core.planner import make_plan
 from merge_core.reachable import InputSight, look_at_input, nearest_directory, trial_directory
 from merge_core.stores.location import DEFAULT_ACCESS, Access, Location
 from merge_core.stores.opening import open_store
-
-T = TypeVar("T")
 
 INLINE = "inline"
 """The address that means: this process, no Ray."""
@@ -147,7 +143,7 @@ def _is_left(trial: Location) -> bool:
 
 def _look(inputs: Sequence[Location], seconds: float) -> tuple[InputSight, ...]:
     """At all of them at once, as each node does."""
-    looks = [_in_background(partial(look_at_input, path)) for path in inputs]
+    looks = [in_background(partial(look_at_input, path)) for path in inputs]
     found = []
     for path, look in zip(inputs, looks, strict=True):
         try:
@@ -155,22 +151,6 @@ def _look(inputs: Sequence[Location], seconds: float) -> tuple[InputSight, ...]:
         except TimeoutError:
             found.append(InputSight(path=path, files=(), error=_hangs(seconds)))
     return tuple(found)
-
-
-def _in_background(work: Callable[[], T]) -> Future[T]:
-    """What ``work`` will return, from a thread that nobody has to wait for: an access to a mount
-    whose server is gone does not return, and no signal ends it.
-    """
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # noqa: BLE001 - it is raised where it is waited for
-            future.set_exception(error)
-
-    Thread(target=run, daemon=True).start()
-    return future
 
 
 def _hangs(seconds: float) -> str:
@@ -188,7 +168,7 @@ def _destination(
     with contextlib.ExitStack() as stack:
         place = free = trial = refusal = None
         try:
-            place = _in_background(partial(nearest_directory, out)).result(seconds)
+            place = in_background(partial(nearest_directory, out)).result(seconds)
             free = shutil.disk_usage(place.local).free if place.is_local else None
             trial = stack.enter_context(trial_directory(place))
         except StorageError as error:

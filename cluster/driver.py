@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -18,8 +18,8 @@ from cluster.merging import Merging
 from cluster.session import LOCAL, session
 from cluster.timing import Timing
 from cluster.workers import ClusterOptions, size_fleet
-from merge_core.errors import StorageError
 from merge_core.history import recorded
+from merge_core.last_writes import write_last
 from merge_core.lease import is_held
 from merge_core.merge import MergeResult, begin, claim, holds_result, result_of
 from merge_core.output import check_usable
@@ -97,13 +97,16 @@ def merge_on_ray(
 
 @contextmanager
 def _stopped_parts(out: Location, run: str) -> Iterator[None]:
-    """Removes, at the end, the parts of workers that were stopped.
+    """Removes, at the end, the parts of workers that were stopped; the next merge would, too.
 
     Not without the lease: the parts there would be those of the merge that took it over.
     """
     try:
         yield
     finally:
-        with suppress(StorageError):  # the next merge removes them too
-            if is_held(out, run):
-                open_store(out).sweep()
+        write_last(run, partial(_sweep, out, run))
+
+
+def _sweep(out: Location, run: str) -> None:
+    if is_held(out, run):
+        open_store(out).sweep()

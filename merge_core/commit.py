@@ -18,7 +18,7 @@ from typing import Any
 
 from merge_core import __version__
 from merge_core.carrying import carry
-from merge_core.errors import AbsentError, RaymeldError, StorageError
+from merge_core.errors import AbsentError, RaymeldError, StorageError, TakenError
 from merge_core.lease import is_held, taken_over
 from merge_core.ledger import Receipt, TensorRecord, fold_ledger
 from merge_core.model_card import CARD
@@ -69,7 +69,8 @@ class Assembly:
         Removes what that run did not finish, so no worker of this one may have begun.
         """
         self._check_run()
-        self._store.sweep()
+        self._store.sweep()  # first: what is complete by now is seen by the next step
+        self._remove_unaccepted()
         return {
             index: check_of(self._out, self._plan.shards[index].name, receipt, "digest")
             for index, receipt in self._receipts.items()
@@ -77,9 +78,7 @@ class Assembly:
 
     def forget(self, index: int) -> None:
         """Have a shard that failed its proof count as not done."""
-        self._check_run()
-        del self._receipts[index]  # first: if the store fails now, no attempt is taken for a twin
-        self._store.delete(receipt_name(index))
+        self._drop_receipt(index)
         self._store.delete(self._plan.shards[index].name)
 
     def accept(self, receipt: Receipt) -> bool:
@@ -104,8 +103,10 @@ class Assembly:
         try:
             self._publish_shard(receipt)
             self._check_header(receipt, shard)
-        except StorageError:
-            self.forget(shard.index)
+        except StorageError as error:
+            self._drop_receipt(shard.index)
+            if not isinstance(error, TakenError):  # what another writer made is not ours to remove
+                self._store.delete(shard.name)
             self._store.sweep(shard.name)
             raise
         with contextlib.suppress(StorageError):  # it is accepted; the last sweep comes at the end
@@ -172,6 +173,20 @@ class Assembly:
             return None
         ours = receipt.fingerprint == self._fingerprint and receipt.shard == index
         return receipt if ours else None
+
+    def _drop_receipt(self, index: int) -> None:
+        del self._receipts[index]  # first: if the store fails now, no attempt is taken for a twin
+        self._check_run()
+        self._store.delete(receipt_name(index))
+
+    def _remove_unaccepted(self) -> None:
+        """Remove shards without a receipt, of a run that died while it forgot them, or whose last
+        request to complete them came late: they would be in the way of others of their name.
+        """
+        there = {listed.name for listed in self._store.list()}
+        for shard in self._plan.shards:
+            if shard.index not in self._receipts and shard.name in there:
+                self._store.delete(shard.name)
 
     def _publish_shard(self, receipt: Receipt) -> None:
         """Give an accepted part its final name, unless it has it already."""

@@ -6,7 +6,8 @@
     |-- NonFiniteError           1  a merged value is NaN or infinite
     |-- DeviceMemoryError        1  the device or the machine ran out of memory
     |-- StorageError             1  a read or write failed (disk full, permission, vanished file)
-    |   `-- AbsentError          1  there is no such file
+    |   |-- AbsentError          1  there is no such file
+    |   `-- TakenError           1  another writer has given its file that name
     |-- LeaseLostError           1  another merge has taken OUT over
     `-- InterruptedMergeError  130  Ctrl-C or SIGTERM
 
@@ -101,6 +102,10 @@ class StorageError(RaymeldError, OSError):
 
 class AbsentError(StorageError):
     """There is no such file, or not any more."""
+
+
+class TakenError(StorageError):
+    """Another writer has given its file that name."""
 
 
 class NotCopiedError(StorageError):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
+from functools import partial
 from typing import Any
 
+from merge_core.background import in_background
 from merge_core.errors import StorageError
+from merge_core.last_writes import write_last
 from merge_core.lease import is_held
 from merge_core.stores.location import Location
 from merge_core.stores.opening import open_store
@@ -28,22 +31,24 @@ class KeptJson:
     def __init__(self, out: Location, name: str, run: str) -> None:
         self._out, self._name, self._run = out, name, run
         self._store = open_store(out)
-        self._writer = None if out.is_local else ThreadPoolExecutor(1, "kept-json")
         self._writing: Future[None] | None = None
 
     def keep(self, content: Mapping[str, Any]) -> None:
         """Replace what the file holds."""
         data = json.dumps(content).encode()
-        if self._writer is None:
+        if self._out.is_local:
             self._write(data)
         elif self._writing is None or self._writing.done():
-            self._writing = self._writer.submit(self._write, data)
+            self._writing = in_background(partial(self._write, data))
 
     def close(self, content: Mapping[str, Any]) -> None:
-        """Replace it for the last time, and wait until that is done."""
-        if self._writer is not None:
-            self._writer.shutdown()
-        self._write(json.dumps(content).encode())
+        """Replace it for the last time, see ``last_writes``."""
+        write_last(self._run, partial(self._write_last, json.dumps(content).encode()))
+
+    def _write_last(self, data: bytes) -> None:
+        if self._writing is not None:
+            wait([self._writing])
+        self._write(data)
 
     def _write(self, data: bytes) -> None:
         with contextlib.suppress(StorageError):  # a full disk ends the merge where it matters

@@ -19,6 +19,7 @@ from typing import Self
 
 from merge_core.errors import AbsentError, InputError, LeaseLostError, StorageError, refuse
 from merge_core.holder import UNKNOWN, Holder, read_holder, write_holder
+from merge_core.last_writes import write_last
 from merge_core.output import LEASE
 from merge_core.stores.location import Location
 from merge_core.stores.opening import open_store
@@ -79,14 +80,17 @@ class Lease:
         self._number += 1
 
     def release(self) -> None:
-        """Let the next merge take it at once."""
+        """Let the next merge take it at once, see ``last_writes``: it also ends by itself."""
         self._ended.set()
+        write_last(self.holder.run, self._give_back)
+
+    def _give_back(self) -> None:
         self._thread.join()
-        with contextlib.suppress(OSError):  # it ends by itself, only later
-            try:
-                _advance(self._store, self._number, None)
-            except StorageError:
-                if self._out.is_local:  # on a full disk, times can be changed
+        try:
+            _advance(self._store, self._number, None)
+        except StorageError:
+            if self._out.is_local:  # on a full disk, times can be changed
+                with contextlib.suppress(OSError):
                     os.utime((self._out / _name(self._number)).local, (0, 0))
 
     def _take(self) -> int:

@@ -13,9 +13,9 @@ from merge_core.output import LEDGER, VERIFIED, read_plan, verified_level
 from merge_core.side_files import CONFIG
 from merge_core.stores.hub_objects import Sent
 from merge_core.stores.hub_push import HubPush
-from merge_core.stores.hub_retries import PATIENT, Retries
 from merge_core.stores.location import Location, Place, locate_out
 from merge_core.stores.opening import open_store, read_file
+from merge_core.stores.retries import PATIENT, Retries
 from merge_core.verify import MalformedError, ReadBack, read_back
 
 

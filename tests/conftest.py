@@ -36,9 +36,9 @@ from tuners import make_tuned
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
-from merge_core.stores import blocks, retries
-from merge_core.stores.hub_retries import Retries
+from merge_core.stores import blocks
 from merge_core.stores.location import Access, Location
+from merge_core.stores.retries import Retries
 from merge_core.stores.s3 import S3Store
 from merge_core.stores.s3_client import client_for
 from merge_core.stores.store import Store
@@ -214,9 +214,7 @@ def s3_proxy(s3: Location, s3_address: str) -> Iterator[FaultProxy]:
 def s3_store(s3: Location, s3_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> S3Store:
     """Reached through the proxy, by a client of its own that hardly pauses between tries."""
     make_parts_small(monkeypatch)
-    monkeypatch.setattr(retries, "FIRST_PAUSE", 0.001)
-    backoff = "botocore.retries.standard.ExponentialBackoff.delay_amount"
-    monkeypatch.setattr(backoff, lambda *_: 0.001)
+    monkeypatch.setattr(Retries, "seconds", lambda *_: 0.001)
     return S3Store(dataclasses.replace(s3 / "out", access=Access(endpoint_url=s3_proxy.address)))
 
 

@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from merge_core.stores.hub_retries import Retries
+from merge_core.stores.retries import Retries
 
 QUICK = Retries(attempts=3, first_pause=0.0)
 

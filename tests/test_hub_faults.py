@@ -28,8 +28,6 @@ from network_faults import (
 from merge_core.errors import StorageError
 from merge_core.stores import blocks
 from merge_core.stores.hub import HubStore
-from merge_core.stores.hub_requests import PassingError
-from merge_core.stores.hub_retries import Retries
 from merge_core.stores.location import locate
 from merge_core.stores.store import Reader
 
@@ -193,15 +191,3 @@ def test_a_hub_that_has_another_file_at_the_commit_is_not_believed(
     repo.commits[repo.refs["main"]]["model.safetensors"] = bytes(SIZE)
     with pytest.raises(StorageError, match="another file there than the one that was planned"):
         read(reader)
-
-
-def test_pauses_grow_and_are_as_long_as_the_server_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    slept: list[float] = []
-    monkeypatch.setattr("time.sleep", slept.append)
-    monkeypatch.setattr("random.uniform", lambda low, high: (low + high) / 2)
-    retries = Retries(first_pause=1.0, longest_pause=4.0, longest_asked=60.0)
-    for failed in range(1, 5):
-        retries.pause(failed)
-    retries.pause(1, asked=PassingError("slow", 30.0).asked)
-    retries.pause(1, asked=1000.0)
-    assert slept == [0.75, 1.5, 3.0, 3.0, 30.0, 60.0]

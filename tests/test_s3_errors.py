@@ -17,8 +17,8 @@ from network_faults import (
 from s3_server import SECRET, TOKEN, refusal
 
 from merge_core.errors import AbsentError, InputError, RaymeldError, StorageError
-from merge_core.stores import s3_client
 from merge_core.stores.location import Access, Location
+from merge_core.stores.retries import Retries
 from merge_core.stores.s3 import S3Store
 from merge_core.stores.s3_client import client_for
 
@@ -86,7 +86,7 @@ def test_a_bucket_that_is_not_there_is_said(s3: Location) -> None:
 def test_a_server_that_cannot_be_reached_is_said(
     s3: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_client, "ATTEMPTS", 1)
+    monkeypatch.setattr(Retries, "seconds", lambda *_: 0.0)
     access = Access(endpoint_url="http://127.0.0.1:9")
     with pytest.raises(StorageError, match="the server cannot be reached"):
         S3Store(dataclasses.replace(s3, access=access)).get("base")

@@ -23,7 +23,8 @@ from network_faults import (
 from s3_server import refusal, uploads
 
 from merge_core.errors import StorageError
-from merge_core.stores import retries, s3_client
+from merge_core.stores import s3_client
+from merge_core.stores.retries import STUBBORN
 from merge_core.stores.s3 import S3Store
 
 
@@ -77,7 +78,7 @@ def test_a_read_that_never_comes_to_its_end_is_an_error(
     s3_proxy.faults(Fault(drop_within(10), method="GET", path="/out/base", times=None))
     with pytest.raises(StorageError, match=r"out/base: the connection broke or stalled"):
         reading(s3_store)
-    assert len(s3_proxy.seen("GET", "/out/base")) == retries.TRIES
+    assert len(s3_proxy.seen("GET", "/out/base")) == STUBBORN.attempts
 
 
 def whole(exchange: Exchange) -> None:

@@ -17,7 +17,7 @@ from handmade import (
     write_adapter,
     write_base,
 )
-from network_faults import say
+from network_faults import drop, say
 from s3_server import refusal, uploads
 
 from merge_core.errors import StorageError
@@ -31,6 +31,7 @@ from merge_core.stores.location import Access, Location
 from merge_core.stores.opening import open_store, read_file
 from merge_core.stores.s3 import S3Store
 from merge_core.stores.s3_client import client_for
+from merge_core.stores.s3_retries import COPYING
 
 LAST = {name: shape for name, shape in GEOMETRY.linear.items() if ".layers.1." in name}
 """The modules of one layer of two."""
@@ -107,11 +108,13 @@ def test_unchanged_shards_are_copied_by_the_server_and_not_sent(
 
 
 @pytest.mark.parametrize(
-    ("how", "why"),
+    ("how", "times", "why"),
     [
-        (refusal(501, "NotImplemented"), "NotImplemented"),
-        (refusal(403, "AccessDenied"), "AccessDenied"),
-        (say(200, ETag='"1"'), "no answer to a copy"),
+        (refusal(501, "NotImplemented"), 1, "NotImplemented"),
+        (refusal(403, "AccessDenied"), 1, "AccessDenied"),
+        (say(200, ETag='"1"'), 1, "no answer to a copy"),
+        (refusal(503, "SlowDown"), COPYING.attempts, "SlowDown"),
+        (drop, COPYING.attempts, "no answer"),
     ],
 )
 def test_where_the_server_does_not_copy_everything_is_sent_and_it_is_said_once(
@@ -120,11 +123,12 @@ def test_where_the_server_does_not_copy_everything_is_sent_and_it_is_said_once(
     expected: dict[str, bytes],
     s3_proxy: FaultProxy,
     how: How,
+    times: int,
     why: str,
 ) -> None:
     out, said = dataclasses.replace(base, path="second"), list[str]()
     plan = planned(base, few)
-    s3_proxy.faults(Fault(how, method="PUT", path="partNumber"))
+    s3_proxy.faults(Fault(how, method="PUT", path="partNumber", times=times))
 
     merge(plan, out, choice=TWO_LANES, say=said.append)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from merge_core.errors import AbsentError, StorageError
+from merge_core.errors import AbsentError, StorageError, TakenError
 from merge_core.stores.location import Location
 
 ATTEMPT = "raymeld-attempt"
@@ -34,7 +34,7 @@ def gone(where: Location, attempt: str) -> AbsentError:
     return AbsentError(what, str(where), "Merge it again.")
 
 
-def taken(where: Location) -> StorageError:
+def taken(where: Location) -> TakenError:
     """Another writer has given its file that name."""
     what = "there is a file of that name, which another writer made"
-    return StorageError(what, str(where), "Choose another --out, or remove it.")
+    return TakenError(what, str(where), "Choose another --out, or remove it.")

@@ -24,8 +24,8 @@ from merge_core.stores.hub_files import (
     read_tree,
 )
 from merge_core.stores.hub_ranges import HubReader
-from merge_core.stores.hub_retries import PATIENT, Retries
 from merge_core.stores.location import Location
+from merge_core.stores.retries import PATIENT, Retries
 from merge_core.stores.store import FileIdentity, Listed, Reader
 
 _MAIN = "main"

@@ -20,7 +20,7 @@ from merge_core.errors import AbsentError, StorageError
 from merge_core.storage import reported
 from merge_core.stores.hub_errors import HubPlace, not_cached, told
 from merge_core.stores.hub_requests import ask, pages, quoted
-from merge_core.stores.hub_retries import Retries
+from merge_core.stores.retries import Retries
 
 _COMMIT = re.compile(r"^[0-9a-f]{40}$")
 _OID = re.compile(r"^[0-9a-f]{40}([0-9a-f]{24})?$")

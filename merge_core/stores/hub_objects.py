@@ -30,7 +30,7 @@ from merge_core.stores.hub_requests import (
     persistently,
     quoted,
 )
-from merge_core.stores.hub_retries import PATIENT, Retries
+from merge_core.stores.retries import PATIENT, Retries
 
 ANSWER_SECONDS = 300.0
 """Without a byte, after which a request is given up: the hub checks every file of a commit before

@@ -22,8 +22,8 @@ from merge_core.stores.hub import HubStore
 from merge_core.stores.hub_errors import HubPlace
 from merge_core.stores.hub_files import pin, read_tree
 from merge_core.stores.hub_objects import HubObjects, Sent
-from merge_core.stores.hub_retries import PATIENT
 from merge_core.stores.location import Location, Upload
+from merge_core.stores.retries import PATIENT
 from merge_core.stores.scratch import Scratch
 from merge_core.stores.store import HUB_RECORD, FileIdentity, Listed, PartWriter, Reader, Store
 

@@ -27,7 +27,7 @@ from merge_core.stores.hub_errors import HTTP_ERROR, HubPlace
 from merge_core.stores.hub_files import HubEntry, pin, read_tree
 from merge_core.stores.hub_objects import HubObjects, Sent, asked, spoken, upload_info
 from merge_core.stores.hub_requests import PassingError, ask, quoted
-from merge_core.stores.hub_retries import PATIENT, Retries
+from merge_core.stores.retries import PATIENT, Retries
 
 
 class HubPush(HubObjects):

@@ -25,7 +25,7 @@ from merge_core.stores.hub_requests import (
     persistently,
     timeout,
 )
-from merge_core.stores.hub_retries import Retries
+from merge_core.stores.retries import Retries
 
 HEAD_BYTES = 100_000
 """Read at once where a small read begins there: it holds the length of a safetensors header and,

@@ -18,7 +18,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from merge_core import __version__
 from merge_core.errors import StorageError
 from merge_core.stores.hub_errors import HTTP_ERROR, HubPlace, told
-from merge_core.stores.hub_retries import Retries
+from merge_core.stores.retries import Retries, asked_by
 
 PASSING = frozenset({408, 429, 500, 502, 503, 504})
 """Statuses that pass by themselves."""
@@ -126,8 +126,5 @@ def quoted(part: str) -> str:
 
 
 def _asked(headers: Mapping[str, str]) -> float:
-    after = headers.get("retry-after", "")
-    if after.isdigit():
-        return float(after)
     reset = _RESET.search(headers.get("ratelimit", ""))
-    return float(reset[1]) if reset else 0.0
+    return asked_by(headers) or (float(reset[1]) if reset else 0.0)

@@ -1,30 +1,56 @@
-"""How often, and after which pauses, a broken transfer is tried again."""
+"""How often what may pass by itself is tried again, and how long is waited in between."""
 
 from __future__ import annotations
 
 import random
 import time
-
-TRIES = 8
-"""Of one block. Each asks only for what is left of it, so the last ones are short."""
-
-FIRST_PAUSE = 0.1
-"""Seconds at most; then twice as long each time, to some 6 s: longer failures are no hiccups."""
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Retries:
-    """Counts the failures of one block. Not shared by threads."""
+    """Of one request, or of one block whose transfer breaks off, whatever happens to others."""
 
-    def __init__(self) -> None:
-        self._failed = 0
+    attempts: int
+    first_pause: float = 0.5
+    """Seconds; each pause is twice the one before."""
+    longest_pause: float = 20.0
+    longest_asked: float = 300.0
+    """What a server may ask for: the hub's limits on requests begin anew every five minutes."""
 
-    def wait_after(self, error: Exception) -> None:
-        """Pause before the next try, or raise ``error`` if that was the last one.
+    def pause(self, failed: int, asked: float = 0.0) -> None:
+        """Wait after failure number ``failed``, see ``seconds``."""
+        time.sleep(self.seconds(failed, asked))
 
-        The pause is random, from none to the most that it may be: what failed together should
-        not come back together.
-        """
-        self._failed += 1
-        if self._failed == TRIES:
+    def pause_after(self, failed: int, error: Exception) -> None:
+        """The same, or raise ``error`` if that was the last attempt."""
+        if failed >= self.attempts:
             raise error
-        time.sleep(random.uniform(0, FIRST_PAUSE * 2 ** (self._failed - 1)))
+        self.pause(failed)
+
+    def seconds(self, failed: int, asked: float = 0.0) -> float:
+        """To wait after failure number ``failed``: at least those that were ``asked`` for.
+
+        Between half of the time and all of it, so that clients that failed together do not come
+        back together.
+        """
+        pause = min(self.longest_pause, self.first_pause * 2 ** (failed - 1))
+        return max(random.uniform(pause / 2, pause), min(asked, self.longest_asked))
+
+
+PATIENT = Retries(attempts=6)
+"""8 to 15 seconds in all, longer where the server asks."""
+
+STUBBORN = Retries(attempts=10)
+"""46 to 92 seconds: an outage of a minute passes."""
+
+
+def asked_by(headers: Mapping[str, str]) -> float:
+    """Seconds after which a server wants to be asked again, by its answer; 0 if it does not say.
+
+    Args:
+        headers: by their names in small letters, or by any.
+    """
+    after = headers.get("retry-after", "")
+    return float(after) if after.isdecimal() else 0.0

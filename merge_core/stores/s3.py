@@ -10,7 +10,7 @@ from typing import Any
 from merge_core.errors import AbsentError, StorageError
 from merge_core.stores.failures import ATTEMPT, gone, incomplete, taken
 from merge_core.stores.location import Location
-from merge_core.stores.retries import Retries
+from merge_core.stores.retries import STUBBORN
 from merge_core.stores.s3_client import checksum_of, client_for
 from merge_core.stores.s3_copy import S3CopiedPart
 from merge_core.stores.s3_errors import BROKEN, CONFLICT, GONE, TAKEN, code_of, reported
@@ -48,14 +48,15 @@ class S3Store:
 
     def get(self, name: str) -> bytes:
         """See ``store.Store``."""
-        retries = Retries()
-        while True:
-            with reported(self.location / name):
+        failed = 0
+        with reported(self.location / name):
+            while True:
                 body = self._client.get_object(**self._at(name))["Body"]
                 try:
                     return bytes(body.read())
                 except BROKEN as error:
-                    retries.wait_after(error)
+                    failed += 1
+                    STUBBORN.pause_after(failed, error)
                 finally:
                     body.close()
 
@@ -76,7 +77,7 @@ class S3Store:
         Raises:
             StorageError: also where the server does not know If-None-Match.
         """
-        retries, attempt = Retries(), secrets.token_hex(8)
+        failed, attempt = 0, secrets.token_hex(8)
         with reported(self.location / name):
             while True:
                 try:
@@ -86,7 +87,8 @@ class S3Store:
                         return self._wrote(name, attempt)
                     if code_of(error) not in CONFLICT:
                         raise
-                    retries.wait_after(error)
+                    failed += 1
+                    STUBBORN.pause_after(failed, error)
                 else:
                     self._prove_refusal(name, data, attempt)
                     return True

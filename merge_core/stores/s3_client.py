@@ -20,10 +20,7 @@ from botocore.config import Config
 
 from merge_core.errors import refuse
 from merge_core.stores.location import Access
-
-ATTEMPTS = 8
-"""Of one request, in botocore's standard mode: its pauses grow to 3 s where a connection broke or
-the server failed, and to 20 s where it asked for fewer requests."""
+from merge_core.stores.s3_retries import Persistence
 
 CONNECT_SECONDS = 15
 """Also the time that a part has to be sent without TLS: half a MB/s for one of 8 MiB."""
@@ -86,7 +83,7 @@ def _create(session: Any, access: Access, style: str | None) -> Any:
     checked = session.get_config_variable("request_checksum_calculation") != "when_required"
     options = {"payload_signing_enabled": False} if checked else {}
     config = Config(
-        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        retries={"mode": "standard", "total_max_attempts": 1},  # the others are ours
         connect_timeout=CONNECT_SECONDS,
         read_timeout=STALL_SECONDS,
         max_pool_connections=CONNECTIONS,
@@ -95,9 +92,11 @@ def _create(session: Any, access: Access, style: str | None) -> Any:
         s3={**options, "addressing_style": style} if style else options,
     )
     region = access.region or os.environ.get("AWS_REGION")  # which botocore alone does not know
-    return session.create_client(
+    client = session.create_client(
         "s3", region_name=region, endpoint_url=access.endpoint_url, config=config
     )
+    client.meta.events.register("needs-retry.s3", Persistence().pause)
+    return client
 
 
 def _keep_requests_out_of_logs() -> None:

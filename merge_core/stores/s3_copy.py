@@ -8,16 +8,17 @@ from typing import Any
 from merge_core.errors import NotCopiedError
 from merge_core.stores.location import Location
 from merge_core.stores.s3_client import client_for
-from merge_core.stores.s3_errors import code_of, reported
-from merge_core.stores.s3_parts import Upload
+from merge_core.stores.s3_errors import code_of, reported, status_of
+from merge_core.stores.s3_parts import Upload, part_bytes
+from merge_core.stores.s3_retries import NO_ANSWER, passes
 from merge_core.stores.store import FileIdentity
 
-COPY_BYTES = 256 << 20
-"""Of a part that S3 copies within itself, some 100 MB a second: well within a request's time. S3
-takes 5 GB, and copies a whole object of no more; parts of less are copied side by side."""
+COPY_BYTES = 64 << 20
+"""Of a part that S3 copies within itself, where there are not too many. Amazon's copies some 100 MB
+a second; a small server may say nothing until a part is there, and has ``STALL_SECONDS`` for it."""
 
-COPIES = 8
-"""Of them at the same time; they cost this machine nothing."""
+COPIES = 2
+"""Of them at the same time, by each worker: 5 MB a second is fast enough for one of them."""
 
 _REFUSED = frozenset(
     ("403", "AccessDenied", "405", "MethodNotAllowed", "501", "NotImplemented", "InvalidRequest")
@@ -30,17 +31,18 @@ class S3CopiedPart:
     as any other, so that publishing it is no different; what is written has been copied already.
 
     Raises:
-        NotCopiedError: this server does not copy.
-        StorageError: the file was replaced since it was pinned, or the server fails.
+        NotCopiedError: this server does not copy, or fails to.
+        StorageError: the file was replaced since it was pinned.
     """
 
     def __init__(self, where: Location, origin: Location, file: FileIdentity, attempt: str) -> None:
         self._where, self._origin, self._file = where, origin, file
+        self._part_bytes = part_bytes(file.size, COPY_BYTES)
         with reported(where):
             self._upload = Upload.begin(where, attempt)
         try:
             with ThreadPoolExecutor(COPIES, "s3-copy") as threads:
-                list(threads.map(self._copy, range(0, file.size, COPY_BYTES)))
+                list(threads.map(self._copy, range(0, file.size, self._part_bytes)))
         except BaseException:
             self.discard()
             raise
@@ -60,9 +62,9 @@ class S3CopiedPart:
         self._upload.abort(self._where)
 
     def _copy(self, start: int) -> None:
-        end = min(start + COPY_BYTES, self._file.size) - 1
+        end = min(start + self._part_bytes, self._file.size) - 1
         with reported(self._origin):
-            answer = self._answer(start // COPY_BYTES + 1, f"bytes={start}-{end}")
+            answer = self._answer(start // self._part_bytes + 1, f"bytes={start}-{end}")
         if not answer.get("CopyPartResult", {}).get("ETag"):  # it took an upload of nothing
             raise _not_copied(self._where, "no answer to a copy")
 
@@ -76,9 +78,17 @@ class S3CopiedPart:
                 CopySourceRange=wanted,
             )
         except Exception as error:
-            if code_of(error) in _REFUSED:
-                raise _not_copied(self._where, code_of(error)) from error
+            if why := _refusal(error):
+                raise _not_copied(self._where, why) from error
             raise
+
+
+def _refusal(error: Exception) -> str:
+    """Why the server does not copy; empty if it would, but not this file."""
+    if isinstance(error, NO_ANSWER):
+        return "no answer"
+    code = code_of(error)
+    return code if code in _REFUSED or passes(status_of(error), code) else ""
 
 
 def _not_copied(where: Location, why: str) -> NotCopiedError:

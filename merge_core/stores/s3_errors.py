@@ -137,8 +137,17 @@ _FAILURES: tuple[tuple[tuple[type[Exception], ...], str, str], ...] = (
 
 def code_of(error: Exception) -> str:
     """The error code of an answer of S3; empty for anything else."""
-    response: Any = getattr(error, "response", None)
-    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
+    return str(_answer_in(error).get("Error", {}).get("Code", ""))
+
+
+def status_of(error: Exception) -> int:
+    """The status of an answer of S3; 0 for anything else."""
+    return int(_answer_in(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _answer_in(error: Exception) -> Any:
+    response = getattr(error, "response", None)
+    return response if isinstance(response, dict) else {}
 
 
 @contextlib.contextmanager

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
+from merge_core.last_writes import write_last
 from merge_core.stores.failures import ATTEMPT, incomplete
 from merge_core.stores.location import Location
 from merge_core.stores.s3_client import checksum_of, client_for, sends_checksums
@@ -58,15 +60,18 @@ class Upload:
         return {"Bucket": where.root, "Key": where.path, "UploadId": self.id}
 
     def abort(self, where: Location) -> None:
-        """Leave nothing of it. Never raises."""
-        with contextlib.suppress(Exception):  # the next sweep finds it
+        """Leave nothing of it, see ``last_writes``: the next sweep finds it. Never raises."""
+        write_last(self.attempt, partial(self._abort, where))
+
+    def _abort(self, where: Location) -> None:
+        with contextlib.suppress(Exception):
             client_for(where.access).abort_multipart_upload(**self.named(where))
 
 
-def part_bytes(size: int) -> int:
-    """Bytes of each part but the last of a file of ``size`` bytes."""
+def part_bytes(size: int, usual: int) -> int:
+    """Bytes of each part but the last of a file of ``size`` bytes: ``usual`` if it is not large."""
     least = -(-size // MOST_PARTS)
-    return PART_BYTES if least <= PART_BYTES else -(-least >> 20) << 20
+    return usual if least <= usual else -(-least >> 20) << 20
 
 
 class S3PartWriter:
@@ -79,7 +84,7 @@ class S3PartWriter:
 
     def __init__(self, where: Location, size: int, attempt: str) -> None:
         self._where, self._size = where, size
-        self._part_bytes = part_bytes(size)
+        self._part_bytes = part_bytes(size, PART_BYTES)
         self._gaps: dict[int, _Filling] = {}
         self._spare: list[bytearray] = []
         self._uploaded: set[int] = set()

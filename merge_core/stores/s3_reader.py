@@ -9,7 +9,7 @@ from typing import Any
 from merge_core.errors import replaced
 from merge_core.stores.blocks import BlockReader
 from merge_core.stores.failures import misplaced
-from merge_core.stores.retries import Retries
+from merge_core.stores.retries import STUBBORN
 from merge_core.stores.s3_client import client_for
 from merge_core.stores.s3_errors import BROKEN, TAKEN, code_of, reported
 
@@ -23,14 +23,15 @@ class S3Reader(BlockReader):
 
     def _fill_block(self, view: memoryview, offset: int) -> None:
         """In one request, or in several where answers break off: each asks for what is left."""
-        retries, got = Retries(), 0
+        got = failed = 0
         while got < len(view):
             with reported(self._where), self._answer(offset + got, len(view) - got) as body:
                 try:
                     while got < len(view):
                         got += body.readinto(view[got : got + _STEP_BYTES])
                 except BROKEN as error:
-                    retries.wait_after(error)
+                    failed += 1
+                    STUBBORN.pause_after(failed, error)
 
     @contextlib.contextmanager
     def _answer(self, offset: int, nbytes: int) -> Iterator[Any]:

@@ -161,7 +161,8 @@ class Store(Protocol):
         """Make a finished part the file ``name``. Once more is harmless.
 
         Raises:
-            StorageError: the part is gone, or of another size, or the name is taken.
+            StorageError: the part is gone, or of another size.
+            TakenError: another part has that name already; a disk replaces it.
         """
         ...
 

@@ -1,0 +1,40 @@
+"""What a run still writes when it ends, well or not: how far it came, and that OUT is free.
+
+Courtesies: the next run does without them. So nobody waits for a store that is gone while each of
+them is tried as often as what a merge cannot do without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+
+from merge_core.background import in_background
+
+SECONDS = 10.0
+"""For one of them; what comes after one that took longer is not waited for."""
+
+_under_way: dict[str, Future[None]] = {}
+"""By run: what it began last, and did not wait for to the end."""
+
+
+def write_last(run: str, work: Callable[[], None]) -> None:
+    """Have ``work`` done after what ``run`` began before, and wait for it, but not for long.
+
+    If that is not enough, the work goes on while this process lives. No failure of a store is an
+    error, and Ctrl-C ends the waiting for all of it.
+    """
+    before = _under_way.get(run)
+
+    def in_order() -> None:
+        if before is not None:
+            wait([before])
+        with contextlib.suppress(OSError):  # StorageError is one
+            work()
+
+    given_up = before is not None and not before.done()
+    _under_way[run] = done = in_background(in_order)
+    with contextlib.suppress(TimeoutError):
+        done.result(0 if given_up else SECONDS)
+        del _under_way[run]

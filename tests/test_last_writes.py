@@ -1,0 +1,123 @@
+"""A store that is gone holds no end of a merge up, and no process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from fault_proxy import Fault, FaultProxy
+from handmade import TWO_LANES
+from leases import unheard
+from network_faults import stall
+from s3_server import uploads
+
+from cluster.driver import _stopped_parts
+from merge_core import last_writes
+from merge_core.errors import RaymeldError, StorageError
+from merge_core.last_writes import write_last
+from merge_core.lease import Lease
+from merge_core.merge import merge
+from merge_core.plan import MergePlan
+from merge_core.progress import Progress
+from merge_core.stores.s3 import S3Store
+
+ENDS_SOON = 5.0
+"""Seconds; a stalled answer alone is waited for 25 s, ten times."""
+
+
+@pytest.fixture
+def gone(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """What a store that is gone waits for, in vain until it is set."""
+    monkeypatch.setattr(last_writes, "SECONDS", 0.05)
+    back = threading.Event()
+    yield back
+    back.set()
+
+
+def test_what_takes_too_long_is_left_to_itself_and_nothing_after_it_is_waited_for(
+    gone: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[int] = []
+    ended = threading.Event()
+    write_last("a", lambda: gone.wait() and done.append(1))
+    monkeypatch.setattr(last_writes, "SECONDS", 1000.0)
+
+    write_last("a", lambda: done.append(2))
+    write_last("a", ended.set)
+    write_last("b", lambda: done.append(3))
+    assert done == [3]
+
+    gone.set()
+    assert ended.wait(ENDS_SOON)
+    assert done == [3, 1, 2]
+    write_last("a", lambda: done.append(4))  # waited for again
+    assert done == [3, 1, 2, 4]
+
+
+def test_only_failures_of_a_store_are_no_errors() -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    write_last("a", lambda: fail(StorageError("full")))
+    with pytest.raises(ZeroDivisionError):
+        write_last("a", lambda: fail(ZeroDivisionError()))
+
+
+def test_python_ends_while_a_last_write_is_under_way() -> None:
+    code = """
+        import threading
+        from merge_core import last_writes
+        last_writes.SECONDS = 0.05
+        last_writes.write_last("a", threading.Event().wait)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)
+
+
+def test_a_merge_that_loses_its_s3_ends_with_its_own_error_and_soon(
+    small: MergePlan, s3_store: S3Store, s3_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(last_writes, "SECONDS", 0.05)
+    out, began = s3_store.location, list[float]()
+
+    def lose(progress: Progress) -> None:
+        if progress.phase == "verifying" and not began:
+            s3_proxy.faults(Fault(stall(), times=None))
+            began.append(time.monotonic())
+            raise RaymeldError("stopped")
+
+    with pytest.raises(RaymeldError, match="stopped"):
+        merge(small, out, choice=TWO_LANES, watch=lose)
+    assert time.monotonic() - began[0] < ENDS_SOON
+
+
+def test_a_driver_that_loses_its_s3_does_not_wait_for_the_parts_of_its_workers(
+    s3_store: S3Store, s3_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = s3_store.location
+    with Lease(out, unheard) as lease:
+        s3_store.start("model.safetensors", 10, "1-a")
+        with _stopped_parts(out, lease.holder.run):
+            assert uploads(out) == ["out/model.safetensors"]
+        assert uploads(out) == []
+        monkeypatch.setattr(last_writes, "SECONDS", 0.05)
+        s3_proxy.faults(Fault(stall(), times=None))
+        began = time.monotonic()
+        with _stopped_parts(out, lease.holder.run):
+            pass
+    assert time.monotonic() - began < ENDS_SOON
+
+
+def test_a_part_whose_store_is_gone_is_discarded_soon(
+    s3_store: S3Store, s3_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(last_writes, "SECONDS", 0.05)
+    part = s3_store.start("model.safetensors", 10, "1-a")
+    s3_proxy.faults(Fault(stall(), method="DELETE", times=None))
+    began = time.monotonic()
+    part.discard()
+    assert time.monotonic() - began < ENDS_SOON
