@@ -113,3 +113,17 @@ def test_an_upload_that_fails_ends_its_writers() -> None:
         with pytest.raises(StorageError, match="the store failed"):
             part.finish()
         part.discard()
+
+
+def test_an_upload_that_ends_in_any_way_ends_its_writers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("of a kind that nobody expects")
+
+    store = ObjectsStore(Location(scheme="memory", root=f"objects{next(NAMES)}"))
+    monkeypatch.setattr("obstore.put", broken)
+    part = store.start("model", 1 << 40, "1-a")
+    with pytest.raises(RuntimeError, match="nobody expects"):
+        part.write(memoryview(DATA), object_parts.WINDOW_BYTES + 1)  # which would wait
+    with pytest.raises(RuntimeError, match="nobody expects"):
+        part.finish()
+    part.discard()

@@ -42,7 +42,7 @@ class ObjectPartWriter:
         self._ahead: dict[int, bytes] = {}
         self._next = 0
         self._ended = False
-        self._error: StorageError | None = None
+        self._error: BaseException | None = None
         self._moved = threading.Condition()
         self._thread = threading.Thread(target=self._send, daemon=True, name="objects-write")
         self._thread.start()
@@ -97,11 +97,12 @@ class ObjectPartWriter:
                     chunk_size=CHUNK_BYTES,
                     max_concurrency=IN_FLIGHT,
                 )
-        except StorageError as error:
+        except BaseException as error:  # noqa: BLE001 - whoever writes or finishes raises it
             self._error = error
-        with self._moved:
-            self._ended = True
-            self._moved.notify_all()
+        finally:
+            with self._moved:
+                self._ended = True
+                self._moved.notify_all()
 
     def _in_order(self) -> Iterator[bytes]:
         """What was written, from the beginning to the end; ends the upload when it raises."""
