@@ -1,18 +1,25 @@
-"""What obstore raises, as an error that helps."""
+"""What obstore raises, as an error that helps; and what it does not try again."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from obstore import exceptions
 
 from merge_core.errors import RaymeldError, StorageError, replaced
 from merge_core.stores.failures import absent
 from merge_core.stores.location import Location
+from merge_core.stores.retries import Retries
 
-_DENIED = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError, PermissionError)
+PATIENCE_SECONDS = 120.0
+"""After which a request is not sent again: obstore has tried meanwhile, with pauses of its own."""
+
 _LOGIN = "Log in (gcloud auth application-default login), or give the machine's account that right."
+
+Answer = TypeVar("Answer")
 
 
 @contextlib.contextmanager
@@ -31,9 +38,30 @@ def reported(where: Location) -> Iterator[None]:
         raise absent(where) from error
     except exceptions.PreconditionError as error:
         raise replaced(where) from error
-    except _DENIED as error:
+    except exceptions.UnauthenticatedError as error:
+        what = "the credentials are not accepted, or no token can be had with them"
+        raise StorageError(what, str(where), _LOGIN) from error
+    except (exceptions.PermissionDeniedError, PermissionError) as error:
         raise StorageError("access is denied", str(where), _LOGIN) from error
     except (exceptions.BaseError, OSError) as error:
         said = str(error).splitlines()[0]  # the rest is Rust's view of it
         remedy = "The same command again goes on where it stopped."
         raise StorageError(f"the store failed: {said}", str(where), remedy) from error
+
+
+def answered(request: Callable[[], Answer]) -> Answer:
+    """What ``request`` returns, tried again where obstore leaves that to us: if it was told to slow
+    down (429), if an answer broke off or is of another range, and if a connection was lost after a
+    request that must not be done twice.
+
+    Args:
+        request: safe to do twice, or able to tell that it was.
+    """
+    retries, began = Retries(), time.monotonic()
+    while True:
+        try:
+            return request()
+        except exceptions.GenericError as error:
+            if time.monotonic() - began > PATIENCE_SECONDS:
+                raise
+            retries.wait_after(error)

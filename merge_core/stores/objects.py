@@ -1,4 +1,4 @@
-"""Google Cloud Storage, and the memory of this process, as stores.
+"""What obstore reaches as a store: the memory of this process, and Google Cloud Storage (``gcs``).
 
 Neither can be told to finish an upload that another process began, so a part is an object of its
 own, which publishing copies: GCS does that without moving data.
@@ -7,7 +7,6 @@ own, which publishing copies: GCS does that without moving data.
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import secrets
 import threading
 from collections.abc import Iterator
@@ -16,23 +15,17 @@ from typing import Any
 
 import obstore
 from obstore.exceptions import AlreadyExistsError
-from obstore.store import GCSStore, MemoryStore
+from obstore.store import MemoryStore
 
-from merge_core.errors import replaced
+from merge_core.errors import AbsentError, replaced
 from merge_core.stores.blocks import BlockReader
 from merge_core.stores.failures import ATTEMPT, gone, incomplete, misplaced, taken
 from merge_core.stores.location import Location
-from merge_core.stores.object_errors import reported
+from merge_core.stores.object_errors import answered, reported
 from merge_core.stores.object_parts import ObjectPartWriter
 from merge_core.stores.store import PARTS, FileIdentity, Listed
 
-REQUEST_TIME = dt.timedelta(seconds=120)
-"""Of one request with its body: a block of 16 MB in it is 0.14 MB/s."""
-
-RETRY_TIME = dt.timedelta(seconds=120)
-"""After which a request is not tried again."""
-
-_backends: dict[tuple[str, str], Any] = {}
+_memories: dict[str, MemoryStore] = {}
 _lock = threading.Lock()
 
 
@@ -48,7 +41,7 @@ class ObjectsStore:
     def look(self, name: str) -> FileIdentity:
         """See ``store.Store``."""
         with reported(self.location / name):
-            head = obstore.head(self._backend, self._key(name))
+            head = answered(lambda: obstore.head(self._backend, self._key(name)))
         return FileIdentity(name=name, size=head["size"], pin=head["e_tag"] or "")
 
     def list(self, below: str = "") -> Iterator[Listed]:
@@ -60,7 +53,7 @@ class ObjectsStore:
     def get(self, name: str) -> bytes:
         """See ``store.Store``."""
         with reported(self.location / name):
-            return bytes(obstore.get(self._backend, self._key(name)).bytes())
+            return answered(lambda: bytes(obstore.get(self._backend, self._key(name)).bytes()))
 
     def open(self, file: FileIdentity) -> ObjectReader:
         """See ``store.Store``."""
@@ -71,17 +64,13 @@ class ObjectsStore:
     def put(self, name: str, data: bytes, *, durable: bool = True) -> None:  # noqa: ARG002 - always is
         """See ``store.Store``."""
         with reported(self.location / name):
-            obstore.put(self._backend, self._key(name), data)
+            answered(lambda: obstore.put(self._backend, self._key(name), data))
 
     def create(self, name: str, data: bytes) -> bool:
         """See ``store.Store``."""
-        attempt, backend, key = secrets.token_hex(8), self._backend, self._key(name)
+        attempt = secrets.token_hex(8)
         with reported(self.location / name):
-            try:
-                obstore.put(backend, key, data, mode="create", attributes={ATTEMPT: attempt})
-            except AlreadyExistsError:  # perhaps by a try whose answer was lost
-                return self._wrote(name, attempt)
-        return True
+            return answered(lambda: self._created(name, data, attempt))
 
     def start(self, name: str, size: int, attempt: str) -> ObjectPartWriter:
         """See ``store.Store``."""
@@ -90,22 +79,19 @@ class ObjectsStore:
 
     def publish(self, part: str, name: str, size: int) -> None:
         """See ``store.Store``."""
-        where, key = self.location / name, self._key(_part(name, part))
+        where = self.location / name
         with reported(where):
             try:
-                got = obstore.head(self._backend, key)["size"]
-            except FileNotFoundError as error:
+                got = self.look(_part(name, part)).size
+            except AbsentError as error:
                 if self._wrote(name, part):
                     return
                 raise gone(where, part) from error
             if got != size:
                 raise incomplete(where, got, size)
-            try:
-                obstore.copy(self._backend, key, self._key(name), overwrite=False)
-            except AlreadyExistsError as error:
-                if not self._wrote(name, part):
-                    raise taken(where) from error
-            obstore.delete(self._backend, key)
+            if not answered(lambda: self._copied(part, name)):
+                raise taken(where)
+        self.delete(_part(name, part))
 
     def sweep(self, name: str | None = None) -> None:
         """See ``store.Store``."""
@@ -116,11 +102,13 @@ class ObjectsStore:
     def delete(self, name: str) -> None:
         """See ``store.Store``."""
         with reported(self.location / name), contextlib.suppress(FileNotFoundError):
-            obstore.delete(self._backend, self._key(name))
+            answered(lambda: obstore.delete(self._backend, self._key(name)))
 
     @property
     def _backend(self) -> Any:
-        return _backend_of(self.location.scheme, self.location.root)
+        """What obstore calls a store; one a process."""
+        with _lock:
+            return _memories.setdefault(self.location.root, MemoryStore())
 
     def _key(self, name: str) -> str:
         return (self.location / name).path
@@ -135,10 +123,29 @@ class ObjectsStore:
                     modified = found["last_modified"].timestamp()
                     yield Listed(name=name, size=found["size"], modified=modified)
 
+    def _created(self, name: str, data: bytes, attempt: str) -> bool:
+        """Make an object; False if there is another one of that name."""
+        mark, key = {ATTEMPT: attempt}, self._key(name)
+        try:
+            obstore.put(self._backend, key, data, mode="create", attributes=mark)
+        except AlreadyExistsError:  # perhaps by a try whose answer was lost
+            return self._wrote(name, attempt)
+        return True
+
+    def _copied(self, part: str, name: str) -> bool:
+        """Have the store copy it; False if there is another file of that name."""
+        source, target = self._key(_part(name, part)), self._key(name)
+        try:
+            obstore.copy(self._backend, source, target, overwrite=False)
+        except AlreadyExistsError:  # perhaps by a try whose answer was lost
+            return self._wrote(name, part)
+        return True
+
     def _wrote(self, name: str, attempt: str) -> bool:
         """Whether the object that is there now was written by that attempt."""
+        head: obstore.GetOptions = {"head": True}
         try:
-            found = obstore.get(self._backend, self._key(name), options={"head": True})
+            found = answered(lambda: obstore.get(self._backend, self._key(name), options=head))
         except FileNotFoundError:
             return False
         return found.attributes.get(ATTEMPT) == attempt
@@ -153,32 +160,19 @@ class ObjectReader(BlockReader):
 
     def _fill_block(self, view: memoryview, offset: int) -> None:
         end = offset + len(view)
-        with reported(self._where):
-            options: obstore.GetOptions = {"range": (offset, end), "if_match": self._file.pin}
+        options: obstore.GetOptions = {"range": (offset, end), "if_match": self._file.pin}
+
+        def read() -> tuple[Any, memoryview]:
             found = obstore.get(self._backend, self._where.path, options=options)
-            data = memoryview(found.bytes())
-        if found.range != (offset, end) or len(data) != len(view):
-            asked, got = f"bytes {offset}-{end - 1}", f"{found.range} with {len(data)} bytes"
+            return found.range, memoryview(found.bytes())
+
+        with reported(self._where):
+            span, data = answered(read)
+        if span != (offset, end) or len(data) != len(view):
+            asked, got = f"bytes {offset}-{end - 1}", f"{span} with {len(data)} bytes"
             raise misplaced(self._where, asked, got)
         view[:] = data
 
 
 def _part(name: str, attempt: str) -> str:
     return f"{PARTS}/{name}/{attempt}"
-
-
-def _backend_of(scheme: str, root: str) -> Any:
-    """The store of obstore for a bucket, or for a name in memory; one a process."""
-    with _lock:
-        if (scheme, root) not in _backends:
-            _backends[scheme, root] = MemoryStore() if scheme == "memory" else _bucket(root)
-        return _backends[scheme, root]
-
-
-def _bucket(name: str) -> GCSStore:
-    """Credentials are what Google's own tools find: application default credentials."""
-    return GCSStore(
-        name,
-        client_options={"timeout": REQUEST_TIME},
-        retry_config={"retry_timeout": RETRY_TIME},
-    )

@@ -1,0 +1,126 @@
+"""How Google Cloud Storage is reached: its address, and who one is to it.
+
+One chain of credentials for every request, application default credentials as google-auth finds
+them: a key file, a user's login, workload identity federation, impersonation, the service account
+of a machine or pod. Tokens stay in this process.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import logging
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import google.auth
+import requests
+from google.auth.credentials import TokenState
+from google.auth.transport.requests import AuthorizedSession, Request
+from obstore.store import GCSStore
+
+from merge_core.errors import refuse
+from merge_core.stores.location import Access
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, GCSCredential
+
+SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
+
+STALL_TIME = dt.timedelta(seconds=60)
+"""Without a byte of an answer before it is asked for again; also the time that a chunk has to be
+sent, which for 8 MiB is 0.14 MB/s."""
+
+REQUEST_TIME = dt.timedelta(seconds=180)
+"""Of one request with its body: a block of 16 MB in it is 0.09 MB/s."""
+
+RETRY_TIME = dt.timedelta(seconds=270)
+"""After which a request is not tried again: longer than one that stalls, shorter than the five
+minutes that obstore allows, for it tries again with the token that it had."""
+
+FIRST_PAUSE = dt.timedelta(milliseconds=100)
+"""Then twice as long each time."""
+
+REFRESH_BEFORE = dt.timedelta(seconds=225)
+"""The end of a token. The service of a machine hands out a new one no earlier."""
+
+
+class Login:
+    """The process's credentials, as obstore asks for them. Threads may share it.
+
+    Raises:
+        google.auth.exceptions.GoogleAuthError: there are none, or they are broken.
+    """
+
+    def __init__(self) -> None:
+        self._request, self._lock = Request(), threading.Lock()
+        self.credentials: Any = google.auth.default(scopes=[SCOPE], request=self._request)[0]
+
+    def __call__(self) -> GCSCredential:
+        """A token, and when to ask for another."""
+        with self._lock:
+            if self.credentials.token_state is not TokenState.FRESH:
+                self.credentials.refresh(self._request)
+            expiry = self.credentials.expiry  # in UTC, which it does not say
+            again = expiry.replace(tzinfo=dt.UTC) - REFRESH_BEFORE if expiry else None
+            return {"token": self.credentials.token, "expires_at": again}
+
+
+@functools.cache
+def login() -> Login:
+    """The one of this process; raises as ``Login`` does."""
+    _keep_warnings_out_of_logs()
+    return Login()
+
+
+def _keep_warnings_out_of_logs() -> None:
+    """One is that no project is known, which a bucket does without; at DEBUG are requests."""
+    logger = logging.getLogger("google.auth")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.ERROR)
+
+
+def base_url() -> str:
+    """Of the XML API: Google's, or what obstore and what is made of it know as ``GOOGLE_BASE_URL``.
+
+    Raises:
+        InputError: it holds credentials, or is no address.
+    """
+    url = os.environ.get("GOOGLE_BASE_URL") or "https://storage.googleapis.com"
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
+        host = parts.netloc.rpartition("@")[2]
+        raise refuse("GOOGLE_BASE_URL holds credentials", host, "Leave them out")
+    if parts.scheme not in ("http", "https"):
+        remedy = "Write it with http:// or https:// in front"
+        raise refuse("is no address of a server", f"GOOGLE_BASE_URL={url}", remedy)
+    return url.rstrip("/")
+
+
+def bucket(name: str, access: Access) -> GCSStore:
+    """Obstore's store of one bucket.
+
+    Raises: see ``login`` and ``base_url``.
+    """
+    url = base_url()
+    options: ClientConfig = {
+        "timeout": REQUEST_TIME,
+        "read_timeout": STALL_TIME,
+        "allow_http": url.startswith("http:"),
+    }
+    return GCSStore(
+        name,
+        config={"base_url": url, "skip_signature": access.anonymous},
+        client_options=options,
+        retry_config={"retry_timeout": RETRY_TIME, "backoff": {"init_backoff": FIRST_PAUSE}},
+        credential_provider=None if access.anonymous else login(),
+    )
+
+
+def session(access: Access) -> requests.Session:
+    """For the requests that obstore has no words for; raises as ``login`` does."""
+    if access.anonymous:
+        return requests.Session()
+    return AuthorizedSession(login().credentials)  # type: ignore[no-untyped-call]
