@@ -80,6 +80,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> tuple[int, dict[str, str], bytes]:
         if (self.command, self.bucket, self.key) == ("POST", "token", ""):
+            if self.gcs.refuses_keys:
+                said = {"error": "invalid_grant", "error_description": "Invalid JWT Signature."}
+                return 400, {"Content-Type": "application/json"}, json.dumps(said).encode()
             given = self.gcs.give_token(dict(parse_qsl(self.body.decode())))
             return 200, {"Content-Type": "application/json"}, json.dumps(given).encode()
         self._check_rights()
@@ -97,8 +100,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _check_rights(self) -> None:
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
-        reads = self.command in ("GET", "HEAD") and self.bucket in self.gcs.public
-        if not scheme and not reads:
+        reads = self.command in ("GET", "HEAD") and "uploads" not in self.query
+        if not scheme and not (reads and self.bucket in self.gcs.public):
             raise RefusedError(403, "AccessDenied")
         if scheme and (scheme != "Bearer" or token not in self.gcs.tokens):
             raise RefusedError(401, "AuthenticationRequired")
@@ -166,8 +169,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _begin(self) -> tuple[int, dict[str, str], bytes]:
         assert "uploads" in self.query
-        number = secrets.token_urlsafe(12)
-        self.gcs.uploads[number] = Upload(bucket=self.bucket, key=self.key, meta=self._meta())
+        number = self.gcs.begin(self.bucket, self.key, self._meta())
         return _xml(_result("InitiateMultipartUploadResult", self._named(number)))
 
     def _named(self, upload: str) -> str:

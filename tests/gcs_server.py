@@ -17,8 +17,10 @@ import itertools
 import json
 import secrets
 import threading
+from collections.abc import Mapping
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import google.auth.jwt
@@ -46,6 +48,7 @@ class Gcs:
         self.uploads: dict[str, Upload] = {}
         self.tokens: set[str] = set()
         """That it gave and has not forgotten."""
+        self.refuses_keys = False
         self.lifetime = 3600
         """Of the next token, in seconds."""
         self.page = 1000
@@ -94,6 +97,12 @@ class Gcs:
         }
         path.write_text(json.dumps(account))
         return path
+
+    def begin(self, bucket: str, key: str, meta: Mapping[str, str] = MappingProxyType({})) -> str:
+        """A multipart upload."""
+        number = secrets.token_urlsafe(12)
+        self.uploads[number] = Upload(bucket=bucket, key=key, meta=dict(meta))
+        return number
 
     def give_token(self, form: dict[str, str]) -> dict[str, Any]:
         """What the token endpoint answers."""

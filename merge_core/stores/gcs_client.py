@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import google.auth
 import requests
 from google.auth.credentials import TokenState
+from google.auth.exceptions import DefaultCredentialsError
 from google.auth.transport.requests import AuthorizedSession, Request
 from obstore.store import GCSStore
 
@@ -115,8 +116,13 @@ def bucket(name: str, access: Access) -> GCSStore:
         config={"base_url": url, "skip_signature": access.anonymous},
         client_options=options,
         retry_config={"retry_timeout": RETRY_TIME, "backoff": {"init_backoff": FIRST_PAUSE}},
-        credential_provider=None if access.anonymous else login(),
+        credential_provider=_nobody if access.anonymous else login(),
     )
+
+
+def _nobody() -> GCSCredential:
+    """Asked for by requests that write, which obstore signs in any case."""
+    raise DefaultCredentialsError("nothing is written by --anonymous")  # type: ignore[no-untyped-call]
 
 
 def session(access: Access) -> requests.Session:

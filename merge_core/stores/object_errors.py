@@ -15,9 +15,12 @@ from merge_core.stores.location import Location
 from merge_core.stores.retries import Retries
 
 PATIENCE_SECONDS = 120.0
-"""After which a request is not sent again: obstore has tried meanwhile, with pauses of its own."""
+"""After which a request is not repeated: obstore has tried meanwhile, with pauses of its own."""
 
-_LOGIN = "Log in (gcloud auth application-default login), or give the machine's account that right."
+_LOGIN = (
+    "Log in (gcloud auth application-default login), or give the machine's account that right; "
+    "--anonymous only reads."
+)
 
 Answer = TypeVar("Answer")
 
@@ -50,12 +53,11 @@ def reported(where: Location) -> Iterator[None]:
 
 
 def answered(request: Callable[[], Answer]) -> Answer:
-    """What ``request`` returns, tried again where obstore leaves that to us: if it was told to slow
-    down (429), if an answer broke off or is of another range, and if a connection was lost after a
-    request that must not be done twice.
+    """What ``request`` returns, tried again where obstore leaves that to us: if the connection
+    broke after something was sent that is not the same when it is done twice.
 
     Args:
-        request: safe to do twice, or able to tell that it was.
+        request: able to tell that it was done before.
     """
     retries, began = Retries(), time.monotonic()
     while True:

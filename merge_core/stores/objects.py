@@ -41,7 +41,7 @@ class ObjectsStore:
     def look(self, name: str) -> FileIdentity:
         """See ``store.Store``."""
         with reported(self.location / name):
-            head = answered(lambda: obstore.head(self._backend, self._key(name)))
+            head = obstore.head(self._backend, self._key(name))
         return FileIdentity(name=name, size=head["size"], pin=head["e_tag"] or "")
 
     def list(self, below: str = "") -> Iterator[Listed]:
@@ -53,7 +53,7 @@ class ObjectsStore:
     def get(self, name: str) -> bytes:
         """See ``store.Store``."""
         with reported(self.location / name):
-            return answered(lambda: bytes(obstore.get(self._backend, self._key(name)).bytes()))
+            return bytes(obstore.get(self._backend, self._key(name)).bytes())
 
     def open(self, file: FileIdentity) -> ObjectReader:
         """See ``store.Store``."""
@@ -64,7 +64,7 @@ class ObjectsStore:
     def put(self, name: str, data: bytes, *, durable: bool = True) -> None:  # noqa: ARG002 - always is
         """See ``store.Store``."""
         with reported(self.location / name):
-            answered(lambda: obstore.put(self._backend, self._key(name), data))
+            obstore.put(self._backend, self._key(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
         """See ``store.Store``."""
@@ -143,9 +143,8 @@ class ObjectsStore:
 
     def _wrote(self, name: str, attempt: str) -> bool:
         """Whether the object that is there now was written by that attempt."""
-        head: obstore.GetOptions = {"head": True}
         try:
-            found = answered(lambda: obstore.get(self._backend, self._key(name), options=head))
+            found = obstore.get(self._backend, self._key(name), options={"head": True})
         except FileNotFoundError:
             return False
         return found.attributes.get(ATTEMPT) == attempt
@@ -159,17 +158,16 @@ class ObjectReader(BlockReader):
         self._backend = backend
 
     def _fill_block(self, view: memoryview, offset: int) -> None:
+        """In one request; obstore asks again for what is left where its answer breaks off."""
         end = offset + len(view)
-        options: obstore.GetOptions = {"range": (offset, end), "if_match": self._file.pin}
-
-        def read() -> tuple[Any, memoryview]:
-            found = obstore.get(self._backend, self._where.path, options=options)
-            return found.range, memoryview(found.bytes())
-
         with reported(self._where):
-            span, data = answered(read)
-        if span != (offset, end) or len(data) != len(view):
-            asked, got = f"bytes {offset}-{end - 1}", f"{span} with {len(data)} bytes"
+            options: obstore.GetOptions = {"range": (offset, end), "if_match": self._file.pin}
+            found = obstore.get(self._backend, self._where.path, options=options)
+            data = memoryview(found.bytes())
+        if found.meta["e_tag"] != self._file.pin:  # of a server that knows no If-Match
+            raise replaced(self._where)
+        if found.range != (offset, end) or len(data) != len(view):
+            asked, got = f"bytes {offset}-{end - 1}", f"{found.range} with {len(data)} bytes"
             raise misplaced(self._where, asked, got)
         view[:] = data
 
