@@ -64,7 +64,7 @@ class Gcs:
         self.address = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
-        self._key_file = self._write_key(key_file)
+        self.key_file = self._write_key(key_file)
 
     def __enter__(self) -> Self:
         return self
@@ -77,7 +77,7 @@ class Gcs:
     def environment(self) -> dict[str, str]:
         """Has clients come here, with credentials."""
         return {
-            "GOOGLE_APPLICATION_CREDENTIALS": str(self._key_file),
+            "GOOGLE_APPLICATION_CREDENTIALS": str(self.key_file),
             "GOOGLE_BASE_URL": self.address,
             "NO_GCE_CHECK": "true",
         }

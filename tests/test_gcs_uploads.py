@@ -13,7 +13,6 @@ from network_faults import drop, lose_answer, say
 from merge_core.errors import StorageError
 from merge_core.stores import gcs_client
 from merge_core.stores.gcs import GcsStore
-from merge_core.stores.gcs_uploads import abort_uploads
 from merge_core.stores.location import Access, Location
 
 
@@ -99,13 +98,6 @@ def test_a_token_that_has_an_end_is_renewed_before_it(gs_store: GcsStore, gcs: G
     finally:
         gcs.lifetime = 3600
     assert len(gcs.tokens - first) > 1
-
-
-def test_a_sweep_asks_for_another_token_when_one_is_refused(swept: GcsStore, gcs: Gcs) -> None:
-    gcs_client.login()()
-    gcs.tokens.clear()
-    abort_uploads(swept.location, lambda key: key in OURS)
-    assert keys(gcs) == sorted(OTHERS)
 
 
 def test_who_has_no_credentials_is_told_where_they_are_looked_for(

@@ -19,8 +19,9 @@ import google.auth
 import requests
 from google.auth.credentials import TokenState
 from google.auth.exceptions import DefaultCredentialsError
-from google.auth.transport.requests import AuthorizedSession, Request
+from google.auth.transport.requests import Request
 from obstore.store import GCSStore
+from requests.auth import AuthBase
 
 from merge_core.errors import refuse
 from merge_core.stores.location import Access
@@ -126,7 +127,22 @@ def _nobody() -> GCSCredential:
 
 
 def session(access: Access) -> requests.Session:
-    """For the requests that obstore has no words for; raises as ``login`` does."""
-    if access.anonymous:
-        return requests.Session()
-    return AuthorizedSession(login().credentials)  # type: ignore[no-untyped-call]
+    """For the requests that obstore has no words for; raises as ``login`` does.
+
+    Not google-auth's own, which asks other services of Google's about the account as well.
+    """
+    asking = requests.Session()
+    if not access.anonymous:
+        asking.auth = _Bearer(login())
+    return asking
+
+
+class _Bearer(AuthBase):
+    """Signs a request."""
+
+    def __init__(self, who: Login) -> None:
+        self._who = who
+
+    def __call__(self, r: requests.PreparedRequest) -> requests.PreparedRequest:
+        r.headers["Authorization"] = f"Bearer {self._who()['token']}"
+        return r
