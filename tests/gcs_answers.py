@@ -143,6 +143,8 @@ class Handler(BaseHTTPRequestHandler):
     def _put(self) -> tuple[int, dict[str, str], bytes]:
         there = self._here.get(self.key)
         expected = self.headers.get("x-goog-if-generation-match")
+        if self.gcs.ignores_conditions:
+            expected = None
         if expected is not None and int(expected) != (there.generation if there else 0):
             raise RefusedError(412, "PreconditionFailed")
         source = self.headers.get("x-goog-copy-source")

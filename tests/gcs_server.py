@@ -49,6 +49,7 @@ class Gcs:
         self.tokens: set[str] = set()
         """That it gave and has not forgotten."""
         self.refuses_keys = False
+        self.ignores_conditions = False
         self.lifetime = 3600
         """Of the next token, in seconds."""
         self.page = 1000

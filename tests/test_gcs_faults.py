@@ -14,6 +14,7 @@ from network_faults import (
     drop_within,
     edit,
     ignore_range,
+    keep_answer,
     lengthen,
     lose_answer,
     misplace,
@@ -138,11 +139,16 @@ def test_a_file_replaced_between_two_tries_is_noticed(
         reader.read(0, len(DATA))
 
 
-@pytest.mark.parametrize("how", [drop, lose_answer, say(500), say(429), say(503)])
+@pytest.mark.parametrize("how", [drop, lose_answer, keep_answer, say(500), say(429), say(503)])
 @pytest.mark.parametrize("method", ["PUT", "GET", "HEAD", "DELETE"])
 def test_a_request_for_a_small_file_that_fails_once_is_tried_again(
-    gs_store: GcsStore, gs_proxy: FaultProxy, method: str, how: Any
+    gs_store: GcsStore,
+    gs_proxy: FaultProxy,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    how: Any,
 ) -> None:
+    monkeypatch.setattr(gcs_client, "STALL_TIME", dt.timedelta(seconds=0.3))
     gs_proxy.faults(Fault(how, method=method, path="/out%2Fsmall"))
     gs_store.put("small", b"x")
     assert gs_store.look("small").size == 1
@@ -151,14 +157,60 @@ def test_a_request_for_a_small_file_that_fails_once_is_tried_again(
     assert len([one for one in gs_proxy.seen(method) if one.faulty]) == 1
 
 
-@pytest.mark.parametrize("how", [lose_answer, drop, say(503), say(429)])
+@pytest.mark.parametrize("how", [lose_answer, keep_answer, drop, say(503), say(429)])
 def test_a_lost_answer_to_a_creation_is_no_failure(
-    gs_store: GcsStore, gs_proxy: FaultProxy, how: Any
+    gs_store: GcsStore, gs_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, how: Any
 ) -> None:
+    monkeypatch.setattr(gcs_client, "STALL_TIME", dt.timedelta(seconds=0.3))
     gs_proxy.faults(Fault(how, method="PUT", path="/out%2Flease"))
     assert gs_store.create("lease", b"mine")
     assert not gs_store.create("lease", b"yours")
     assert gs_store.get("lease") == b"mine"
+
+
+def test_a_server_that_ignores_the_condition_of_a_creation_is_refused(
+    gs_store: GcsStore, gcs: Gcs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gcs, "ignores_conditions", True)
+    with pytest.raises(StorageError, match="ignores x-goog-if-generation-match"):
+        gs_store.create("lease", b"mine")
+
+
+@pytest.mark.parametrize("how", [drop, say(503), say(429)])
+def test_an_upload_is_begun_again_where_it_was_not(
+    gs_store: GcsStore, gs_proxy: FaultProxy, how: Any
+) -> None:
+    gs_proxy.faults(Fault(how, method="POST", path="uploads"))
+    gs_store.publish(written(gs_store, "model"), "model", len(DATA))
+    assert gs_store.get("model") == DATA
+
+
+def test_an_upload_whose_beginning_is_never_answered_is_an_error_and_swept(
+    gs_store: GcsStore, gs_proxy: FaultProxy, gcs: Gcs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gcs_client, "STALL_TIME", dt.timedelta(seconds=0.3))
+    gs_proxy.faults(Fault(keep_answer, method="POST", path="uploads"))
+    part = gs_store.start("model", len(DATA), "1-a")
+    part.write(memoryview(DATA), 0)
+    with pytest.raises(StorageError, match="parts/model/1-a: the store failed: "):
+        part.finish()
+    part.discard()
+    assert len(gcs.uploads) == 1
+    gs_store.sweep("model")
+    assert gcs.uploads == {}
+    assert list(gs_store.list()) == []
+
+
+def test_an_upload_of_which_nobody_heard_is_swept(
+    gs_store: GcsStore, gs_proxy: FaultProxy, gcs: Gcs
+) -> None:
+    gs_proxy.faults(Fault(lose_answer, method="POST", path="uploads"))
+    gs_store.publish(written(gs_store, "model"), "model", len(DATA))
+    assert gs_store.get("model") == DATA
+    assert len(gcs.uploads) == 1
+    gs_store.sweep("model")
+    assert gcs.uploads == {}
+    assert [one.name for one in gs_store.list()] == ["model"]
 
 
 @pytest.mark.parametrize("how", [drop, lose_answer, say(500)])
@@ -193,10 +245,12 @@ def test_a_chunk_that_cannot_be_sent_is_an_error_and_leaves_no_upload(
 
 
 @pytest.mark.parametrize("lost", [1, 3])
+@pytest.mark.parametrize("how", [lose_answer, keep_answer])
 def test_a_lost_answer_to_the_completion_of_a_part_is_no_failure(
-    gs_store: GcsStore, gs_proxy: FaultProxy, lost: int
+    gs_store: GcsStore, gs_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, how: Any, lost: int
 ) -> None:
-    gs_proxy.faults(Fault(lose_answer, method="POST", path="uploadId", times=lost))
+    monkeypatch.setattr(gcs_client, "STALL_TIME", dt.timedelta(seconds=0.3))
+    gs_proxy.faults(Fault(how, method="POST", path="uploadId", times=lost))
     gs_store.publish(written(gs_store, "model"), "model", len(DATA))
     assert gs_store.get("model") == DATA
 
@@ -212,10 +266,11 @@ def copies(how: Any, passing: int = 0) -> Any:
     return only
 
 
-@pytest.mark.parametrize("how", [lose_answer, drop, say(503), say(429)])
+@pytest.mark.parametrize("how", [lose_answer, keep_answer, drop, say(503), say(429)])
 def test_a_publish_whose_answer_is_lost_is_no_failure(
-    gs_store: GcsStore, gs_proxy: FaultProxy, how: Any
+    gs_store: GcsStore, gs_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, how: Any
 ) -> None:
+    monkeypatch.setattr(gcs_client, "STALL_TIME", dt.timedelta(seconds=0.3))
     part = written(gs_store, "model")
     gs_proxy.faults(Fault(copies(how), method="PUT", path="/out%2Fmodel"))
     gs_store.publish(part, "model", len(DATA))

@@ -153,3 +153,12 @@ def test_an_address_that_is_none_or_holds_a_secret_is_refused(
     with pytest.raises(ValueError, match=said) as refused:
         GcsStore(gs).look("a")
     assert "secret" not in str(refused.value)
+
+
+def test_a_server_of_another_api_is_not_passed_over(
+    gs: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GOOGLE_BASE_URL")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9023")
+    with pytest.raises(ValueError, match=r"STORAGE_EMULATOR_HOST: .*JSON API.*GOOGLE_BASE_URL"):
+        GcsStore(gs).look("a")

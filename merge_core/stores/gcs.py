@@ -18,12 +18,25 @@ from merge_core.stores.objects import ObjectsStore
 from merge_core.stores.store import PARTS
 
 _buckets: dict[tuple[str, Access], Any] = {}
+_proven: set[str] = set()
+"""Buckets that were seen to refuse what ``create`` must not do twice."""
 _lock = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
 class GcsStore(ObjectsStore):
     """See ``store.Store``."""
+
+    def create(self, name: str, data: bytes) -> bool:
+        """See ``store.Store``.
+
+        Raises:
+            StorageError: also where the server does not know x-goog-if-generation-match.
+        """
+        created = ObjectsStore.create(self, name, data)
+        if created and self.location.root not in _proven:
+            self._prove_refusal(name, data)
+        return created
 
     def sweep(self, name: str | None = None) -> None:
         """See ``store.Store``: uploads first, each may still become a part."""
@@ -32,6 +45,20 @@ class GcsStore(ObjectsStore):
         with logged_in(folder):
             abort_uploads(folder, lambda key: only is None or key.rpartition("/")[0] == only)
         ObjectsStore.sweep(self, name)
+
+    def _prove_refusal(self, name: str, data: bytes) -> None:
+        """Have it created once more, in vain: two merges must not both think that they may.
+
+        Done once a bucket; a server that ignores the condition only writes the same again.
+        """
+        if ObjectsStore.create(self, name, data):
+            raise StorageError(
+                "the server ignores x-goog-if-generation-match, so two merges would not notice "
+                "each other",
+                str(self.location / name),
+                "Choose another --out, or another server (GOOGLE_BASE_URL).",
+            )
+        _proven.add(self.location.root)
 
     @property
     def _backend(self) -> Any:

@@ -88,9 +88,14 @@ def base_url() -> str:
     """Of the XML API: Google's, or what obstore and what is made of it know as ``GOOGLE_BASE_URL``.
 
     Raises:
-        InputError: it holds credentials, or is no address.
+        InputError: it holds credentials, or is no address; or only the variable of Google's own
+            clients names one, whose API is another.
     """
-    url = os.environ.get("GOOGLE_BASE_URL") or "https://storage.googleapis.com"
+    url, emulator = (os.environ.get(name) for name in ("GOOGLE_BASE_URL", "STORAGE_EMULATOR_HOST"))
+    if not url and emulator:
+        remedy = "Name a server that answers the XML API in GOOGLE_BASE_URL, or unset it"
+        raise refuse("names a server of the JSON API", "STORAGE_EMULATOR_HOST", remedy)
+    url = url or "https://storage.googleapis.com"
     parts = urlsplit(url)
     if "@" in parts.netloc:
         host = parts.netloc.rpartition("@")[2]

@@ -53,8 +53,8 @@ def reported(where: Location) -> Iterator[None]:
 
 
 def answered(request: Callable[[], Answer]) -> Answer:
-    """What ``request`` returns, tried again where obstore leaves that to us: if the connection
-    broke after something was sent that is not the same when it is done twice.
+    """What ``request`` returns, tried again where obstore leaves that to us: if something that is
+    not the same when it is done twice was sent, and no answer came.
 
     Args:
         request: able to tell that it was done before.
