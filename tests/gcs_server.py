@@ -29,6 +29,9 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from gcs_answers import Handler, Stored, Upload
 
 GRANT = "urn:ietf:params:oauth:grant-type:jwt-bearer"
+EXCHANGE = "urn:ietf:params:oauth:grant-type:token-exchange"
+SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
+POD = "what-a-pod-gets-from-another-issuer"
 AUDIENCE = "https://oauth2.googleapis.com/token"
 """Whatever the address is."""
 ACCOUNT = "merger@project.iam.gserviceaccount.com"
@@ -106,16 +109,22 @@ class Gcs:
         return number
 
     def give_token(self, form: dict[str, str]) -> dict[str, Any]:
-        """What the token endpoint answers."""
+        """What the token endpoint answers: to a signature, or to what another issuer gave a pod."""
+        if form["grant_type"] == EXCHANGE:
+            assert (form["subject_token"], form["scope"]) == (POD, SCOPE)
+        else:
+            self._check_signature(form)
+        token = f"ya29.that-nobody-may-see-{secrets.token_hex(8)}"
+        self.tokens.add(token)
+        given = {"access_token": token, "expires_in": self.lifetime, "token_type": "Bearer"}
+        return given | {"issued_token_type": "urn:ietf:params:oauth:token-type:access_token"}
+
+    def _check_signature(self, form: dict[str, str]) -> None:
         public = self._key.public_key().public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
         claims = google.auth.jwt.decode(form["assertion"], certs={"1": public}, audience=AUDIENCE)
-        assert (form["grant_type"], claims["iss"]) == (GRANT, ACCOUNT)
-        assert claims["scope"] == "https://www.googleapis.com/auth/devstorage.read_write"
-        token = f"ya29.that-nobody-may-see-{secrets.token_hex(8)}"
-        self.tokens.add(token)
-        return {"access_token": token, "expires_in": self.lifetime, "token_type": "Bearer"}
+        assert (form["grant_type"], claims["iss"], claims["scope"]) == (GRANT, ACCOUNT, SCOPE)
 
     def store(self, bucket: str, key: str, data: bytes, meta: dict[str, str], etag: str) -> Stored:
         stored = Stored(

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import google.auth
 import requests
-from google.auth.credentials import TokenState
+from google.auth.credentials import TokenState, with_scopes_if_required
 from google.auth.exceptions import DefaultCredentialsError
 from google.auth.transport.requests import Request
 from obstore.store import GCSStore
@@ -58,16 +58,18 @@ class Login:
 
     def __init__(self) -> None:
         self._request, self._lock = Request(), threading.Lock()
-        self.credentials: Any = google.auth.default(scopes=[SCOPE], request=self._request)[0]
+        # With scopes it would ask Google for the name of a project, which a bucket does without.
+        found, _ = google.auth.default(request=self._request)
+        self._credentials: Any = with_scopes_if_required(found, [SCOPE])  # type: ignore[no-untyped-call]
 
     def __call__(self) -> GCSCredential:
         """A token, and when to ask for another."""
         with self._lock:
-            if self.credentials.token_state is not TokenState.FRESH:
-                self.credentials.refresh(self._request)
-            expiry = self.credentials.expiry  # in UTC, which it does not say
+            if self._credentials.token_state is not TokenState.FRESH:
+                self._credentials.refresh(self._request)
+            expiry = self._credentials.expiry  # in UTC, which it does not say
             again = expiry.replace(tzinfo=dt.UTC) - REFRESH_BEFORE if expiry else None
-            return {"token": self.credentials.token, "expires_at": again}
+            return {"token": self._credentials.token, "expires_at": again}
 
 
 @functools.cache
