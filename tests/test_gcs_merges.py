@@ -16,7 +16,7 @@ from clusters import running_cluster
 from fault_proxy import Exchange, Fault, FaultProxy
 from gcs_server import Gcs
 from handmade import Geometry, random_factors, random_tensors, write_adapter, write_base
-from network_faults import client, heard, kill
+from network_faults import client, drop_within, heard, kill, lose_answer, say
 from ray import cloudpickle
 from ray._common.utils import get_default_ray_temp_dir
 from s3_server import ENVIRONMENT
@@ -111,6 +111,14 @@ def assert_done(places: Places, out: str, expected: dict[str, bytes]) -> None:
     assert not [key for key in places.gcs.buckets[BUCKET] if "/parts/" in key]
 
 
+def assert_whole(out: str, expected: dict[str, bytes]) -> None:
+    """Whatever has a final key, before the merge is done."""
+    store = open_store(locate(out))
+    there = {one.name for one in store.list() if re.match("model-|config", one.name)}
+    assert {name: store.get(name) for name in there} == {name: expected[name] for name in there}
+    assert "config.json" not in there
+
+
 @pytest.mark.parametrize(
     ("base", "adapter", "out"),
     [("gs", "gs", "gs"), ("disk", "gs", "gs"), ("gs", "disk", "disk"), ("s3", "gs", "gs")],
@@ -122,6 +130,49 @@ def test_inline(
     where = f"gs://{BUCKET}/{name}" if out == "gs" else str(places.folder / name)
     places.run("merge", *places.words(base, adapter, where), "--address", "inline")
     assert_done(places, where, expected)
+
+
+def test_a_public_model_is_merged_without_credentials(
+    places: Places, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS")
+    monkeypatch.setattr(places.gcs, "public", {BUCKET})
+    out = str(places.folder / "public")
+    places.proxy.forget()
+    places.run("merge", *places.words("gs", "gs", out), "--address", "inline", "--anonymous")
+    assert places.files(out) == expected
+    assert not [one for one in places.proxy.seen() if "authorization" in one.headers]
+
+
+def test_an_endpoint_of_s3_is_refused_with_gcs(places: Places) -> None:
+    words = places.words("gs", "gs", str(places.folder / "refused"))
+    refused = CliRunner().invoke(app, ["merge", *words, "--endpoint-url", "http://127.0.0.1:1"])
+    assert (refused.exit_code, "GOOGLE_BASE_URL" in refused.output) == (2, True), refused.output
+
+
+def test_through_a_bad_connection_a_merge_succeeds_or_fails_clearly_and_can_be_finished(
+    places: Places, expected: dict[str, bytes]
+) -> None:
+    out = f"gs://{BUCKET}/faulty"
+    words = ["merge", *places.words("gs", "gs", out), "--address", "inline"]
+    passing = [
+        Fault(drop_within(1000), method="GET", path="/base%2Fmodel", skip=2),
+        Fault(say(503), method="PUT", path="faulty%2F.*partNumber=1"),
+        Fault(lose_answer, method="POST", path="faulty%2F.*uploadId"),
+        Fault(lose_answer, method="PUT", path="faulty%2Fmodel%2D00001"),
+        Fault(say(429), method="GET", path="[?]uploads"),
+    ]
+    places.proxy.forget()
+    places.proxy.faults(
+        *passing, Fault(say(403), method="PUT", path="parts.*model%2D00003", times=None)
+    )
+    failed = CliRunner().invoke(app, words)
+    assert len([one for one in places.proxy.seen() if one.faulty]) > len(passing)
+    assert (failed.exit_code, "access is denied" in failed.output) == (1, True), failed.output
+    assert_whole(out, expected)
+    places.proxy.faults()
+    places.run(*words)
+    assert_done(places, out, expected)
 
 
 def test_the_other_commands_know_a_result_in_gcs(
@@ -170,10 +221,7 @@ def test_a_merge_that_dies_in_an_upload_leaves_what_the_same_command_finishes(
         places.proxy.faults(Fault(kill(client, heard), path=target))
         died = subprocess.run(kills.command([], *words), capture_output=True, text=True)
         assert died.returncode == -9, died.stderr
-        store = open_store(locate(out))
-        there = {n.name for n in store.list() if re.match("model-|config", n.name)}
-        assert {name: store.get(name) for name in there} == {n: expected[n] for n in there}
-        assert "config.json" not in there
+        assert_whole(out, expected)
     assert len(places.gcs.uploads) == 2
     places.proxy.faults()
     places.run(*words)
