@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from merge_core.stores import object_parts, s3_parts
+from merge_core.stores.gcs import GcsStore
 from merge_core.stores.location import Location
 from merge_core.stores.objects import ObjectsStore
 from merge_core.stores.s3 import S3Store
@@ -24,6 +25,7 @@ DATA = bytes(range(256)) * 1024
 BACKENDS: dict[str, Callable[[pytest.FixtureRequest], Callable[[], Store]]] = {
     "memory": lambda _: lambda: ObjectsStore(Location(scheme="memory", root=f"m{next(FOLDERS)}")),
     "s3": lambda request: lambda: S3Store(request.getfixturevalue("s3") / f"f{next(FOLDERS)}"),
+    "gs": lambda request: lambda: GcsStore(request.getfixturevalue("gs") / f"f{next(FOLDERS)}"),
 }
 
 WINDOW = 256 << 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import itertools
 import logging
 import os
@@ -19,6 +20,7 @@ import pytest
 import torch
 from backends import BACKENDS, make_parts_small
 from fault_proxy import FaultProxy
+from gcs_server import Gcs
 from handmade import TWO_LANES, small_merge
 from hub_client import HubClient
 from hub_server import Hub
@@ -36,7 +38,8 @@ from tuners import make_tuned
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
-from merge_core.stores import blocks
+from merge_core.stores import blocks, gcs_client
+from merge_core.stores.gcs import GcsStore
 from merge_core.stores.location import Access, Location
 from merge_core.stores.retries import Retries
 from merge_core.stores.s3 import S3Store
@@ -216,6 +219,41 @@ def s3_store(s3: Location, s3_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
     make_parts_small(monkeypatch)
     monkeypatch.setattr(Retries, "seconds", lambda *_: 0.001)
     return S3Store(dataclasses.replace(s3 / "out", access=Access(endpoint_url=s3_proxy.address)))
+
+
+@pytest.fixture(scope="session")
+def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gcs]:
+    """A server that answers as Google Cloud Storage does, with one account."""
+    with Gcs(tmp_path_factory.mktemp("gcs") / "key.json") as running:
+        yield running
+
+
+@pytest.fixture
+def gs(gcs: Gcs, monkeypatch: pytest.MonkeyPatch) -> Location:
+    """A new bucket in it, with credentials in the environment."""
+    for name, value in gcs.environment().items():
+        monkeypatch.setenv(name, value)
+    gcs_client.login.cache_clear()
+    location = Location(scheme="gs", root=f"bucket-{next(BUCKETS)}")
+    gcs.buckets[location.root] = {}
+    gcs.uploads.clear()  # of tests before
+    return location
+
+
+@pytest.fixture
+def gs_proxy(gs: Location, gcs: Gcs, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    with FaultProxy(gcs.address) as proxy:
+        monkeypatch.setenv("GOOGLE_BASE_URL", proxy.address)
+        yield proxy
+
+
+@pytest.fixture
+def gs_store(gs: Location, gs_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> GcsStore:
+    """Reached through the proxy, by a client that hardly pauses between tries."""
+    make_parts_small(monkeypatch)
+    monkeypatch.setattr(Retries, "seconds", lambda *_: 0.001)
+    monkeypatch.setattr(gcs_client, "FIRST_PAUSE", dt.timedelta(milliseconds=1))
+    return GcsStore(gs / "out")
 
 
 @pytest.fixture(params=BACKENDS)

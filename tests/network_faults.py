@@ -23,6 +23,12 @@ def lose_answer(exchange: Exchange) -> None:
     exchange.hang_up()
 
 
+def keep_answer(exchange: Exchange) -> None:
+    """The server does what it was asked to, and nothing comes of it."""
+    heard(exchange)
+    exchange.wait_for_client()
+
+
 def say(status: int, body: bytes = b"", **headers: str) -> How:
     """The answer is that one, and the server hears nothing: ``say(503, Retry_After="0")``."""
     named = tuple((name.replace("_", "-"), value) for name, value in headers.items())

@@ -59,6 +59,12 @@ def test_access_is_kept_whatever_it_is() -> None:
     assert (places[1] / "b").parent == places[1]
 
 
+def test_an_endpoint_of_s3_is_not_passed_over_for_gcs() -> None:
+    with pytest.raises(InputError, match=r"gs://bucket/a: .*GOOGLE_BASE_URL.*AWS_ENDPOINT_URL"):
+        locate("gs://bucket/a", Access(endpoint_url="http://127.0.0.1:1"))
+    assert locate("gs://bucket/a", Access(anonymous=True)).access.anonymous
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [

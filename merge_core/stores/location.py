@@ -37,8 +37,9 @@ class Access:
     endpoint_url: str | None = None
     """Of an S3 other than Amazon's."""
     region: str | None = None
+    """Of that S3."""
     anonymous: bool = False
-    """Sign nothing: for public buckets."""
+    """Sign nothing: for public buckets, of S3 and GCS."""
     cache: bool = False
     """Have whole files of the hub on each node before they are read, not ranges of them."""
 
@@ -60,7 +61,7 @@ class Location:
     revision: str | None = None
     """Of the hub: branch, tag or commit; None: the main branch."""
     access: Access = DEFAULT_ACCESS
-    """How an S3 is reached: this folder, or what is found by what it says."""
+    """How a store is reached: this folder's, or that of what is found by what it says."""
     upload: Upload | None = None
     """How a merge gets there, where it is a model on the hub; None: only to read from."""
 
@@ -133,9 +134,14 @@ def locate(
         exists: whether there is such a path; a hub id is one only where there is none.
 
     Raises:
-        InputError: it means nothing, or holds credentials.
+        InputError: it means nothing, holds credentials, or is in GCS and ``access`` names a server.
     """
-    return text if isinstance(text, Location) else replace(_parse(text, exists), access=access)
+    if isinstance(text, Location):
+        return text
+    place = _parse(text, exists)
+    if place.scheme == "gs" and access.endpoint_url is not None:
+        _refuse_endpoint(place)
+    return replace(place, access=access)
 
 
 def locate_out(text: Place, access: Access = DEFAULT_ACCESS) -> Location:
@@ -223,6 +229,18 @@ def _key(key: str, text: str) -> str:
     if any(part in (".", "..") for part in parts) or "\0" in key:
         raise refuse("has '.' or '..' in its key", text, "Write the key itself")
     return "/".join(parts)
+
+
+def _refuse_endpoint(place: Location) -> None:
+    """Passed over, one would be taken for another server's; followed, another S3 would be sent
+    tokens of Google's.
+    """
+    what = "is in Google Cloud Storage, and --endpoint-url is of an S3"
+    remedy = (
+        "Leave it out: GOOGLE_BASE_URL names another server of GCS, and AWS_ENDPOINT_URL, or "
+        "endpoint_url in ~/.aws/config, that S3, in the environment of every node"
+    )
+    raise refuse(what, str(place), remedy)
 
 
 def _refuse_secrets(rest: str, text: str) -> None:

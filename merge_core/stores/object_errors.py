@@ -1,18 +1,29 @@
-"""What obstore raises, as an error that helps."""
+"""What obstore raises, as an error that helps; and what it does not try again."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from obstore import exceptions
 
 from merge_core.errors import RaymeldError, StorageError, replaced
 from merge_core.stores.failures import absent
 from merge_core.stores.location import Location
+from merge_core.stores.retries import STUBBORN
 
-_DENIED = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError, PermissionError)
-_LOGIN = "Log in (gcloud auth application-default login), or give the machine's account that right."
+PATIENCE_SECONDS = 120.0
+"""After which a request is not repeated: obstore has tried meanwhile, with pauses of its own."""
+
+_LOGIN = (
+    "Log in (gcloud auth application-default login), or give the machine's account that right; "
+    "--anonymous only reads."
+)
+
+Answer = TypeVar("Answer")
 
 
 @contextlib.contextmanager
@@ -31,9 +42,30 @@ def reported(where: Location) -> Iterator[None]:
         raise absent(where) from error
     except exceptions.PreconditionError as error:
         raise replaced(where) from error
-    except _DENIED as error:
+    except exceptions.UnauthenticatedError as error:
+        what = "the credentials are not accepted, or no token can be had with them"
+        raise StorageError(what, str(where), _LOGIN) from error
+    except (exceptions.PermissionDeniedError, PermissionError) as error:
         raise StorageError("access is denied", str(where), _LOGIN) from error
     except (exceptions.BaseError, OSError) as error:
         said = str(error).splitlines()[0]  # the rest is Rust's view of it
         remedy = "The same command again goes on where it stopped."
         raise StorageError(f"the store failed: {said}", str(where), remedy) from error
+
+
+def answered(request: Callable[[], Answer]) -> Answer:
+    """What ``request`` returns, tried again where obstore leaves that to us: if something that is
+    not the same when it is done twice was sent, and no answer came.
+
+    Args:
+        request: able to tell that it was done before.
+    """
+    began = time.monotonic()
+    for failed in itertools.count(1):
+        try:
+            return request()
+        except exceptions.GenericError as error:
+            if time.monotonic() - began > PATIENCE_SECONDS:
+                raise
+            STUBBORN.pause_after(failed, error)
+    raise AssertionError("unreachable: the last attempt returns or raises")

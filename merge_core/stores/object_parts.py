@@ -42,7 +42,7 @@ class ObjectPartWriter:
         self._ahead: dict[int, bytes] = {}
         self._next = 0
         self._ended = False
-        self._error: StorageError | None = None
+        self._error: BaseException | None = None
         self._moved = threading.Condition()
         self._thread = threading.Thread(target=self._send, daemon=True, name="objects-write")
         self._thread.start()
@@ -92,16 +92,30 @@ class ObjectPartWriter:
                 obstore.put(
                     self._backend,
                     self._where.path,
-                    self._in_order(),
+                    self._in_order() if self._size else b"",  # no parts would have no metadata
                     attributes={ATTEMPT: self._attempt},
                     chunk_size=CHUNK_BYTES,
                     max_concurrency=IN_FLIGHT,
                 )
-        except StorageError as error:
-            self._error = error
-        with self._moved:
-            self._ended = True
-            self._moved.notify_all()
+        except BaseException as error:  # noqa: BLE001 - whoever writes or finishes raises it
+            if not self._arrived():
+                self._error = error
+        finally:
+            with self._moved:
+                self._ended = True
+                self._moved.notify_all()
+
+    def _arrived(self) -> bool:
+        """Whether it is there though the store failed: it may be that only its last answer, which
+        no second one follows, was lost.
+        """
+        if self._ended or self._next < self._size:
+            return False
+        with contextlib.suppress(Exception):
+            found = obstore.get(self._backend, self._where.path, options={"head": True})
+            mark = found.attributes.get(ATTEMPT)
+            return (found.meta["size"], mark) == (self._size, self._attempt)
+        return False
 
     def _in_order(self) -> Iterator[bytes]:
         """What was written, from the beginning to the end; ends the upload when it raises."""

@@ -1,4 +1,4 @@
-"""Google Cloud Storage, and the memory of this process, as stores.
+"""What obstore reaches as a store: the memory of this process, and Google Cloud Storage (``gcs``).
 
 Neither can be told to finish an upload that another process began, so a part is an object of its
 own, which publishing copies: GCS does that without moving data.
@@ -7,7 +7,6 @@ own, which publishing copies: GCS does that without moving data.
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import secrets
 import threading
 from collections.abc import Iterator
@@ -16,23 +15,17 @@ from typing import Any
 
 import obstore
 from obstore.exceptions import AlreadyExistsError
-from obstore.store import GCSStore, MemoryStore
+from obstore.store import MemoryStore
 
-from merge_core.errors import replaced
+from merge_core.errors import AbsentError, replaced
 from merge_core.stores.blocks import BlockReader
 from merge_core.stores.failures import ATTEMPT, gone, incomplete, misplaced, taken
 from merge_core.stores.location import Location
-from merge_core.stores.object_errors import reported
+from merge_core.stores.object_errors import answered, reported
 from merge_core.stores.object_parts import ObjectPartWriter
 from merge_core.stores.store import PARTS, FileIdentity, Listed
 
-REQUEST_TIME = dt.timedelta(seconds=120)
-"""Of one request with its body: a block of 16 MB in it is 0.14 MB/s."""
-
-RETRY_TIME = dt.timedelta(seconds=120)
-"""After which a request is not tried again."""
-
-_backends: dict[tuple[str, str], Any] = {}
+_memories: dict[str, MemoryStore] = {}
 _lock = threading.Lock()
 
 
@@ -75,13 +68,9 @@ class ObjectsStore:
 
     def create(self, name: str, data: bytes) -> bool:
         """See ``store.Store``."""
-        attempt, backend, key = secrets.token_hex(8), self._backend, self._key(name)
+        attempt = secrets.token_hex(8)
         with reported(self.location / name):
-            try:
-                obstore.put(backend, key, data, mode="create", attributes={ATTEMPT: attempt})
-            except AlreadyExistsError:  # perhaps by a try whose answer was lost
-                return self._wrote(name, attempt)
-        return True
+            return answered(lambda: self._created(name, data, attempt))
 
     def start(self, name: str, size: int, attempt: str) -> ObjectPartWriter:
         """See ``store.Store``."""
@@ -90,22 +79,19 @@ class ObjectsStore:
 
     def publish(self, part: str, name: str, size: int) -> None:
         """See ``store.Store``."""
-        where, key = self.location / name, self._key(_part(name, part))
+        where = self.location / name
         with reported(where):
             try:
-                got = obstore.head(self._backend, key)["size"]
-            except FileNotFoundError as error:
+                got = self.look(_part(name, part)).size
+            except AbsentError as error:
                 if self._wrote(name, part):
                     return
                 raise gone(where, part) from error
             if got != size:
                 raise incomplete(where, got, size)
-            try:
-                obstore.copy(self._backend, key, self._key(name), overwrite=False)
-            except AlreadyExistsError as error:
-                if not self._wrote(name, part):
-                    raise taken(where) from error
-            obstore.delete(self._backend, key)
+            if not answered(lambda: self._copied(part, name)):
+                raise taken(where)
+        self.delete(_part(name, part))
 
     def sweep(self, name: str | None = None) -> None:
         """See ``store.Store``."""
@@ -116,11 +102,13 @@ class ObjectsStore:
     def delete(self, name: str) -> None:
         """See ``store.Store``."""
         with reported(self.location / name), contextlib.suppress(FileNotFoundError):
-            obstore.delete(self._backend, self._key(name))
+            answered(lambda: obstore.delete(self._backend, self._key(name)))
 
     @property
     def _backend(self) -> Any:
-        return _backend_of(self.location.scheme, self.location.root)
+        """What obstore calls a store; one a process."""
+        with _lock:
+            return _memories.setdefault(self.location.root, MemoryStore())
 
     def _key(self, name: str) -> str:
         return (self.location / name).path
@@ -134,6 +122,24 @@ class ObjectsStore:
                     name = found["path"].removeprefix(self.location.path).removeprefix("/")
                     modified = found["last_modified"].timestamp()
                     yield Listed(name=name, size=found["size"], modified=modified)
+
+    def _created(self, name: str, data: bytes, attempt: str) -> bool:
+        """Make an object; False if there is another one of that name."""
+        mark, key = {ATTEMPT: attempt}, self._key(name)
+        try:
+            obstore.put(self._backend, key, data, mode="create", attributes=mark)
+        except AlreadyExistsError:  # perhaps by a try whose answer was lost
+            return self._wrote(name, attempt)
+        return True
+
+    def _copied(self, part: str, name: str) -> bool:
+        """Have the store copy it; False if there is another file of that name."""
+        source, target = self._key(_part(name, part)), self._key(name)
+        try:
+            obstore.copy(self._backend, source, target, overwrite=False)
+        except AlreadyExistsError:  # perhaps by a try whose answer was lost
+            return self._wrote(name, part)
+        return True
 
     def _wrote(self, name: str, attempt: str) -> bool:
         """Whether the object that is there now was written by that attempt."""
@@ -152,11 +158,14 @@ class ObjectReader(BlockReader):
         self._backend = backend
 
     def _fill_block(self, view: memoryview, offset: int) -> None:
+        """In one request; obstore asks again for what is left where its answer breaks off."""
         end = offset + len(view)
         with reported(self._where):
             options: obstore.GetOptions = {"range": (offset, end), "if_match": self._file.pin}
             found = obstore.get(self._backend, self._where.path, options=options)
             data = memoryview(found.bytes())
+        if found.meta["e_tag"] != self._file.pin:  # of a server that knows no If-Match
+            raise replaced(self._where)
         if found.range != (offset, end) or len(data) != len(view):
             asked, got = f"bytes {offset}-{end - 1}", f"{found.range} with {len(data)} bytes"
             raise misplaced(self._where, asked, got)
@@ -165,20 +174,3 @@ class ObjectReader(BlockReader):
 
 def _part(name: str, attempt: str) -> str:
     return f"{PARTS}/{name}/{attempt}"
-
-
-def _backend_of(scheme: str, root: str) -> Any:
-    """The store of obstore for a bucket, or for a name in memory; one a process."""
-    with _lock:
-        if (scheme, root) not in _backends:
-            _backends[scheme, root] = MemoryStore() if scheme == "memory" else _bucket(root)
-        return _backends[scheme, root]
-
-
-def _bucket(name: str) -> GCSStore:
-    """Credentials are what Google's own tools find: application default credentials."""
-    return GCSStore(
-        name,
-        client_options={"timeout": REQUEST_TIME},
-        retry_config={"retry_timeout": RETRY_TIME},
-    )

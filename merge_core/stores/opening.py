@@ -28,6 +28,10 @@ def open_store(location: Location) -> Store:
         from merge_core.stores.s3 import S3Store
 
         return S3Store(location)
+    if location.scheme == "gs":
+        from merge_core.stores.gcs import GcsStore
+
+        return GcsStore(location)
     if location.upload is not None:
         return open_hub_out(location)
     if location.scheme == "hf":
