@@ -156,6 +156,10 @@ class HubOut:
         """See ``store.Store``."""
         self._state.delete(_record(name) if self._is_weights(name) else name)
 
+    def clock(self) -> float:
+        """See ``store.Store``."""
+        return self._state.clock()
+
     def sent(self, name: str) -> SentFile:
         """What stands for a file of weights.
 

@@ -10,6 +10,7 @@ import contextlib
 import datetime as dt
 import secrets
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +118,10 @@ class ObjectsStore:
         """See ``store.Store``."""
         with reported(self.location / name), contextlib.suppress(FileNotFoundError):
             obstore.delete(self._backend, self._key(name))
+
+    def clock(self) -> float:
+        """See ``store.Store``. The client library shows nobody when an answer was given."""
+        return time.time()
 
     @property
     def _backend(self) -> Any:
