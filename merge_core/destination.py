@@ -20,7 +20,7 @@ from merge_core.plan import MergePlan
 from merge_core.side_files import CONFIG
 from merge_core.stores.location import Location
 from merge_core.stores.opening import is_there
-from merge_core.upload import check_upload, destination_of
+from merge_core.upload import check_upload, destination_of, notes_on_model
 
 
 def check_destination(out: Location, plan: MergePlan) -> None:
@@ -114,7 +114,7 @@ def notes_on(out: Location) -> list[Problem]:
     Raises:
         StorageError: it may not be looked at.
     """
-    notes, earlier = [], read_plan(out)
+    notes, earlier = notes_on_model(out), read_plan(out)
     if earlier is not None:
         plan, finished = f"plan {earlier['fingerprint'][:12]}", is_there(out / CONFIG)
         what = f"holds {'a finished' if finished else 'an unfinished'} merge, of {plan}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from merge_core.commit import Assembly, remove_leftovers
 from merge_core.destination import check_location
-from merge_core.errors import DeviceMemoryError, InputError, RaymeldError, gathered, refuse
+from merge_core.errors import DeviceMemoryError, InputError, Problem, RaymeldError, gathered, refuse
 from merge_core.factors import seal
 from merge_core.history import Attempt, History, recorded
 from merge_core.holder import Holder
@@ -25,7 +25,7 @@ from merge_core.progress import Progress, Watch, WorkerProgress, in_turn
 from merge_core.stored_head import check_stored_head
 from merge_core.stores.location import Location, Place, locate_out
 from merge_core.stores.opening import open_store
-from merge_core.upload import check_level, make_ready, published_at
+from merge_core.upload import check_level, check_model, make_ready, published_at
 from merge_core.verdict import conclude, unproven, verify_deeper
 from merge_core.verify import (
     FileCheck,
@@ -174,14 +174,31 @@ def claim(
     if not overwrite and holds_result(out, plan, say):
         yield None
         return
-    check_usable(out, plan, overwrite=overwrite)
+    check_out(out, plan, overwrite=overwrite)
     with Lease(out, say) as lease:
         if not overwrite and is_finished(out, plan):  # by the merge that was waited for
             yield None
         else:
             prepare(out, plan, overwrite=overwrite)
-            make_ready(out)
+            make_ready(out, plan, overwrite=overwrite)
             yield lease.holder
+
+
+def check_out(out: Location, plan: MergePlan, *, overwrite: bool) -> None:
+    """Raise what ``claim`` would of what lies in ``out``, for ``plan``, which must be sealed; write
+    nothing.
+
+    Raises:
+        InputError: with all that stands against it.
+        StorageError: the disk is too small, or the hub cannot be asked.
+    """
+    problems: list[Problem] = []
+    with gathered(problems):
+        check_usable(out, plan, overwrite=overwrite)
+    with gathered(problems):
+        check_model(out, plan, overwrite=overwrite)
+    if problems:
+        raise InputError(problems)
 
 
 def holds_result(out: Location, plan: MergePlan, say: Callable[[str], None]) -> bool:

@@ -34,20 +34,75 @@ def check_upload(out: Location, plan: MergePlan) -> list[Problem]:
     if out.upload is None:
         what = "a merge onto the hub keeps its records elsewhere until it is done"
         return [Problem(what, str(out), "Give --state: a folder of its own, or s3://bucket/key")]
-    from merge_core.hub_commit import check_usable
-    from merge_core.stores.hub_push import HubPush
-
     problems, limit = list(_of_state(out.upload.state, out)), out.upload.scratch_limit
+    finished = not problems and open_hub_out(out).committed
     largest = max((shard.size for shard in plan.shards), default=0)
     if limit is not None and largest > limit:
         what = f"the largest file of the result has {largest} bytes, more than may lie there"
         remedy = "Allow as much, or give a smaller --shard-size"
         problems.append(Problem(what, f"--scratch-limit {limit}", remedy))
     with gathered(problems):
-        there = HubPush.look(out.root, out.revision, private=out.upload.private)
-        if there is not None:
-            check_usable(out.root, there.files(), begun=bool(open_hub_out(out).record))
+        if not finished:  # or that may be all that is asked for; else see check_model
+            _merge_on(out)
     return problems
+
+
+def _merge_on(out: Location) -> str | None:
+    """The fingerprint of the merge that the model holds; None: it is new, or yet to be made.
+
+    Raises:
+        InputError: it is none that a merge may go to.
+        StorageError: the hub cannot be asked.
+    """
+    from merge_core.hub_model import merge_there
+    from merge_core.stores.hub_push import HubPush
+
+    assert out.upload is not None
+    target = HubPush.look(out.root, out.revision, private=out.upload.private)
+    if target is None:
+        return None
+    return merge_there(target, begun=bool(open_hub_out(out).record))
+
+
+def check_model(out: Location, plan: MergePlan, *, overwrite: bool) -> None:
+    """Make sure that ``plan``, which must be sealed, may go to a model on the hub; all other places
+    are left to ``output.check_usable``.
+
+    Raises:
+        InputError: everybody can see it, or it holds another merge, or what raymeld did not make.
+        StorageError: the hub cannot be asked.
+    """
+    if out.upload is None:
+        return
+    from merge_core.hub_model import check_usable
+    from merge_core.stores.hub_push import HubPush
+
+    record = {} if overwrite else open_hub_out(out).record  # which begins anew
+    target = HubPush.look(out.root, out.revision, private=out.upload.private)
+    if target is not None:
+        check_usable(
+            target,
+            plan.fingerprint,
+            overwrite=overwrite,
+            begun=bool(record),
+            replaces=record.get("replaces"),
+        )
+
+
+def notes_on_model(out: Location) -> list[Problem]:
+    """What stands against every merge but one onto a model on the hub, and is not in its state.
+
+    Raises:
+        StorageError: the hub cannot be asked.
+    """
+    if out.upload is None or open_hub_out(out).record:
+        return []
+    there = _merge_on(out)
+    if there is None:
+        return []
+    what = f"holds a merge, of plan {there[:12]}"
+    remedy = "The same merge changes nothing there; any other is refused without --overwrite"
+    return [Problem(what, str(out), remedy)]
 
 
 def _of_state(state: Location, out: Location) -> Iterator[Problem]:
@@ -82,23 +137,31 @@ def check_level(out: Location, level: str) -> list[Problem]:
     return [Problem(what, f"--verify {level}", remedy)]
 
 
-def make_ready(out: Location) -> None:
+def make_ready(out: Location, plan: MergePlan, *, overwrite: bool) -> None:
     """Of a model on the hub: make it if there is none, and keep the commit that the merge follows.
 
     Raises:
-        InputError: it is none that a merge may go to.
+        InputError: see ``check_model``.
         StorageError: this account may not write to it.
     """
     if out.upload is None:
         return
-    from merge_core.hub_commit import check_usable
+    from merge_core.hub_model import check_usable
     from merge_core.stores.hub_push import HubPush
 
     store, upload = open_hub_out(out), out.upload
     target = HubPush.begin(out.root, out.revision, private=upload.private)
-    check_usable(out.root, target.files(), begun=bool(store.record))
+    before = store.record
+    there = check_usable(
+        target,
+        plan.fingerprint,
+        overwrite=overwrite,
+        begun=bool(before),
+        replaces=before.get("replaces"),
+    )
     record = {"model": out.root, "branch": store.target.revision, "private": upload.private}
-    _keep(store, {**record, "parent": target.parent, "commit": None, "url": None})
+    unmade = {"replaces": there, "parent": target.parent, "commit": None, "url": None}
+    _keep(store, record | unmade)
 
 
 def commit_out(out: Location, plan: MergePlan) -> None:

@@ -23,11 +23,13 @@ from huggingface_hub import (
 
 from merge_core.errors import AbsentError, StorageError, VerificationError, refuse, some_of
 from merge_core.storage import reported
+from merge_core.stores.hub import HubStore
 from merge_core.stores.hub_errors import HTTP_ERROR, HubPlace
 from merge_core.stores.hub_files import HubEntry, pin, read_tree
 from merge_core.stores.hub_objects import HubObjects, Sent, asked, spoken, upload_info
 from merge_core.stores.hub_requests import PassingError, ask, quoted
 from merge_core.stores.hub_retries import PATIENT, Retries
+from merge_core.stores.location import Location
 
 
 class HubPush(HubObjects):
@@ -104,9 +106,17 @@ class HubPush(HubObjects):
         """Of the commit that is followed."""
         return _url(self._target, self.parent)
 
+    def __str__(self) -> str:
+        return str(self._target)
+
     def files(self) -> Mapping[str, HubEntry]:
         """What the model has in the commit that is followed."""
         return _files_at(self._target, self.parent, self._retries)
+
+    def read(self, name: str) -> bytes:
+        """All of a small file in the commit that is followed."""
+        there = Location(scheme="hf", root=self._target.repo, revision=self.parent)
+        return HubStore(there, retries=self._retries).get(name)
 
     def commit(
         self,
