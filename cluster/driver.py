@@ -18,10 +18,11 @@ from cluster.merging import Merging
 from cluster.session import LOCAL, session
 from cluster.timing import Timing
 from cluster.workers import ClusterOptions, size_fleet
+from merge_core.claim import begin, check_out, claim, holds_result
 from merge_core.errors import StorageError
 from merge_core.history import recorded
 from merge_core.lease import is_held
-from merge_core.merge import MergeResult, begin, check_out, claim, holds_result, result_of
+from merge_core.merge import MergeResult, result_of
 from merge_core.plan import MergePlan
 from merge_core.progress import Watch
 from merge_core.reachable import refuse_private

@@ -18,8 +18,8 @@ from hub_repos import Xet, sha256
 from hub_target import SHARDS, Target
 from pushes import head
 
+from merge_core.claim import begin, claim
 from merge_core.errors import AbsentError, StorageError, VerificationError
-from merge_core.merge import begin, claim
 from merge_core.progress import Progress
 from merge_core.stores.hub_objects import HubObjects
 from merge_core.stores.hub_out import HubOut, SentFile
