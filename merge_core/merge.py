@@ -19,7 +19,7 @@ from merge_core.ledger import Receipt
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, Watch, WorkerProgress, in_turn
 from merge_core.stores.location import Location, Place, locate_out
-from merge_core.upload import published_at
+from merge_core.upload import published_at, scratch_in_memory
 from merge_core.verdict import conclude, unproven, verify_deeper
 from merge_core.verify import FileCheck, VerifyReport, check_file, verify
 
@@ -87,6 +87,8 @@ def merge(
             importing.result().pick_device("cuda")
         plan = begin(plan, target, level)
         module = importing.result()
+    if memory := scratch_in_memory(target):
+        say(f"{memory}: each file of the result lies there until it is sent")
     with claim(plan, target, overwrite=overwrite, say=say) as holder:
         if holder is None:
             check = functools.partial(verify, run=in_turn("verifying", watch, _size_in(plan)))
@@ -99,7 +101,13 @@ def merge(
 
                 @functools.cache
                 def worker_on(where: str) -> ShardWorker:
-                    worker: ShardWorker = module.ShardWorker(plan, target, where, choice=choice)
+                    worker: ShardWorker = module.ShardWorker(
+                        plan,
+                        target,
+                        where,
+                        choice=choice,
+                        say=lambda what: history.note(f"this process {what}"),
+                    )
                     return stack.enter_context(contextlib.closing(worker))
 
                 for shard in plan.shards:

@@ -14,10 +14,13 @@ from merge_core.output import STAGED_CONFIG, read_plan, verified_level
 from merge_core.plan import MergePlan
 from merge_core.stores.location import Location, Upload, onto_hub
 from merge_core.stores.opening import open_hub_out, open_store, read_file
+from merge_core.stores.scratch import scratch_of
 from merge_core.stores.store import HUB_RECORD
 
 if TYPE_CHECKING:
     from merge_core.stores.hub_out import HubOut
+
+MEMORY_REMEDY = "Give --scratch a directory on a disk, unless the node has so much to spare"
 
 LEVELS = ("structure", "digest", "load")
 """At which what is sent can be verified: by its headers, and by each byte as it was read back."""
@@ -116,6 +119,11 @@ def _of_state(state: Location, out: Location) -> Iterator[Problem]:
         yield Problem(f"is the state of a merge onto {there}", str(state), remedy)
 
 
+def scratch_in_memory(out: Location) -> str:
+    """What to say of the scratch of this machine where it is memory; empty where it is none."""
+    return "" if out.upload is None else scratch_of(out.upload).in_memory
+
+
 def notes_on_scratch(out: Location, plan: MergePlan) -> list[Problem]:
     """What a merge to the hub needs of each node; nothing of others."""
     if out.upload is None:
@@ -125,7 +133,11 @@ def notes_on_scratch(out: Location, plan: MergePlan) -> list[Problem]:
         f"holds, for each worker of a node, a file of up to {largest / 1e9:.2f} GB until it is sent"
     )
     remedy = "The disk needs that room; --scratch-limit bounds what all of them hold"
-    return [Problem(what, f"--scratch {out.upload.scratch or '(temporary files)'}", remedy)]
+    where = f"--scratch {out.upload.scratch or '(temporary files)'}"
+    notes = [Problem(what, where, remedy)]
+    if memory := scratch_in_memory(out):
+        notes.append(Problem(f"here, {memory}", where, MEMORY_REMEDY))
+    return notes
 
 
 def check_level(out: Location, level: str) -> list[Problem]:

@@ -21,10 +21,11 @@ from pushes import head
 from merge_core.claim import begin, claim
 from merge_core.errors import AbsentError, StorageError, VerificationError
 from merge_core.progress import Progress
+from merge_core.stores import scratch
 from merge_core.stores.hub_objects import HubObjects
 from merge_core.stores.hub_out import HubOut, SentFile
 from merge_core.stores.opening import open_hub_out
-from merge_core.stores.scratch import ScratchPart
+from merge_core.stores.scratch import Scratch, ScratchPart
 from merge_core.worker import ShardWorker
 
 pytestmark = [
@@ -59,6 +60,22 @@ def test_workers_of_a_node_keep_within_its_limit(
     assert len(seen) == 4
     assert max(seen) <= largest * 3 // 2
     assert target.waiting() == []
+
+
+def test_a_merge_says_that_it_waits_and_that_its_scratch_is_memory(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target.limit(max(shard.size for shard in target.plan.shards))
+    others, said = Scratch(str(target.scratch), None).start("others", 1), list[str]()
+    monkeypatch.setattr(scratch.time, "sleep", lambda _: others.discard())
+    monkeypatch.setattr(scratch, "file_system_of", lambda _: "tmpfs")
+    target.merge(say=said.append)
+    assert said[0] == (
+        f"{target.scratch} is memory, not a disk (tmpfs): each file of the result lies there until"
+        " it is sent"
+    )
+    (waits,) = (line for line in said if "waits" in line)
+    assert waits.startswith(f"this process waits for room in {target.scratch}, where 1 file of")
 
 
 def test_who_watches_hears_of_a_merge_while_it_sends(
