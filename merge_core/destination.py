@@ -70,7 +70,7 @@ def check_access(out: Location) -> list[Problem]:
     """Places that are to be written to without a signature, which no S3 lets anybody do."""
     remedy = "Leave --anonymous out: who may write there reads public buckets as well"
     return [
-        Problem(f"{name} cannot be written to with --anonymous", str(place), remedy)
+        Problem(f"{name} is to be written to, and --anonymous signs nothing", str(place), remedy)
         for name, place in _written(out)
         if place.scheme == "s3" and place.access.anonymous
     ]

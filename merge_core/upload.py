@@ -26,20 +26,31 @@ LEVELS = ("structure", "digest", "load")
 """At which what is sent can be verified: by its headers, and by each byte as it was read back."""
 
 
-def check_upload(out: Location, plan: MergePlan) -> list[Problem]:
-    """What stands against ``plan`` going to the hub; nothing is made there. None of other places.
+def kept_in(out: Location) -> Location:
+    """Where a merge keeps its records: in OUT, or in the state of one that goes to the hub."""
+    return out if out.upload is None else out.upload.state
+
+
+def lacks_state(out: Location) -> list[Problem]:
+    """That a merge onto the hub was given none."""
+    if out.scheme != "hf" or out.upload is not None:
+        return []
+    what = "a merge onto the hub keeps its records elsewhere until it is done"
+    return [Problem(what, str(out), "Give --state: a folder of its own, or s3://bucket/key")]
+
+
+def check_upload(out: Location, plan: MergePlan | None) -> list[Problem]:
+    """What stands against ``plan`` going to the hub, or against any; nothing is made there. None of
+    other places.
 
     Raises:
         StorageError: the hub cannot be asked.
     """
-    if out.scheme != "hf":
-        return []
     if out.upload is None:
-        what = "a merge onto the hub keeps its records elsewhere until it is done"
-        return [Problem(what, str(out), "Give --state: a folder of its own, or s3://bucket/key")]
+        return lacks_state(out)
     problems, limit = list(_of_state(out.upload.state, out)), out.upload.scratch_limit
     finished = not problems and open_hub_out(out).committed
-    largest = max((shard.size for shard in plan.shards), default=0)
+    largest = max((shard.size for shard in plan.shards), default=0) if plan else 0
     if limit is not None and largest > limit:
         what = f"the largest file of the result has {largest} bytes, more than may lie there"
         remedy = "Allow as much, or give a smaller --shard-size"
@@ -65,6 +76,22 @@ def _merge_on(out: Location) -> str | None:
     if target is None:
         return None
     return merge_there(target, begun=bool(open_hub_out(out).record))
+
+
+def check_account(out: Location) -> None:
+    """Make sure that this account may write to a model on the hub, or make it, as far as the hub
+    tells that without a write.
+
+    Raises:
+        StorageError: it may not, or the hub cannot be asked.
+    """
+    from merge_core.stores.hub_push import HubPush, check_owner
+
+    target = HubPush.look(out.root, out.revision, private=False)
+    if target is None:
+        check_owner(out.root)
+    else:
+        target.check_writable()
 
 
 def check_model(out: Location, plan: MergePlan, *, overwrite: bool) -> None:
@@ -163,6 +190,7 @@ def make_ready(out: Location, plan: MergePlan, *, overwrite: bool) -> None:
 
     store, upload = open_hub_out(out), out.upload
     target = HubPush.begin(out.root, out.revision, private=upload.private)
+    target.check_writable()  # before hours of work, not after
     before = store.record
     there = check_usable(
         target,

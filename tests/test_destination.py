@@ -242,7 +242,7 @@ def test_nobody_may_write_without_a_signature_and_no_server_is_asked(
     base: Path, adapter: Path, out: list[str], named: str
 ) -> None:
     words = [str(base), str(adapter), "--anonymous", "--endpoint-url", "http://127.0.0.1:1"]
-    wanted = f"{named} cannot be written to with --anonymous. Leave --anonymous out"
+    wanted = f"{named} is to be written to, and --anonymous signs nothing. Leave --anonymous out"
     done = CliRunner().invoke(app, ["plan", *words, "--out", *out])
     assert (done.exit_code, wanted in done.stderr) == (2, True)
 

@@ -115,6 +115,28 @@ class Scratch:
             with contextlib.suppress(StorageError), self._locked(wait=False):
                 self._held()
 
+    def try_out(self) -> None:
+        """Make sure that files can be written there, and leave nothing of that.
+
+        Raises:
+            StorageError: they cannot.
+        """
+        with reported(self.folder), _explained(self.folder):
+            if self._is_own and os.path.lexists(self.folder):
+                self._refuse_foreign()
+            for path in (self.folder / _LOCK, *self.folder.glob(f"*{_SUFFIX}")):
+                with contextlib.suppress(FileNotFoundError):
+                    path.open("r+b").close()
+            with tempfile.TemporaryFile(dir=nearest(self.folder)):
+                pass
+
+    @property
+    def room(self) -> int:
+        """Bytes that the disk has for it, once what waits there now is sent."""
+        with reported(self.folder):
+            free = shutil.disk_usage(nearest(self.folder)).free
+            return free + sum(path.stat().st_size for path in self.folder.glob(f"*{_SUFFIX}"))
+
     @property
     def in_memory(self) -> str:
         """What to say where files take memory, as far as this machine tells; else empty."""
