@@ -13,7 +13,7 @@ from merge_core.ledger import Receipt
 from merge_core.output import check_prepared
 from merge_core.plan import MergePlan
 from merge_core.stores.location import Location
-from merge_core.upload import scratch_in_memory
+from merge_core.upload import check_scratch
 
 if TYPE_CHECKING:
     from merge_core.worker import ShardWorker
@@ -37,7 +37,8 @@ class Merger(Checker):
 
         Raises:
             DeviceMemoryError: not even one lane fits here.
-            StorageError: an input or OUT is another one here than for the driver.
+            StorageError: an input or OUT is another one here than for the driver, or the scratch
+                cannot be written to.
         """
         from merge_core.worker import ShardWorker
 
@@ -45,7 +46,7 @@ class Merger(Checker):
         self._worker = ShardWorker(self._plan, self._out, self._device, self._name, say=self._wait)
         self._begin("idle", 0)
         worker = self._worker
-        choice = "; ".join(filter(None, (worker.choice.reason, scratch_in_memory(self._out))))
+        choice = "; ".join(filter(None, (worker.choice.reason, check_scratch(self._out))))
         return greet(worker.describe_device(), worker.found, choice)
 
     def merge(self, shard: int, attempt: int, shrink: int) -> Receipt:

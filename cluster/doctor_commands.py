@@ -66,7 +66,7 @@ def doctor(  # noqa: PLR0913 - one parameter an option
         intent = Intent(
             base=locate(base, access) if base is not None else None,
             adapters=adapters or [],
-            out=hub.locate_out(out, access) if out is not None else None,
+            out=hub.locate_any(out, access),
             access=access,
         )
         checkup = examine(address, intent, seconds=timeout, say=Talk(quiet=quiet).say)

@@ -19,7 +19,7 @@ from merge_core.ledger import Receipt
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, Watch, WorkerProgress, in_turn
 from merge_core.stores.location import Location, Place, locate_out
-from merge_core.upload import published_at, scratch_in_memory
+from merge_core.upload import check_scratch, published_at
 from merge_core.verdict import conclude, unproven, verify_deeper
 from merge_core.verify import FileCheck, VerifyReport, check_file, verify
 
@@ -87,12 +87,12 @@ def merge(
             importing.result().pick_device("cuda")
         plan = begin(plan, target, level)
         module = importing.result()
-    if memory := scratch_in_memory(target):
-        say(f"{memory}: each file of the result lies there until it is sent")
     with claim(plan, target, overwrite=overwrite, say=say) as holder:
         if holder is None:
             check = functools.partial(verify, run=in_turn("verifying", watch, _size_in(plan)))
             return result_of(plan, target, {}, verify_deeper(target, level, check), clock)
+        if memory := check_scratch(target):
+            say(f"{memory}: each file of the result lies there until it is sent")
         assembly = Assembly(plan, target, holder.run)
         options = {"address": "inline", "device": device, "verify": level}
         with recorded(target, holder, options, watch, say) as history:

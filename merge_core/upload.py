@@ -151,6 +151,18 @@ def scratch_in_memory(out: Location) -> str:
     return "" if out.upload is None else scratch_of(out.upload).in_memory
 
 
+def check_scratch(out: Location) -> str:
+    """Make sure that the scratch of this machine, which is about to merge, can be written to;
+    returns what ``scratch_in_memory`` does.
+
+    Raises:
+        StorageError: it cannot.
+    """
+    if out.upload is not None:
+        scratch_of(out.upload).try_out()
+    return scratch_in_memory(out)
+
+
 def notes_on_scratch(out: Location, plan: MergePlan) -> list[Problem]:
     """What a merge to the hub needs of each node; nothing of others."""
     if out.upload is None:

@@ -69,6 +69,13 @@ def test_a_merge_that_could_go_to_the_hub_is_told_so(
     assert said.splitlines()[-3].split()[-1] == "GB"  # the column of the scratch
 
 
+@pytest.mark.parametrize("words", [["doctor"], ["plan", *INPUTS]])
+def test_a_state_without_a_model_is_refused(words: list[str]) -> None:
+    done = CliRunner().invoke(app, [*words, "--state", "state"])
+    assert done.exit_code == 2
+    assert "--state: goes with a merge onto the hub alone" in done.stderr
+
+
 def test_a_token_that_may_not_write_is_told(doctor: Doctor, hub: Hub) -> None:
     hub.readers.add(TOKEN)
     assert problems(doctor(*TO_HUB)) == ["hf://me/merge@main the token may only read"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,20 @@ def test_a_merge_says_that_it_waits_and_that_its_scratch_is_memory(
     )
     (waits,) = (line for line in said if "waits" in line)
     assert waits.startswith(f"this process waits for room in {target.scratch}, where 1 file of")
+
+
+def test_a_scratch_that_cannot_be_written_ends_a_merge_before_it_reads(
+    target: Target, before_hub: FaultProxy
+) -> None:
+    target.scratch.write_text("no folder")
+    with pytest.raises(StorageError, match=r"scratch: Not a directory|File exists"):
+        target.merge()
+    assert before_hub.tally("PUT").requests == 0
+    target.scratch.unlink()
+    target.merge()
+    shutil.rmtree(target.scratch)
+    target.scratch.write_text("no folder")
+    assert target.merge().receipts == ()  # what is there needs none
 
 
 def test_who_watches_hears_of_a_merge_while_it_sends(
