@@ -76,7 +76,7 @@ def test_a_merge_says_that_it_waits_and_that_its_scratch_is_memory(
         " it is sent"
     )
     (waits,) = (line for line in said if "waits" in line)
-    assert waits.startswith(f"this process waits for room in {target.scratch}, where 1 file of")
+    assert waits.startswith(f"this process waits for room in {target.scratch}, which holds 1")
 
 
 def test_a_scratch_that_cannot_be_written_ends_a_merge_before_it_reads(

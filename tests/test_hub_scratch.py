@@ -48,7 +48,7 @@ def test_a_file_waits_for_room_below_the_limit(
 
     assert waits == [{"first.part"}] * 2
     whose = f"1 file of process {os.getpid()}"
-    assert said == [f"waits for room in {tmp_path}, where {whose} wait to be sent"]  # once
+    assert said == [f"waits for room in {tmp_path}, which holds {whose}"]  # once
     assert names(tmp_path) == {"second.part", "third.part"}
     for part in (second, third):
         part.discard()

@@ -103,7 +103,7 @@ class Scratch:
                     return ScratchPart(self.folder / f"{name}.{os.getpid()}{_SUFFIX}", size)
             if not waits:
                 whose = f"{counted(len(held), 'file')} of {_holders(held)}"
-                self._say(f"{WAITS}room in {self.folder}, where {whose} wait to be sent")
+                self._say(f"{WAITS}room in {self.folder}, which holds {whose}")
                 waits = True
             time.sleep(LOOK_SECONDS)
 
