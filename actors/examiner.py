@@ -12,8 +12,14 @@ from actors.identity import Identity, Signed, identify, sign
 from actors.libraries import Library, find_libraries
 from merge_core.memory import free_host_memory
 from merge_core.nvidia import Gpu, GpuProcess, gpu_processes, list_gpus
-from merge_core.reachable import InputSight, leave_token, look_at_input
-from merge_core.stores.location import Location
+from merge_core.reachable import (
+    InputSight,
+    ScratchSight,
+    leave_token,
+    look_at_input,
+    look_at_scratch,
+)
+from merge_core.stores.location import Location, Upload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +65,8 @@ class PathSight:
     inputs: tuple[InputSight, ...]
     refusal: str | None
     """Why nothing can be written beside OUT; None if it can, or nothing was asked."""
+    scratch: ScratchSight | None = None
+    """Of a merge to the hub."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,11 +114,14 @@ class Examiner:
         """The machine and its software: an ``Examination``. Imports torch; takes seconds."""
         return sign(_examine())
 
-    def look(self, inputs: Sequence[Location], trial: Location | None) -> PathSight:
+    def look(
+        self, inputs: Sequence[Location], trial: Location | None, upload: Upload | None = None
+    ) -> PathSight:
         """The paths. An access to a file system whose server is gone does not return."""
         return PathSight(
             inputs=tuple(look_at_input(path) for path in inputs),
             refusal=leave_token(trial, self._name) if trial is not None else None,
+            scratch=look_at_scratch(upload) if upload is not None else None,
         )
 
     def view_devices(self) -> DeviceView:
@@ -118,13 +129,16 @@ class Examiner:
         return _view_devices()
 
 
-def examine_here(inputs: Sequence[InputSight], trial: Location | None) -> ExaminedNode:
+def examine_here(
+    inputs: Sequence[InputSight], trial: Location | None, upload: Upload | None
+) -> ExaminedNode:
     """This machine, in this process, which has looked at its inputs already."""
     refusal = leave_token(trial, "here") if trial is not None else None
+    scratch = look_at_scratch(upload) if upload is not None else None
     return ExaminedNode(
         name=socket.gethostname(),
         examination=_examine(),
-        paths=PathSight(inputs=tuple(inputs), refusal=refusal),
+        paths=PathSight(inputs=tuple(inputs), refusal=refusal, scratch=scratch),
     )
 
 

@@ -22,17 +22,18 @@ from actors.examiner import Examination, ExaminedNode, Examiner, Silence
 from actors.identity import Identity, identify, signer, unsigned
 from actors.ray_errors import cause_of, first_line
 from merge_core.reachable import token_arrived
-from merge_core.stores.location import Location
+from merge_core.stores.location import Location, Upload
 
 
 def examine_nodes(
-    inputs: Sequence[Location], trial: Location | None, seconds: float
+    inputs: Sequence[Location], trial: Location | None, upload: Upload | None, seconds: float
 ) -> list[ExaminedNode]:
     """Every live node of the connected cluster, by name.
 
     Args:
         inputs: folders that a merge reads.
         trial: a folder that this process made beside OUT; see ``reachable``.
+        upload: how a merge would get onto the hub, if it goes there.
         seconds: that a node may take for each of its answers.
     """
     nodes = _live_nodes()
@@ -44,8 +45,8 @@ def examine_nodes(
             nodes[node] = replace(nodes[node], examination=found)
             if isinstance(found, Examination):
                 up[node] = examiner
-        if inputs or trial is not None:
-            said = _ask(list(up.values()), "look", seconds, inputs, trial)
+        if inputs or trial is not None or upload is not None:
+            said = _ask(list(up.values()), "look", seconds, inputs, trial, upload)
             for node, answer in zip(up, said, strict=True):
                 arrived = trial is None or token_arrived(trial, node)
                 nodes[node] = replace(nodes[node], paths=answer, arrived=arrived)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from actors.examiner import DeviceView, Examination, ExaminedNode, GpuSight, PathSight, Silence
 from actors.identity import SAME_CODE, Identity
 from cluster.doctor import Checkup
+from cluster.findings import Diagnosis, Notebook
 from cluster.pools import EligiblePool, cpu_pool, gpu_pool, unmeasured_gpu_pool
 from merge_core.adapter import CONFIG as ADAPTER_CONFIG
-from merge_core.errors import counted, some_of
+from merge_core.errors import counted
 from merge_core.plan import MergePlan
 from merge_core.reachable import InputSight
 from merge_core.side_files import CONFIG
+from merge_core.upload import MEMORY_REMEDY
 
 NOT_FOR_LORA = frozenset({"transformers", "peft", "safetensors", "huggingface_hub"})
 """Libraries without which LoRA is merged and verified, up to ``--level load``: raymeld reads and
@@ -24,48 +24,9 @@ _OF_RAY = "ray::"
 _SAME_PLACE = "Mount one file system at this path on every node"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """A problem, or something worth knowing, wherever it was met."""
-
-    what: str
-    places: tuple[str, ...]
-    """Nodes mostly; paths where it is about these."""
-    remedy: str
-
-    def __str__(self) -> str:
-        sentences = [self.what.removesuffix("."), self.remedy.removesuffix(".")]
-        return f"{some_of(self.places)}: {'. '.join(filter(None, sentences))}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Diagnosis:
-    """What is wrong, and what is not but may matter."""
-
-    problems: tuple[Finding, ...]
-    notes: tuple[Finding, ...]
-
-
-@dataclass(slots=True)
-class _Notebook:
-    """What was noted, the places of one and the same thing joined."""
-
-    _problems: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    _notes: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-
-    def problem(self, place: str, what: str, remedy: str) -> None:
-        _put(self._problems, place, what, remedy)
-
-    def note(self, place: str, what: str, remedy: str = "") -> None:
-        _put(self._notes, place, what, remedy)
-
-    def close(self) -> Diagnosis:
-        return Diagnosis(problems=_findings(self._problems), notes=_findings(self._notes))
-
-
 def diagnose(checkup: Checkup) -> Diagnosis:
     """Judge what was found."""
-    book = _Notebook()
+    book = Notebook()
     for node in checkup.nodes:
         _judge_answers(node, checkup.driver, book)
         if isinstance(node.examination, Examination):
@@ -74,6 +35,7 @@ def diagnose(checkup: Checkup) -> Diagnosis:
             _judge_room(node, node.examination, checkup, book)
     _judge_inputs(checkup, book)
     _judge_destination(checkup, book)
+    _judge_scratch(checkup, book)
     for refusal in checkup.refusals:
         book.problem(refusal.where, refusal.what, refusal.remedy)
     _note_the_rest(checkup, book)
@@ -99,7 +61,7 @@ def room_on_gpu(plan: MergePlan, found: Examination, sight: GpuSight) -> Eligibl
     return gpu_pool(plan, found.memory, sight.gpu, sight.processes)
 
 
-def _judge_answers(node: ExaminedNode, driver: Identity, book: _Notebook) -> None:
+def _judge_answers(node: ExaminedNode, driver: Identity, book: Notebook) -> None:
     if node.leaves_in is not None:
         book.note(node.name, "is about to leave the cluster", "It was not examined")
     match node.examination:
@@ -119,7 +81,7 @@ def _judge_answers(node: ExaminedNode, driver: Identity, book: _Notebook) -> Non
         book.problem(node.name, what, remedy)
 
 
-def _judge_software(name: str, found: Examination, checkup: Checkup, book: _Notebook) -> None:
+def _judge_software(name: str, found: Examination, checkup: Checkup, book: Notebook) -> None:
     difference = found.identity.difference(checkup.driver)
     if difference:
         book.problem(name, difference, SAME_CODE)
@@ -145,7 +107,7 @@ def _judge_devices(
     node: ExaminedNode,
     found: Examination,
     checkup: Checkup,
-    book: _Notebook,
+    book: Notebook,
 ) -> None:
     visible, slices = visible_gpus(node, found), in_slices(node, found)
     if hidden := 0 if slices else len(found.gpus) - len(visible):
@@ -175,7 +137,7 @@ def _views(node: ExaminedNode) -> list[DeviceView]:
     return [view for view in node.views if isinstance(view, DeviceView)]
 
 
-def _judge_gpu_worker(node: ExaminedNode, view: DeviceView | Silence, book: _Notebook) -> None:
+def _judge_gpu_worker(node: ExaminedNode, view: DeviceView | Silence, book: Notebook) -> None:
     if isinstance(view, Silence) and view.kind == "waiting":
         book.note(node.name, f"a GPU was not looked at: {view.reason}", "A merge waits for it")
         return
@@ -193,7 +155,7 @@ def _judge_gpu_worker(node: ExaminedNode, view: DeviceView | Silence, book: _Not
         book.problem(node.name, what, remedy)
 
 
-def _judge_room(node: ExaminedNode, found: Examination, checkup: Checkup, book: _Notebook) -> None:
+def _judge_room(node: ExaminedNode, found: Examination, checkup: Checkup, book: Notebook) -> None:
     """Whether workers fit on the devices that they would take."""
     plan = checkup.plan
     if plan is None:
@@ -208,7 +170,7 @@ def _judge_room(node: ExaminedNode, found: Examination, checkup: Checkup, book: 
             book.problem(node.name, room.reason, "Stop what else runs there, or take more memory")
 
 
-def _judge_gpu(node: ExaminedNode, sight: GpuSight, room: EligiblePool, book: _Notebook) -> None:
+def _judge_gpu(node: ExaminedNode, sight: GpuSight, room: EligiblePool, book: Notebook) -> None:
     if room.eligible:
         return
     place = f"{node.name}, GPU {sight.gpu.index}"
@@ -220,7 +182,7 @@ def _judge_gpu(node: ExaminedNode, sight: GpuSight, room: EligiblePool, book: _N
         book.problem(place, room.reason, remedy)
 
 
-def _judge_inputs(checkup: Checkup, book: _Notebook) -> None:
+def _judge_inputs(checkup: Checkup, book: Notebook) -> None:
     remedy = _SAME_PLACE if checkup.on_ray else "Check the path and its permissions"
     unplanned = checkup.plan is None and not checkup.refusals  # which would say it better
     for number, driver in enumerate(checkup.inputs):
@@ -238,9 +200,7 @@ def _judge_inputs(checkup: Checkup, book: _Notebook) -> None:
                 _compare(name, named, sight, driver, book)
 
 
-def _compare(
-    place: str, named: str, sight: InputSight, driver: InputSight, book: _Notebook
-) -> None:
+def _compare(place: str, named: str, sight: InputSight, driver: InputSight, book: Notebook) -> None:
     """An input with what the driver sees under its path."""
     if difference := sight.difference(driver):
         remedy = f"{_SAME_PLACE}, or copy it there with its times (rsync -a)"
@@ -249,24 +209,46 @@ def _compare(
         book.note(place, f"{named} {difference}", "No worker reads such files")
 
 
-def _judge_destination(checkup: Checkup, book: _Notebook) -> None:
+def _judge_destination(checkup: Checkup, book: Notebook) -> None:
     destination = checkup.destination
     if destination is None:
         return
     if destination.refusal is not None:
         refusal = destination.refusal
-        book.problem(refusal.where, f"OUT cannot be written: {refusal.what}", refusal.remedy)
+        what = f"{destination.named.partition(' ')[0]} cannot be written: {refusal.what}"
+        book.problem(refusal.where, what, refusal.remedy)
     remedy = f"{_SAME_PLACE}, writable for the user that Ray runs as"
     for node, paths in _looked(checkup):
         if paths.refusal:
-            what = f"OUT {destination.out} cannot be written: {paths.refusal}"
+            what = f"{destination.named} cannot be written: {paths.refusal}"
             book.problem(node.name, what, remedy)
         elif not node.arrived:
-            what = f"OUT {destination.out}: the driver does not see what is written there"
+            what = f"{destination.named}: the driver does not see what is written there"
             book.problem(node.name, what, remedy)
 
 
-def _note_the_rest(checkup: Checkup, book: _Notebook) -> None:
+def _judge_scratch(checkup: Checkup, book: Notebook) -> None:
+    """Where each node keeps what is to be sent to the hub."""
+    sizes = () if checkup.plan is None else (shard.size for shard in checkup.plan.shards)
+    largest = max(sizes, default=0)
+    for node, paths in _looked(checkup):
+        sight = paths.scratch
+        if sight is None:
+            continue
+        if sight.refusal is not None:
+            what = f"the scratch {sight.folder} cannot be used: {sight.refusal.what}"
+            book.problem(node.name, what, sight.refusal.remedy)
+        elif sight.room is not None and sight.room < largest:
+            what = f"the scratch {sight.folder} has room for {sight.room / 1e9:.2f} GB"
+            remedy = "Free space there, give another --scratch, or a smaller --shard-size"
+            book.problem(
+                node.name, f"{what}, and the largest file takes {largest / 1e9:.2f} GB", remedy
+            )
+        if sight.memory:
+            book.note(node.name, f"the scratch {sight.memory}", MEMORY_REMEDY)
+
+
+def _note_the_rest(checkup: Checkup, book: Notebook) -> None:
     where = f"--address {checkup.address}"
     if checkup.token is False:
         remedy = "Whoever reaches its ports runs code on every node: give it a token"
@@ -282,16 +264,3 @@ def _note_the_rest(checkup: Checkup, book: _Notebook) -> None:
 
 def _looked(checkup: Checkup) -> list[tuple[ExaminedNode, PathSight]]:
     return [(node, node.paths) for node in checkup.nodes if isinstance(node.paths, PathSight)]
-
-
-def _put(findings: dict[tuple[str, str], list[str]], place: str, what: str, remedy: str) -> None:
-    places = findings.setdefault((what, remedy), [])
-    if place not in places:
-        places.append(place)
-
-
-def _findings(noted: dict[tuple[str, str], list[str]]) -> tuple[Finding, ...]:
-    return tuple(
-        Finding(what=what, places=tuple(places), remedy=remedy)
-        for (what, remedy), places in noted.items()
-    )

@@ -15,13 +15,14 @@ from actors.libraries import Library, find_libraries
 from cluster.session import session
 from merge_core.adapter import parse_adapter
 from merge_core.background import in_background
-from merge_core.destination import check_destination, check_ownership, notes_on
+from merge_core.destination import check_access, check_destination, check_ownership, notes_on
 from merge_core.errors import InputError, Problem, StorageError
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.reachable import InputSight, look_at_input, nearest_directory, trial_directory
 from merge_core.stores.location import DEFAULT_ACCESS, Access, Location
 from merge_core.stores.opening import open_store
+from merge_core.upload import check_account, check_upload, kept_in, lacks_state
 
 INLINE = "inline"
 """The address that means: this process, no Ray."""
@@ -56,11 +57,17 @@ class Destination:
 
     out: Location
     place: Location | None = None
-    """The directory in which it lies; None: there is none that may be looked at."""
+    """The directory in which it lies, or the state of a merge to the hub; None: there is none that
+    may be looked at."""
     free: int | None = None
     """Bytes, of that directory's file system."""
     refusal: Problem | None = None
     """Why the driver cannot write there."""
+
+    @property
+    def named(self) -> str:
+        """What is written to by every node."""
+        return f"OUT {self.out}" if self.out.upload is None else f"STATE {self.out.upload.state}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,21 +111,22 @@ def examine(address: str, intent: Intent, *, seconds: float, say: Callable[[str]
     if intent.paths:
         say(f"looking at {', '.join(map(str, intent.paths))}")
     sights, token = _look(intent.inputs, seconds), None
+    upload = intent.out.upload if intent.out is not None else None
     with _destination(intent.out, seconds) as (destination, trial):
         if address == INLINE:
-            nodes = [examine_here(sights, trial)]
+            nodes = [examine_here(sights, trial, upload)]
         else:
             say(f"connecting to {address}")
             with session(address, use_gpus=True):
                 from actors.rounds import examine_nodes
 
                 token = os.environ.get("RAY_AUTH_MODE") == "token"
-                nodes = examine_nodes(intent.inputs, trial, seconds)
+                nodes = examine_nodes(intent.inputs, trial, upload, seconds)
     plan: MergePlan | None = None
     refusals: list[Problem] = []
     if intent.adapters and not any(sight.error for sight in sights):
         plan, refusals = _plan(intent, destination)
-    notes = _look_into(destination, refusals) if destination else []
+    notes = _look_into(destination, plan, refusals) if destination else []
     if trial is not None and _is_left(trial):
         notes.append(Problem("could not be removed", str(trial), "Remove it: it is of no use"))
     return Checkup(
@@ -166,9 +174,13 @@ def _destination(
         yield None, None
         return
     with contextlib.ExitStack() as stack:
-        place = free = trial = refusal = None
+        place = free = trial = None
+        refusal = next(iter((*lacks_state(out), *check_access(out))), None)
+        if refusal is not None:
+            yield Destination(out=out, refusal=refusal), None
+            return
         try:
-            place = in_background(partial(nearest_directory, out)).result(seconds)
+            place = in_background(partial(nearest_directory, kept_in(out))).result(seconds)
             free = shutil.disk_usage(place.local).free if place.is_local else None
             trial = stack.enter_context(trial_directory(place))
         except StorageError as error:
@@ -195,18 +207,27 @@ def _plan(
     return plan, []
 
 
-def _look_into(destination: Destination, refusals: list[Problem]) -> list[Problem]:
+def _look_into(
+    destination: Destination, plan: MergePlan | None, refusals: list[Problem]
+) -> list[Problem]:
     """What lies in OUT that a merge would stop at; what every merge stops at is a refusal, if a
     plan has not led to it.
     """
     if destination.refusal is not None:
         return []
-    try:
-        if not refusals:
-            check_ownership(destination.out)
-        return notes_on(destination.out)
-    except InputError as error:
-        refusals += error.problems
-    except StorageError as error:
-        refusals.append(Problem(error.what, error.where, error.remedy))
-    return []
+    out, notes = destination.out, list[Problem]()
+    looks: list[Callable[[], object]] = [lambda: notes.extend(notes_on(out))]
+    if out.upload is not None:
+        looks.append(lambda: check_account(out))
+    if plan is None:
+        looks.append(lambda: refusals.extend(check_upload(out, None)))
+    if not refusals:
+        looks.append(lambda: check_ownership(out))
+    for look in looks:
+        try:
+            look()
+        except InputError as error:
+            refusals += error.problems
+        except StorageError as error:
+            refusals.append(Problem(error.what, error.where, error.remedy))
+    return notes

@@ -8,8 +8,10 @@ import typer
 
 from cluster.answering import answering, end
 from cluster.help_screen import CLUSTERS, WHERE, App
+from cluster.hub_options import HubOptions
+from cluster.option_groups import with_options
 from cluster.options import Anonymous, Debug, EndpointUrl, Json, Quiet, RayAddress, Region
-from merge_core.stores.location import Access, locate, locate_out
+from merge_core.stores.location import Access, locate
 
 
 def register(app: App) -> None:
@@ -17,7 +19,9 @@ def register(app: App) -> None:
     app.add(doctor, rich_help_panel=CLUSTERS)
 
 
-def doctor(  # noqa: PLR0913, PLR0917 - one parameter an option
+@with_options(hub=HubOptions)
+def doctor(  # noqa: PLR0913 - one parameter an option
+    *,
     base: Annotated[
         str | None, typer.Argument(metavar="BASE", help="Base checkpoint, as merge takes it.")
     ] = None,
@@ -32,6 +36,7 @@ def doctor(  # noqa: PLR0913, PLR0917 - one parameter an option
     endpoint_url: EndpointUrl = None,
     region: Region = None,
     anonymous: Anonymous = False,
+    hub: HubOptions,
     timeout: Annotated[
         float,
         typer.Option(
@@ -45,7 +50,7 @@ def doctor(  # noqa: PLR0913, PLR0917 - one parameter an option
     """Examine this machine, or each node of a cluster.
 
     Software, memory, GPUs, and whether BASE, ADAPTER and OUT are the same everywhere. Writes a
-    small file beside OUT on every node and removes it. Exit code: 0 fit, 1 problems.
+    small file beside OUT, or its state, on every node and removes it. Exit code: 0 fit, 1 problems.
 
     raymeld doctor Qwen1.5-7B my-lora --out merged
     raymeld doctor /mnt/base /mnt/lora --out /mnt/merged --address head:6379
@@ -61,7 +66,7 @@ def doctor(  # noqa: PLR0913, PLR0917 - one parameter an option
         intent = Intent(
             base=locate(base, access) if base is not None else None,
             adapters=adapters or [],
-            out=locate_out(out, access) if out is not None else None,
+            out=hub.locate_any(out, access),
             access=access,
         )
         checkup = examine(address, intent, seconds=timeout, say=Talk(quiet=quiet).say)

@@ -16,11 +16,13 @@ from actors.examiner import DeviceView, Examination, ExaminedNode, PathSight, Si
 from actors.identity import Identity
 from actors.libraries import Library
 from cluster.console import gb
-from cluster.diagnosis import Diagnosis, Finding, in_slices, room_on_gpu, visible_gpus
+from cluster.diagnosis import in_slices, room_on_gpu, visible_gpus
 from cluster.doctor import Checkup
+from cluster.findings import Diagnosis, Finding
 from cluster.pools import EligiblePool, cpu_pool
 from merge_core.errors import counted, some_of
-from merge_core.reachable import InputSight
+from merge_core.reachable import InputSight, ScratchSight
+from merge_core.upload import kept_in
 
 SHOWN_LIBRARIES = ("torch", "ray", "transformers", "peft", "safetensors")
 """In the text; the document has all."""
@@ -75,9 +77,12 @@ def _seen(sight: InputSight) -> str:
 def _destination(checkup: Checkup) -> str:
     found, plan = checkup.destination, checkup.plan
     assert found is not None
-    parts = [] if found.place in (None, found.out) else [f"to be made in {found.place}"]
+    kept = kept_in(found.out)
+    verb = "needed" if kept == found.out else "to be sent"
+    parts = [] if kept == found.out else [f"state in {kept}"]
+    parts += [] if found.place in (None, kept) else [f"to be made in {found.place}"]
     parts += [] if found.free is None else [f"{gb(found.free)} free"]
-    parts += [] if plan is None else [f"{gb(sum(s.size for s in plan.shards))} needed"]
+    parts += [] if plan is None else [f"{gb(sum(s.size for s in plan.shards))} {verb}"]
     return f"{found.out}: {', '.join(parts)}" if parts else str(found.out)
 
 
@@ -85,6 +90,7 @@ def _node_table(checkup: Checkup) -> Table:
     """A row a node; code and CPUs are a matter of clusters."""
     ray = ["code", "CPUs"] if checkup.on_ray else []
     paths = [*("BASE", "ADAPTER")[: len(checkup.inputs)], *["OUT"] * bool(checkup.destination)]
+    paths += ["scratch"] * _goes_to_hub(checkup)
     table = _table("node", *ray, "memory free", *["lanes"] * bool(checkup.plan), *paths)
     for node in checkup.nodes:
         found = node.examination
@@ -113,6 +119,12 @@ def _path_cells(node: ExaminedNode, checkup: Checkup) -> Iterator[str]:
     if checkup.destination:
         refused = checkup.destination.refusal or node.paths.refusal
         yield "refused" if refused else "writable" if node.arrived else "elsewhere"
+    if node.paths.scratch is not None:
+        yield "refused" if node.paths.scratch.room is None else gb(node.paths.scratch.room)
+
+
+def _goes_to_hub(checkup: Checkup) -> bool:
+    return checkup.destination is not None and checkup.destination.out.upload is not None
 
 
 _STATES = ("unreadable", "differs", "readable", "same")
@@ -229,6 +241,7 @@ def _node(node: ExaminedNode, checkup: Checkup) -> dict[str, Any]:
         pairs = zip(paths.inputs, checkup.inputs, strict=True)
         document["inputs"] = [_input(sight, driver) for sight, driver in pairs]
         document["out"] = {"refusal": paths.refusal, "arrived": node.arrived}
+        document["scratch"] = paths.scratch and _scratch(paths.scratch)
     return document
 
 
@@ -261,6 +274,15 @@ def _input(sight: InputSight, driver: InputSight) -> dict[str, Any]:
         "files": len(sight.files),
         "error": sight.error,
         "difference": None if sight.error or driver.error else sight.difference(driver),
+    }
+
+
+def _scratch(sight: ScratchSight) -> dict[str, Any]:
+    return {
+        "path": sight.folder,
+        "room": sight.room,
+        "in_memory": bool(sight.memory),
+        "refusal": None if sight.refusal is None else sight.refusal.what,
     }
 
 

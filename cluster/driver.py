@@ -18,11 +18,11 @@ from cluster.merging import Merging
 from cluster.session import LOCAL, session
 from cluster.timing import Timing
 from cluster.workers import ClusterOptions, size_fleet
+from merge_core.claim import begin, check_out, claim, holds_result
 from merge_core.history import recorded
 from merge_core.last_writes import write_last
 from merge_core.lease import is_held
-from merge_core.merge import MergeResult, begin, claim, holds_result, result_of
-from merge_core.output import check_usable
+from merge_core.merge import MergeResult, result_of
 from merge_core.plan import MergePlan
 from merge_core.progress import Watch
 from merge_core.reachable import refuse_private
@@ -57,7 +57,7 @@ def merge_on_ray(
         readers = replace(options, device="cpu", cpu_workers=0)
         spread = partial(verify_on_ray, options=readers, watch=watch, say=say)
         return result_of(plan, target, {}, verify_deeper(target, level, spread), clock)
-    check_usable(target, plan, overwrite=overwrite)
+    check_out(target, plan, overwrite=overwrite)
     say("starting Ray" if options.address == LOCAL else f"connecting to {options.address}")
     with session(options.address, use_gpus=options.device != "cpu"):
         if options.address != LOCAL:

@@ -61,6 +61,13 @@ class HubOptions:
         )
         return onto_hub(place, upload)
 
+    def locate_any(self, out: str | None, access: Access) -> Location | None:
+        """The same for commands that do without OUT."""
+        if out is None:
+            self._refuse_all()
+            return None
+        return self.locate_out(out, access)
+
     def _refuse_all(self) -> None:
         """Nothing that was asked for may be passed over in silence."""
         for field in fields(self):

@@ -18,6 +18,7 @@ from cluster.timing import Timing
 from cluster.workers import Fleet, amounts
 from merge_core.errors import InputError, RaymeldError
 from merge_core.progress import Progress, Watch, WorkerProgress
+from merge_core.stores.scratch import WAITS
 
 WAIT_SECONDS = 0.25
 """How long the driver waits for the next event before it looks at progress and Ctrl-C again."""
@@ -65,6 +66,8 @@ class Loop:
     """Bytes of all tasks of a rank, and of those that are done: kept, because counting ten thousand
     tasks anew each second took the driver longer than all else that it does for them."""
     _greeted: set[int] = field(default_factory=set)
+    _waiting: set[int] = field(default_factory=set)
+    """Workers that were said to wait for something."""
     _looked: float = 0.0
     _ask: float = 0.0
     """Not before this time."""
@@ -197,6 +200,9 @@ class Loop:
             return
         assigned, workers, under_way = self.pool.assigned, [], 0
         for worker, (device, doing, done, size) in sorted(self.pool.status().items()):
+            if doing.startswith(WAITS) and worker not in self._waiting:
+                self._waiting.add(worker)
+                self.say(f"worker-{worker} {doing}")
             workers.append(
                 WorkerProgress(
                     worker=f"worker-{worker}", device=device, doing=doing, done=done, size=size

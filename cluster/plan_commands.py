@@ -91,10 +91,10 @@ def plan(  # noqa: PLR0913 - one parameter an option
             if storage_bandwidth
             else math.inf,
         )
+        target = hub.locate_any(out, asked.access)
         planned = asked.plan(*named_by(words, asked.access))
         there: frozenset[int] = frozenset()
-        if out is not None:
-            target = hub.locate_out(out, asked.access)
+        if target is not None:
             check_destination(target, planned)
             there = shards_there(target, planned)
             notes = [

@@ -23,6 +23,9 @@ def push(
     revision: Annotated[
         str | None, typer.Option(metavar="BRANCH", help="One that exists; main, unless given.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier merge in the model.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -40,6 +43,13 @@ def push(
         from merge_core.push import push as push_merge
 
         talk = Talk(quiet=quiet, out=out)
-        url = push_merge(out, repo, private=not public, revision=revision, say=talk.say)
+        url = push_merge(
+            out,
+            repo,
+            private=not public,
+            revision=revision,
+            overwrite=overwrite,
+            say=talk.say,
+        )
         document = {"ok": True, "out": out, "model": repo, "commit": url}
         console.answer([f"pushed   {url}"], document, as_json=as_json)

@@ -20,7 +20,7 @@ from merge_core.plan import MergePlan
 from merge_core.side_files import CONFIG
 from merge_core.stores.location import Location
 from merge_core.stores.opening import is_there
-from merge_core.upload import check_upload, destination_of
+from merge_core.upload import check_upload, destination_of, notes_on_model
 
 
 def check_destination(out: Location, plan: MergePlan) -> None:
@@ -45,12 +45,12 @@ def check_location(out: Location, plan: MergePlan) -> list[Problem]:
         StorageError: the hub cannot be asked.
     """
     inputs = [("BASE", plan.base), *(("ADAPTER", adapter.path) for adapter in plan.adapters)]
-    problems = check_upload(out, plan)
+    problems = check_access(out)
+    unsigned = bool(problems)  # then nobody there would answer
+    if not unsigned:
+        problems += check_upload(out, plan)
     try:
-        written = [("OUT", out)]
-        if out.upload is not None:
-            written.append(("STATE", out.upload.state))
-        for mine, place in written:
+        for mine, place in _written(out):
             for name, path in inputs:
                 if _share(place, path):
                     what = f"{mine} and {name} ({path}) lie in one another"
@@ -58,12 +58,28 @@ def check_location(out: Location, plan: MergePlan) -> list[Problem]:
                     problems.append(Problem(what, str(place), remedy))
             if place.is_local:
                 problems += _below_files(mine, place)
-        if out.upload is None and (model := destination_of(out)) is not None:
+        if not unsigned and out.upload is None and (model := destination_of(out)) is not None:
             remedy = f"Give --out {model} --state {out}, or another --out"
             problems.append(Problem(f"is the state of a merge onto {model}", str(out), remedy))
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle
         return [Problem(f"OUT cannot be made ({error})", str(out), "Choose another --out")]
     return problems
+
+
+def check_access(out: Location) -> list[Problem]:
+    """Places that are to be written to without a signature, which no S3 lets anybody do."""
+    remedy = "Leave --anonymous out: who may write there reads public buckets as well"
+    return [
+        Problem(f"{name} is to be written to, and --anonymous signs nothing", str(place), remedy)
+        for name, place in _written(out)
+        if place.scheme == "s3" and place.access.anonymous
+    ]
+
+
+def _written(out: Location) -> list[tuple[str, Location]]:
+    """What a merge into ``out`` writes to, by what it is called."""
+    state = [("STATE", out.upload.state)] if out.upload is not None else []
+    return [("OUT", out), *state]
 
 
 def _share(one: Location, two: Location) -> bool:
@@ -114,7 +130,7 @@ def notes_on(out: Location) -> list[Problem]:
     Raises:
         StorageError: it may not be looked at.
     """
-    notes, earlier = [], read_plan(out)
+    notes, earlier = notes_on_model(out), read_plan(out)
     if earlier is not None:
         plan, finished = f"plan {earlier['fingerprint'][:12]}", is_there(out / CONFIG)
         what = f"holds {'a finished' if finished else 'an unfinished'} merge, of {plan}"

@@ -46,7 +46,10 @@ class Holder:
         """Whether the process still runs; None where this machine cannot know."""
         if self.machine != _machine():
             return None
-        return _started(self.pid) == self.started
+        started = _started(self.pid)
+        if started is None:
+            return None if _is_there(self.pid) else False
+        return started == self.started
 
 
 UNKNOWN = Holder(run="", host="an unknown machine", machine="", pid=0, started=0.0)
@@ -81,20 +84,32 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> float | None:
-    """Ticks from the boot to the start of a process, or None if there is no such process.
+    """Ticks from the boot to the start of a process; None if it is gone, or somebody else's that
+    this machine hides.
 
     psutil adds the time of the boot, which moves when the clock is set: a process that runs would
     look like another one. It serves where /proc is missing.
     """
-    try:
-        if Path("/proc/self/stat").exists():
+    if Path("/proc/self/stat").exists():
+        try:
             stat = Path(f"/proc/{pid}/stat").read_bytes()
-            return float(stat.rpartition(b")")[2].split()[_START_TICKS])
-    except (FileNotFoundError, ProcessLookupError):
-        return None
+        except (FileNotFoundError, ProcessLookupError, PermissionError):  # see hidepid in proc(5)
+            return None
+        return float(stat.rpartition(b")")[2].split()[_START_TICKS])
     import psutil
 
     try:
         return float(psutil.Process(pid).create_time())
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
         return None
+
+
+def _is_there(pid: int) -> bool:
+    """Whether a process of that number runs, whoever's it is."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,4 +1,4 @@
-"""What a merge's one commit to the hub has beside the weights, and where it may be made."""
+"""What a merge's one commit to the hub has beside the weights."""
 
 from __future__ import annotations
 
@@ -8,41 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merge_core.errors import refuse, some_of
+from merge_core.hub_model import RECIPE, is_weights
 from merge_core.ledger import unfold_ledger
 from merge_core.model_card import CARD, Origin, for_hub
 from merge_core.output import LEDGER
 from merge_core.side_files import CONFIG, INDEX
-from merge_core.stores.hub_files import HubEntry
 from merge_core.stores.hub_objects import Sent
 from merge_core.stores.hub_push import HubPush
 from merge_core.stores.location import Location
 from merge_core.stores.opening import read_file
-
-RECIPE = "raymeld.json"
-"""In the model: what it was made of, and the sha256 of its files."""
-
-_NEW = frozenset({".gitattributes", CARD})
-"""All that the hub puts into a new model."""
-
-
-def check_usable(repo: str, files: Mapping[str, HubEntry], *, begun: bool = False) -> None:
-    """Refuse a model that is none of raymeld's: git keeps what is replaced, but nobody asked.
-
-    Args:
-        begun: a merge has begun there before: what others add meanwhile may stay, unless it is
-            what makes a model.
-
-    Raises:
-        InputError: it is none.
-    """
-    if RECIPE in files:
-        return
-    others = sorted(set(files) - _NEW)
-    if begun:
-        others = [name for name in others if name == CONFIG or is_weights(name)]
-    if others:
-        what = f"the model holds something else already: {some_of(others)}"
-        raise refuse(what, f"hf://{repo}", "Choose another name, or a branch made for it")
 
 
 def small_files(out: Location, plan: Mapping[str, Any], config: str = CONFIG) -> dict[str, bytes]:
@@ -115,8 +89,3 @@ def _descriptions(
         | {n: hashlib.sha256(d).hexdigest() for n, d in small.items() if n not in (CARD, RECIPE)},
     }
     return {CARD: card.encode(), RECIPE: json.dumps(recipe, indent=1).encode() + b"\n"}
-
-
-def is_weights(name: str) -> bool:
-    """Whether a loader could take a file of that name for a part of the model."""
-    return "/" not in name and name.endswith((".safetensors", INDEX))

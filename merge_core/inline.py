@@ -50,7 +50,13 @@ def merge_shards(
 
         @functools.cache
         def worker_on(where: str) -> ShardWorker:
-            worker = ShardWorker(plan, out, where, choice=choice)
+            worker = ShardWorker(
+                plan,
+                out,
+                where,
+                choice=choice,
+                say=lambda what: history.note(f"this process {what}"),
+            )
             return stack.enter_context(contextlib.closing(worker))
 
         publisher = stack.enter_context(ThreadPoolExecutor(1, "publish"))

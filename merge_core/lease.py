@@ -9,6 +9,7 @@ needs nothing of the store but "create if absent" and a list of names with their
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import threading
@@ -101,7 +102,7 @@ class Lease:
 
     def _await_free(self) -> int:
         """The number to go on from, once nobody holds the lease."""
-        first, holder, age = _latest(self._store)
+        first, holder, age = _latest(self._store, functools.partial(_stamped, self._store))
         if holder is None or not _is_live(holder, age):
             return first
         if holder.is_alive():
@@ -140,8 +141,9 @@ def is_held(out: Location, run: str) -> bool:
 
 
 def live_holder(out: Location) -> Holder | None:
-    """Who has it and still renews it."""
-    _, holder, age = _latest(open_store(out))
+    """Who has it and still renews it, as far as that can be told without writing anything."""
+    store = open_store(out)
+    _, holder, age = _latest(store, store.clock)
     return holder if holder is not None and _is_live(holder, age) else None
 
 
@@ -167,7 +169,7 @@ def _is_live(holder: Holder, age: float) -> bool:
     return age < LEASE_SECONDS and holder.is_alive() is not False
 
 
-def _latest(store: Store) -> tuple[int, Holder | None, float]:
+def _latest(store: Store, clock: Callable[[], float]) -> tuple[int, Holder | None, float]:
     """The highest number, its holder, and the seconds since it was written.
 
     A file from the future counts as new: clocks were set, and only a renewal would tell more.
@@ -175,7 +177,7 @@ def _latest(store: Store) -> tuple[int, Holder | None, float]:
     number, holder, written = _newest(store)
     if holder is None or written is None:
         return number, holder, 0.0
-    return number, holder, max(0.0, _now(store) - written)
+    return number, holder, max(0.0, clock() - written)
 
 
 def _newest(store: Store) -> tuple[int, Holder | None, float | None]:
@@ -218,14 +220,16 @@ def _number(name: str) -> int:
     return int(stem) if stem.isdecimal() and dot + kind == ".json" else 0
 
 
-def _now(store: Store) -> float:
-    """The time by the clock that stamps the files here, which need not be this machine's."""
+def _stamped(store: Store) -> float:
+    """The time by the clock that stamps the files here, which need not be this machine's: that of
+    a file which is written now.
+    """
     probe = f"{LEASE}/now-{secrets.token_hex(8)}"
     try:
         store.put(probe, b"", durable=False)
         return next(listed.modified for listed in store.list(LEASE) if listed.name == probe)
-    except (StorageError, StopIteration):  # who only looks may have no right to write
-        return time.time()
+    except (StorageError, StopIteration):  # a full disk; who takes the lease is told
+        return store.clock()
     finally:
         with contextlib.suppress(StorageError):
             store.delete(probe)

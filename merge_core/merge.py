@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from merge_core.commit import Assembly, remove_leftovers
-from merge_core.destination import check_location
-from merge_core.errors import InputError, RaymeldError, gathered, refuse
-from merge_core.factors import seal
+from merge_core.claim import begin, claim
+from merge_core.commit import Assembly
+from merge_core.errors import refuse
 from merge_core.history import History, recorded
-from merge_core.holder import Holder
 from merge_core.inline import merge_shards
-from merge_core.lease import Lease, live_holder
 from merge_core.ledger import Receipt
-from merge_core.output import RECEIPTS, check_usable, is_finished, prepare
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress, Watch, in_turn
-from merge_core.stored_head import check_stored_head
 from merge_core.stores.location import Location, Place, locate_out
-from merge_core.stores.opening import open_store
-from merge_core.upload import check_level, make_ready, published_at
+from merge_core.upload import check_scratch, published_at
 from merge_core.verdict import conclude, unproven, verify_deeper
-from merge_core.verify import (
-    FileCheck,
-    Sources,
-    VerifyReport,
-    check_file,
-    refuse_unchecked,
-    verify,
-)
+from merge_core.verify import FileCheck, VerifyReport, check_file, verify
 
 if TYPE_CHECKING:
     from merge_core.memory import LaneChoice
@@ -98,6 +84,8 @@ def merge(
         if holder is None:
             check = functools.partial(verify, run=in_turn("verifying", watch, _size_in(plan)))
             return result_of(plan, target, {}, verify_deeper(target, level, check), clock)
+        if memory := check_scratch(target):
+            say(f"{memory}: each file of the result lies there until it is sent")
         assembly = Assembly(plan, target, holder.run)
         options = {"address": "inline", "device": device, "verify": level}
         with recorded(target, holder, options, watch, say) as history:
@@ -122,74 +110,6 @@ def _check_device(plan: MergePlan, device: str) -> None:
     if device != "auto" and others:
         what = f"the device map pins layers to {' and '.join(sorted(others))}"
         raise refuse(what, f"--device {device}", "Leave --device out, or take another map")
-
-
-def begin(plan: MergePlan, out: Location, level: str) -> MergePlan:
-    """Check where ``out`` lies, and read and check the adapters; writes nothing.
-
-    Returns:
-        The plan, sealed.
-
-    Raises:
-        InputError: ``out``, the base's head or the adapters cannot be used, or not be verified at
-            ``level``.
-    """
-    problems = [*check_level(out, level), *check_location(out, plan)]
-    with gathered(problems):
-        if level == "numeric":  # what it cannot check is better known before the merge than after
-            adapters = tuple((a.path, a.weight) for a in plan.adapters)
-            method = plan.combination.method
-            refuse_unchecked(Sources(base=plan.base, adapters=adapters, method=method))
-    with gathered(problems):
-        check_stored_head(plan)
-    if problems:
-        raise InputError(problems)
-    return seal(plan)
-
-
-@contextlib.contextmanager
-def claim(
-    plan: MergePlan, out: Location, *, overwrite: bool, say: Callable[[str], None]
-) -> Iterator[Holder | None]:
-    """Make ``out`` ready for ``plan``, which must be sealed, and keep every other merge off it.
-
-    Args:
-        say: told that the lease of a merge that is perhaps gone is waited for.
-
-    Yields:
-        The holder of the lease, or None if ``out`` holds this very result already.
-
-    Raises:
-        InputError: it holds something else, or another merge is at work there.
-        StorageError: it cannot be made, or the disk is too small.
-    """
-    if not overwrite and holds_result(out, plan, say):
-        yield None
-        return
-    check_usable(out, plan, overwrite=overwrite)
-    with Lease(out, say) as lease:
-        if not overwrite and is_finished(out, plan):  # by the merge that was waited for
-            yield None
-        else:
-            prepare(out, plan, overwrite=overwrite)
-            make_ready(out)
-            yield lease.holder
-
-
-def holds_result(out: Location, plan: MergePlan, say: Callable[[str], None]) -> bool:
-    """Whether ``out`` holds this very result; ``plan`` must be sealed.
-
-    A machine that dies right after the commit leaves receipts there: they are removed, if nobody is
-    at work who may need his own.
-    """
-    if not is_finished(out, plan):
-        return False
-    with contextlib.suppress(RaymeldError):  # they harm nobody
-        if any(open_store(out).list(RECEIPTS)) and live_holder(out) is None:
-            with Lease(out, say):
-                if is_finished(out, plan):
-                    remove_leftovers(out)
-    return True
 
 
 def _resume(assembly: Assembly, plan: MergePlan, watch: Watch) -> int:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from merge_core.errors import refuse, some_of
-from merge_core.hub_commit import check_usable, commit_merge, small_files
+from merge_core.hub_commit import commit_merge, small_files
+from merge_core.hub_model import check_usable
 from merge_core.ledger import unfold_ledger
 from merge_core.model_card import CARD, names_base
 from merge_core.output import LEDGER, VERIFIED, read_plan, verified_level
@@ -25,6 +26,7 @@ def push(
     *,
     private: bool = True,
     revision: str | None = None,
+    overwrite: bool = False,
     say: Callable[[str], None],
     retries: Retries = PATIENT,
 ) -> str:
@@ -36,11 +38,12 @@ def push(
         repo: ``org/name``; is made if there is no such model.
         private: nobody else may see it.
         revision: a branch that exists; None: the main one.
+        overwrite: replace another merge that the model holds.
         say: told what is done.
 
     Raises:
         InputError: ``out`` is no finished merge on a disk, or changed since it was verified; or the
-            model there is none of raymeld's.
+            model holds another merge, or what is none of raymeld's.
         StorageError: the hub cannot be reached, or refuses, or somebody else has committed.
         VerificationError: what the hub has afterwards is not what was sent.
     """
@@ -48,7 +51,7 @@ def push(
     plan = _finished(folder)
     small, shards = small_files(folder, plan), [shard["name"] for shard in plan["shards"]]
     target = HubPush.begin(repo, revision, private=private, retries=retries)
-    check_usable(repo, target.files())
+    check_usable(target, plan["fingerprint"], overwrite=overwrite)
     rows, _ = unfold_ledger(read_file(folder / LEDGER))
     sent = [_send(target, folder, name, rows, say) for name in shards]
     if not names_base(small[CARD].decode(errors="replace")):

@@ -17,11 +17,12 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from merge_core.digest import bytes_digest
-from merge_core.errors import AbsentError, StorageError, refuse
+from merge_core.errors import AbsentError, Problem, StorageError, refuse
 from merge_core.side_files import CONFIG, INDEX
 from merge_core.storage import reported, sync_directory, write_durably
-from merge_core.stores.location import Location, locate
+from merge_core.stores.location import Location, Upload, locate
 from merge_core.stores.opening import open_store, read_file
+from merge_core.stores.scratch import scratch_of
 from merge_core.stores.store import FileIdentity
 
 SAMPLE_BYTES = 64 << 10
@@ -122,6 +123,31 @@ def _plain_files(path: Location) -> Iterator[str]:
         if not names:
             raise AbsentError("nothing lies there", str(path))
     yield from (name for name in names if not name.startswith("."))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScratchSight:
+    """What a machine has for the files that wait to be sent to the hub."""
+
+    folder: str
+    room: int | None = None
+    """Bytes that the disk has for them; None: that cannot be told."""
+    memory: str = ""
+    """What to say where they take memory; else empty."""
+    refusal: Problem | None = None
+    """Why nothing can be written there."""
+
+
+def look_at_scratch(upload: Upload) -> ScratchSight:
+    """Look at it as a merge will use it; makes nothing, and never raises for what it meets."""
+    scratch = scratch_of(upload)
+    folder = str(scratch.folder)
+    try:
+        scratch.try_out()
+        return ScratchSight(folder=folder, room=scratch.room, memory=scratch.in_memory)
+    except StorageError as error:
+        refusal = Problem(error.what, error.where, error.remedy)
+        return ScratchSight(folder=folder, refusal=refusal)
 
 
 def nearest_directory(out: Location) -> Location:

@@ -6,14 +6,14 @@ reads them all the same, for the digests of their tensors; it does not send them
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from merge_core.digest import bytes_digest
 from merge_core.errors import NotCopiedError, counted
 from merge_core.plan import MergePlan, Shard
 from merge_core.stores.location import Location
-from merge_core.stores.opening import open_store
+from merge_core.stores.opening import open_hub_out, open_store
 from merge_core.stores.store import FileIdentity, PartWriter
 
 
@@ -48,6 +48,8 @@ class PartStarter:
 
     plan: MergePlan
     out: Location
+    say: Callable[[str], None] | None = None
+    """Told what is waited for, where parts wait for room."""
     refusal: str = ""
     """Why the server copies nothing; empty: nothing is known against it."""
 
@@ -65,6 +67,9 @@ class PartStarter:
                 return S3Store(self.out).copy(self.plan.base, file, shard.name, attempt)
             except NotCopiedError as error:
                 self.refusal = f"{error.what}: shards in which nothing changes are uploaded too"
+        if self.out.upload is not None:
+            hub = open_hub_out(self.out)
+            return hub.start(shard.name, shard.size, attempt, self.say)
         return open_store(self.out).start(shard.name, shard.size, attempt)
 
 

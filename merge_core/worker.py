@@ -62,6 +62,7 @@ class ShardWorker:
         device: ``cpu`` or ``cuda`` (the first visible GPU).
         name: who did it, for the ledger.
         choice: lanes and size of reads; None measures the free memory and chooses.
+        say: told what it waits for, in words that follow its name.
 
     Raises:
         DeviceMemoryError: not even one lane fits.
@@ -75,9 +76,10 @@ class ShardWorker:
         device: str,
         name: str = "inline",
         choice: LaneChoice | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self._plan, self._name = plan, name
-        self._parts = PartStarter(plan, out)
+        self._parts = PartStarter(plan, out, say)
         self._fingerprint = plan.fingerprint
         self._device = torch.device(device)
         self.found = measure_memory(device)

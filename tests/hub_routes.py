@@ -83,8 +83,7 @@ def _entry(path: str, content: Content) -> dict[str, Any]:
 
 
 def _create(it: Handler) -> None:
-    if not it.token:
-        raise RefusedError(401, "", "This needs a token")
+    it.needs_token(to_write=True)
     asked = json.loads(it.data)
     name = f"{asked['organization'] or it.hub.tokens[it.token]}/{asked['name']}"
     said = {"url": f"http://{it.headers['Host']}/{name}", "id": name}
@@ -174,10 +173,10 @@ def _xet_token(it: Handler, name: str, kind: str, revision: str) -> None:
 
 
 def _who(it: Handler) -> None:
-    if not it.token:
-        raise RefusedError(401, "", "This needs a token")
-    role = {"accessToken": {"role": "write"}}
-    it.say({"type": "user", "name": it.hub.tokens[it.token], "auth": role})
+    it.needs_token(to_write=False)
+    role = {"accessToken": {"role": "read" if it.token in it.hub.readers else "write"}}
+    orgs = [{"name": name} for name in ("ours", "theirs")]
+    it.say({"type": "user", "name": it.hub.tokens[it.token], "orgs": orgs, "auth": role})
 
 
 def _yaml(it: Handler) -> None:

@@ -34,6 +34,8 @@ class Hub:
         """What was uploaded as LFS, by sha256."""
         self.tokens: dict[str, str] = {}
         """Names of accounts."""
+        self.readers: set[str] = set()
+        """Tokens that may only read."""
         self.cas = cas
         self.page = 1000
         """Entries of a list at a time."""
@@ -161,9 +163,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def may_write(self, name: str) -> Repo:
         repo = self.repo(name)
+        self.needs_token(to_write=True)
+        return repo
+
+    def needs_token(self, *, to_write: bool) -> None:
         if not self.token:
             raise RefusedError(401, "", "This needs a token")
-        return repo
+        if to_write and self.token in self.hub.readers:
+            raise RefusedError(403, "", "you must use a write token to upload to a repository")
 
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length")

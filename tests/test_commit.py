@@ -29,12 +29,13 @@ from hypothesis import strategies as st
 from leases import take_over, unheard
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from merge_core.claim import claim
 from merge_core.commit import Assembly
 from merge_core.errors import LeaseLostError, RaymeldError, StorageError, VerificationError
 from merge_core.factors import seal
 from merge_core.lease import holder_of
 from merge_core.ledger import Receipt, TensorRecord
-from merge_core.merge import claim, merge
+from merge_core.merge import merge
 from merge_core.output import LEASE, PROGRESS, RUNS, VERIFIED
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan

@@ -229,3 +229,24 @@ def test_a_doctor_tells_of_an_out_that_is_not_ours_also_without_a_plan(out: Path
 
     assert done.exit_code == 1
     assert f"{out}: OUT is not empty, and raymeld did not make it" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("out", "named"),
+    [
+        (["s3://b/out"], "s3://b/out: OUT"),
+        (["hf://me/m", "--state", "s3://b/k"], "s3://b/k: STATE"),
+    ],
+)
+def test_nobody_may_write_without_a_signature_and_no_server_is_asked(
+    base: Path, adapter: Path, out: list[str], named: str
+) -> None:
+    words = [str(base), str(adapter), "--anonymous", "--endpoint-url", "http://127.0.0.1:1"]
+    wanted = f"{named} is to be written to, and --anonymous signs nothing. Leave --anonymous out"
+    done = CliRunner().invoke(app, ["plan", *words, "--out", *out])
+    assert (done.exit_code, wanted in done.stderr) == (2, True)
+
+    inline = ["--address", "inline", "--verify", "numeric"]
+    done = CliRunner().invoke(app, ["merge", *words, "--out", *out, *inline])
+    assert (done.exit_code, wanted in done.stderr) == (2, True)
+    assert ("--verify numeric: reads the whole" in done.stderr) == (len(out) > 1)  # all at once

@@ -12,8 +12,9 @@ import pytest
 from actors.examiner import DeviceView, Examination, ExaminedNode, GpuSight, PathSight, Silence
 from actors.identity import Identity
 from actors.libraries import Library
-from cluster.diagnosis import Diagnosis, diagnose
+from cluster.diagnosis import diagnose
 from cluster.doctor import Checkup, Destination
+from cluster.findings import Diagnosis
 from merge_core.errors import Problem
 from merge_core.nvidia import Gpu
 from merge_core.plan import MergePlan

@@ -13,14 +13,16 @@ from typing import Any
 
 import pytest
 from clusters import cluster, environment, joined
+from fault_proxy import FaultProxy
 from handmade import files_below, small_merge
 
-from actors.examiner import DeviceView, ExaminedNode, Examiner, Silence
+from actors.examiner import DeviceView, ExaminedNode, Examiner, PathSight, Silence
 from actors.identity import Identity
-from cluster.diagnosis import Finding, diagnose
+from cluster.diagnosis import diagnose
 from cluster.doctor import Checkup, Intent, examine
+from cluster.findings import Finding
 from cluster.session import session
-from merge_core.stores.location import locate
+from merge_core.stores.location import Upload, locate, onto_hub
 
 PATIENCE = 60.0
 TOOL = """#!/bin/sh
@@ -94,6 +96,23 @@ def test_a_cluster_that_is_well_ends_with_exit_code_0(
         assert one["out"] == {"refusal": None, "arrived": True}
         assert one["lanes"] == 8
     assert list((paths / "results").iterdir()) == []
+
+
+def test_each_node_is_asked_for_its_scratch_and_reaches_the_state(
+    nodes: Any, tmp_path: Path, before_hub: FaultProxy
+) -> None:
+    upload = Upload(state=locate(tmp_path / "state"), scratch=str(tmp_path / "scratch"))
+    with environment():
+        out = onto_hub(locate("hf://me/merge"), upload)
+        intent = Intent(base=None, adapters=[], out=out)
+        checkup = examine(nodes.address, intent, seconds=PATIENCE, say=lambda _: None)
+
+    looks = [node.paths for node in checkup.nodes if isinstance(node.paths, PathSight)]
+    scratches = [look.scratch.folder for look in looks if look.scratch is not None]
+    assert scratches == [upload.scratch] * 2
+    assert diagnose(checkup).problems == ()
+    assert list(tmp_path.glob("s*")) == []
+    assert before_hub.tally("PUT").requests == 0
 
 
 def test_nodes_that_do_not_answer_in_time_are_named(nodes: Any, paths: Path) -> None:

@@ -31,7 +31,7 @@ from merge_core.merge import merge
 from merge_core.model_card import CARD
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
-from merge_core.stores import hub_files
+from merge_core.stores import cache_room
 from merge_core.stores.hub import HubStore
 from merge_core.stores.location import Access, locate
 
@@ -189,7 +189,7 @@ def test_room_is_needed_only_for_what_is_still_to_come(
     file = next(store.look(one.name) for one in store.list() if one.name.endswith("safetensors"))
     content, usage = (folders[0] / file.name).read_bytes(), shutil.disk_usage(folders[0])
     full = SimpleNamespace(disk_usage=lambda _: usage._replace(free=file.size - 1))
-    monkeypatch.setattr(hub_files, "shutil", full)  # the library has its own eyes, and only warns
+    monkeypatch.setattr(cache_room, "shutil", full)  # the library has its own eyes, and only warns
     with pytest.raises(StorageError, match="no room"):
         store.fetch(file)
 

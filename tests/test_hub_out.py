@@ -90,7 +90,11 @@ def test_a_model_that_has_lost_it_is_no_finished_merge(target: Target, merged: P
     repo.commit({SHARDS[0]: b"another"})
     with pytest.raises(InputError, match="but its files are missing or changed"):
         target.merge()
-    target.merge(overwrite=True)
+    with pytest.raises(InputError, match="somebody else has committed weights since"):
+        target.merge(overwrite=True)
+    assert head(repo)[SHARDS[0]] == b"another"
+    repo.commit({SHARDS[0]: (merged / SHARDS[0]).read_bytes()})
+    assert target.merge().receipts == ()
     assert_pushed(repo, merged, commits=4)
 
 

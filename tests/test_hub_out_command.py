@@ -20,6 +20,7 @@ from pushes import TOKEN, assert_pushed, head
 from typer.testing import CliRunner
 
 from cluster.cli import app
+from merge_core.stores import scratch
 
 # huggingface_hub 2.4's own, where it sends a file:
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -183,9 +184,23 @@ def test_a_folder_is_the_state_of_one_merge_and_nothing_else(place: Place) -> No
     assert "state: is the state of a merge onto hf://me/merge" in said
 
 
-def test_a_plan_says_nothing_against_a_model_that_is_yet_to_be_made(place: Place) -> None:
+def test_a_token_that_may_not_write_ends_a_merge_before_it_begins(place: Place) -> None:
+    place.hub.repo("me/merge", {}, private=True)
+    place.hub.readers.add(TOKEN)
+    said = place.answer(*MERGE, *TO_HUB, code=1)["error"]
+    assert "hf://me/merge@main: the hub answered 403 (you must use a write token" in said
+    assert not (place.folder / "scratch").exists()
+
+
+def test_a_plan_says_nothing_against_a_model_that_is_yet_to_be_made(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = iter(["ext4", "tmpfs"])
+    monkeypatch.setattr(scratch, "file_system_of", lambda _: next(kinds))
     (note,) = place.answer("plan", *INPUTS, *TO_HUB)["notes"]
     assert "scratch: holds, for each worker of a node, a file of up to 0.00 GB until it is" in note
+    _, memory = place.answer("plan", *INPUTS, *TO_HUB)["notes"]
+    assert "is memory, not a disk (tmpfs). Give --scratch a directory on a disk" in memory
     assert place.hub.repos == {}
     assert not (place.folder / "state").exists()
 

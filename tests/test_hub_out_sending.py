@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +19,14 @@ from hub_repos import Xet, sha256
 from hub_target import SHARDS, Target
 from pushes import head
 
+from merge_core.claim import begin, claim
 from merge_core.errors import AbsentError, StorageError, VerificationError
-from merge_core.merge import begin, claim
 from merge_core.progress import Progress
+from merge_core.stores import scratch
 from merge_core.stores.hub_objects import HubObjects
 from merge_core.stores.hub_out import HubOut, SentFile
 from merge_core.stores.opening import open_hub_out
-from merge_core.stores.scratch import ScratchPart
+from merge_core.stores.scratch import Scratch, ScratchPart
 from merge_core.worker import ShardWorker
 
 pytestmark = [
@@ -59,6 +61,36 @@ def test_workers_of_a_node_keep_within_its_limit(
     assert len(seen) == 4
     assert max(seen) <= largest * 3 // 2
     assert target.waiting() == []
+
+
+def test_a_merge_says_that_it_waits_and_that_its_scratch_is_memory(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target.limit(max(shard.size for shard in target.plan.shards))
+    others, said = Scratch(str(target.scratch), None).start("others", 1), list[str]()
+    monkeypatch.setattr(scratch.time, "sleep", lambda _: others.discard())
+    monkeypatch.setattr(scratch, "file_system_of", lambda _: "tmpfs")
+    target.merge(say=said.append)
+    assert said[0] == (
+        f"{target.scratch} is memory, not a disk (tmpfs): each file of the result lies there until"
+        " it is sent"
+    )
+    (waits,) = (line for line in said if "waits" in line)
+    assert waits.startswith(f"this process waits for room in {target.scratch}, which holds 1")
+
+
+def test_a_scratch_that_cannot_be_written_ends_a_merge_before_it_reads(
+    target: Target, before_hub: FaultProxy
+) -> None:
+    target.scratch.write_text("no folder")
+    with pytest.raises(StorageError, match=r"scratch: Not a directory|File exists"):
+        target.merge()
+    assert before_hub.tally("PUT").requests == 0
+    target.scratch.unlink()
+    target.merge()
+    shutil.rmtree(target.scratch)
+    target.scratch.write_text("no folder")
+    assert target.merge().receipts == ()  # what is there needs none
 
 
 def test_who_watches_hears_of_a_merge_while_it_sends(

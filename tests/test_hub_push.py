@@ -9,15 +9,12 @@ from pathlib import Path
 
 import pytest
 from fault_proxy import FaultProxy
-from handmade import TWO_LANES, small_merge
 from hub_client import QUICK, HubClient
 from hub_repos import Xet, sha256
 from hub_server import Hub
 from pushes import assert_pushed, files_of, head, push
 
 from merge_core.errors import InputError, RaymeldError, StorageError
-from merge_core.merge import merge
-from merge_core.planner import make_plan
 from merge_core.stores.hub import HubStore
 from merge_core.stores.hub_push import HubPush, Sent
 from merge_core.stores.location import locate
@@ -61,19 +58,6 @@ def test_the_same_push_again_sends_and_commits_nothing(
     assert len(hub.repos["me/merge"].commits) == 2
 
 
-def test_another_merge_replaces_an_earlier_one_whole(
-    merged: Path, hub: Hub, tmp_path: Path
-) -> None:
-    push(merged)
-    small_merge(tmp_path)
-    plan = make_plan(tmp_path / "base", [tmp_path / "adapter"])
-    merge(plan, tmp_path / "out", device="cpu", choice=TWO_LANES)
-    push(tmp_path / "out")
-    repo = hub.repos["me/merge"]
-    assert "model.safetensors" in head(repo)
-    assert_pushed(repo, tmp_path / "out", commits=3)
-
-
 def test_a_branch_can_be_pushed_to(merged: Path, hub: Hub) -> None:
     repo = hub.repo("me/merge", {"README.md": b"mine"}, private=True)
     first = repo.refs["trial"] = repo.refs["main"]
@@ -85,7 +69,7 @@ def test_a_branch_can_be_pushed_to(merged: Path, hub: Hub) -> None:
 
 def test_what_may_not_be_pushed_to_is_refused(merged: Path, hub: Hub) -> None:
     hub.repo("me/other", {"model.safetensors": b"precious"}, private=True)
-    with pytest.raises(InputError, match=r"hf://me/other: .*something else already: model.safe"):
+    with pytest.raises(InputError, match=r"hf://me/other@main: .*else already: model.safe"):
         push(merged, "me/other")
     public = hub.repo("me/public", {"README.md": b"hello"})
     with pytest.raises(InputError, match="everybody can see it"):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fault_proxy import Exchange, Fault, FaultProxy, How, pass_on
+from hub_client import QUICK
 from hub_repos import Repo
 from hub_server import Hub
+from huggingface_hub import get_session
 from network_faults import drop, drop_within, lose_answer, say, stall
 from pushes import TOKEN, assert_pushed, head, push
 
 from merge_core.errors import RaymeldError, StorageError, VerificationError
 from merge_core.stores import hub_objects
+from merge_core.stores.hub_errors import HubPlace
+from merge_core.stores.hub_objects import HubObjects, Sent, asked
 
 pytestmark = [
     pytest.mark.usefixtures("before_hub"),
@@ -101,6 +107,34 @@ def test_everything_else_is_asked_again(
     before_hub.faults(Fault(how, path=route))
     push(merged)
     assert_pushed(hub.repos["me/merge"], merged)
+
+
+def test_nobody_elses_requests_are_bounded_in_time(hub: Hub) -> None:
+    hub.repo("me/merge", {})
+    place = HubPlace(repo="me/merge", revision="main")
+    absent = Sent(name="a.safetensors", size=1, sha256="0" * 64)
+    assert HubObjects(place, QUICK).missing([absent]) == [
+        absent
+    ]  # the session knows the hook by now
+    seen: list[tuple[str, Any]] = []
+    session = get_session()
+    session.event_hooks["request"].append(
+        lambda request: seen.append((request.url.path, request.extensions["timeout"]["read"]))
+    )
+
+    def attempt() -> None:
+        with ThreadPoolExecutor(1) as other:
+            other.submit(session.get, f"{hub.address}/api/beside").result()
+        session.get(f"{hub.address}/api/whole")
+        session.get(f"{hub.address}/api/short", timeout=5.0)
+
+    asked(attempt, place, QUICK)
+    session.get(f"{hub.address}/api/after")
+
+    bound = hub_objects.ANSWER_SECONDS
+    wanted = {"/api/beside": None, "/api/whole": bound, "/api/short": 5.0, "/api/after": None}
+    assert dict(seen) == wanted
+    assert session.timeout.read is None
 
 
 def test_a_hub_that_holds_something_else_afterwards_is_reported(

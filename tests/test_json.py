@@ -22,11 +22,13 @@ from cluster.doctor_report import report_document
 from cluster.jobs import Job
 from cluster.jobs_commands import _document
 from cluster.status import read_status, status_document
+from merge_core.errors import Problem
 from merge_core.merge import merge
 from merge_core.nvidia import GpuProcess
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.progress import Progress
+from merge_core.reachable import ScratchSight
 from merge_core.stores.location import locate
 
 TYPES = {
@@ -138,8 +140,14 @@ def running(inputs: tuple[Path, Path], out: Path) -> Any:
 def test_doctor(inputs: tuple[Path, Path], tmp_path: Path, small: MergePlan) -> None:
     here = answer("doctor", *inputs, "--out", tmp_path / "out")
     taken = replace(FULL, processes=(GpuProcess(pid=1, name="train", used=None),))
-    gone = replace(LOOKED, inputs=(replace(BASE, error="No such file or directory"),))
+    scratch = ScratchSight(folder="/s", room=7)
+    full = ScratchSight(folder="/s", refusal=Problem("belongs to somebody else", "/s", "Give"))
+    gone = replace(
+        LOOKED, inputs=(replace(BASE, error="No such file or directory"),), scratch=scratch
+    )
+    refused = node("n5", paths=replace(LOOKED, scratch=full))
     found = checkup(
+        refused,
         node("n1", ray_gpus=1, gpus=(taken,), views=(GPU,)),
         node("n2", examination=LATE, paths=gone),
         node("n3", leaves_in=20.0, examination=None, paths=None),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 import re
@@ -14,7 +13,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,24 +60,6 @@ def test_a_merge_that_was_killed_on_this_machine_blocks_nobody(tmp_path: Path) -
 
     with take(tmp_path) as one:
         assert holder_of(locate(tmp_path)) == one.holder
-
-
-def test_a_process_of_the_same_number_is_not_the_one_that_held_it(held: Lease) -> None:
-    earlier = dataclasses.replace(held.holder, started=held.holder.started - 1)
-
-    assert held.holder.is_alive() is True
-    assert earlier.is_alive() is False
-    assert dataclasses.replace(earlier, machine="another").is_alive() is None
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no other clock there")
-def test_a_clock_that_is_set_makes_no_live_process_look_gone(
-    held: Lease, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    created = psutil.Process.create_time
-    monkeypatch.setattr(psutil.Process, "create_time", lambda process: created(process) + 3600)
-
-    assert held.holder.is_alive() is True
 
 
 def test_a_lease_of_another_machine_that_is_old_is_free_at_once(

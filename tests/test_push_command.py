@@ -51,7 +51,7 @@ def test_a_merge_is_pushed_by_one_command(merged: Path, hub: Hub, tmp_path: Path
 def test_a_model_is_public_where_that_is_asked_for(merged: Path, hub: Hub, tmp_path: Path) -> None:
     hub.tokens[TOKEN] = "me"
 
-    done = push(merged, "me/merge", "--public", hub=hub, home=tmp_path, token=TOKEN)
+    done = push(merged, "me/merge", "--public", "--overwrite", hub=hub, home=tmp_path, token=TOKEN)
 
     assert done.returncode == 0, done.stderr
     assert not hub.repos["me/merge"].private

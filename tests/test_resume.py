@@ -155,7 +155,7 @@ def test_a_merge_that_stopped_after_its_verification_failed_goes_on(
 @pytest.mark.parametrize(
     ("place", "call", "resumed"),
     [
-        ("before merge_core.merge:prepare", 1, 0),
+        ("before merge_core.claim:prepare", 1, 0),
         ("before merge_core.output:describe", 1, 0),
         ("before merge_core.worker:ShardWorker.merge", 1, 0),
         ("before merge_core.commit:Assembly.accept", 2, 1),

@@ -31,12 +31,13 @@ from models import assert_same_tensors, read_tensors
 from oracles import merged_like_peft
 
 from merge_core import storage
+from merge_core.claim import claim
 from merge_core.commit import Assembly
 from merge_core.digest import bytes_digest
 from merge_core.errors import StorageError
 from merge_core.factors import seal
 from merge_core.memory import LaneChoice
-from merge_core.merge import claim, merge
+from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.storage import RangeReader

@@ -45,6 +45,13 @@ def test_a_deleted_file_is_absent(store: Store) -> None:
         store.look("a")
 
 
+def test_the_clock_is_the_one_that_stamps_files_and_is_read_without_a_write(store: Store) -> None:
+    store.put("a", b"x")
+    (listed,) = store.list()
+    assert abs(store.clock() - listed.modified) < 30  # a busy machine; the clocks are this one's
+    assert names(store) == {"a"}
+
+
 def test_lists_hold_what_is_in_a_folder_and_nothing_beside_it(store: Store) -> None:
     beside = type(store)(location=_sibling(store.location))
     for name in ("a", "b/c", "b/d/e", "b2/f"):

@@ -7,6 +7,7 @@ branch that moves on during a merge changes nothing.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -121,6 +122,10 @@ class HubStore:
         what = "a model on the hub is written in one commit, not file by file"
         remedy = "Merge onto it with --state; as --out of anything else, give that state"
         raise StorageError(what, str(self._location), remedy)
+
+    def clock(self) -> float:
+        """See ``store.Store``: nothing here is as young as a commit."""
+        return time.time()
 
     put = create = start = publish = sweep = delete = _refuse
 

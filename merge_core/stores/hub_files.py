@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,6 +17,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from merge_core.errors import AbsentError, StorageError
 from merge_core.storage import reported
+from merge_core.stores.cache_room import Coming, room_for
 from merge_core.stores.hub_errors import HubPlace, not_cached, told
 from merge_core.stores.hub_requests import ask, pages, quoted
 from merge_core.stores.retries import Retries
@@ -100,30 +100,17 @@ def fetch(place: HubPlace, entry: HubEntry) -> Path:
     found = cached_file(place)
     if found is not None:
         return found
-    _check_room(entry.size - _fetched(place, entry))
+    blob = _folder(place) / "blobs" / entry.oid.partition(":")[2]
     try:
-        with reported(_folder(place)), told(place):
+        with (
+            room_for(Coming(blob=str(blob), size=entry.size)),
+            reported(_folder(place)),
+            told(place),
+        ):
             return Path(hf_hub_download(place.repo, place.path, revision=place.revision))
     except RuntimeError as error:  # hf_xet's
         remedy = "Try again; without --cache, or with HF_HUB_DISABLE_XET=1, it is not needed"
         raise StorageError(f"hf_xet failed: {error}", str(place), remedy) from error
-
-
-def _fetched(place: HubPlace, entry: HubEntry) -> int:
-    """Bytes that lie there of a file which broke off, or which another process is fetching."""
-    name = entry.oid.removeprefix("sha256:")
-    parts = (_folder(place) / "blobs").glob(f"{name}*.incomplete")
-    return max((path.stat().st_size for path in parts), default=0)
-
-
-def _check_room(size: int) -> None:
-    """huggingface_hub only warns, and fetches until the disk is full."""
-    cache = Path(constants.HF_HUB_CACHE)
-    free = shutil.disk_usage(next(one for one in (cache, *cache.parents) if one.exists())).free
-    if free < size:
-        what = f"the cache has no room: {size:,} bytes are to come, {free:,} are free"
-        remedy = "Free space there, set HF_HOME to a larger disk, or read ranges: without --cache"
-        raise StorageError(what, str(cache), remedy)
 
 
 def _git_oid(content: bytes) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,9 @@ it answers, and huggingface_hub would wait without end."""
 
 _BATCH = 100
 """Objects that the hub is asked about at a time."""
+
+_is_bounded: ContextVar[bool] = ContextVar("_is_bounded", default=False)
+"""Whether a request is one of those here."""
 
 _T = TypeVar("_T")
 
@@ -142,17 +146,34 @@ def upload_info(sent: Sent) -> UploadInfo:
 
 def asked(attempt: Callable[[], _T], place: HubPlace, retries: Retries) -> _T:
     """``hub_requests.persistently`` for what huggingface_hub asks itself."""
-    session = get_session()
-    before, session.timeout = session.timeout, ANSWER_SECONDS
 
     def told() -> _T:
-        with spoken():
+        with _in_time(), spoken():
             return attempt()
 
+    return persistently(told, place, retries)
+
+
+@contextlib.contextmanager
+def _in_time() -> Iterator[None]:
+    """Bound what this thread asks while inside; the session is the whole process's."""
+    hooks = get_session().event_hooks["request"]
+    if _bound not in hooks:
+        hooks.append(_bound)
+    token = _is_bounded.set(True)
     try:
-        return persistently(told, place, retries)
+        yield
     finally:
-        session.timeout = before
+        _is_bounded.reset(token)
+
+
+def _bound(request: Any) -> None:
+    """Give a request a timeout where it has none."""
+    if _is_bounded.get():
+        given = request.extensions.get("timeout", {})
+        kinds = ("connect", "read", "write", "pool")
+        bound = {kind: given.get(kind) or ANSWER_SECONDS for kind in kinds}
+        request.extensions["timeout"] = bound
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -24,7 +24,7 @@ from merge_core.stores.hub_files import pin, read_tree
 from merge_core.stores.hub_objects import HubObjects, Sent
 from merge_core.stores.location import Location, Upload
 from merge_core.stores.retries import PATIENT
-from merge_core.stores.scratch import Scratch
+from merge_core.stores.scratch import scratch_of
 from merge_core.stores.store import HUB_RECORD, FileIdentity, Listed, PartWriter, Reader, Store
 
 SENT = ".raymeld/sent"
@@ -111,12 +111,18 @@ class HubOut:
         """See ``store.Store``."""
         return self._state.create(name, data)
 
-    def start(self, name: str, size: int, attempt: str) -> PartWriter:
-        """See ``store.Store``. What is finished of weights is for ``part_of``."""
+    def start(
+        self, name: str, size: int, attempt: str, say: Callable[[str], None] | None = None
+    ) -> PartWriter:
+        """See ``store.Store``. What is finished of weights is for ``part_of``.
+
+        Args:
+            say: told what is waited for, see ``Scratch``.
+        """
         if not self._is_weights(name):
             return self._state.start(name, size, attempt)
-        scratch = self._scratch
-        return scratch.start(f"{self.location.root.replace('/', '--')}-{name}-{attempt}", size)
+        unique = f"{self.location.root.replace('/', '--')}-{name}-{attempt}"
+        return scratch_of(self._upload, say).start(unique, size)
 
     def part_of(self, name: str, sent: SentFile) -> str:
         """The part that a file which was sent is, for ``publish``."""
@@ -150,11 +156,15 @@ class HubOut:
             if "/" in found.name.removeprefix(f"{SENT}/"):
                 self._state.delete(found.name)
         if name is None:
-            self._scratch.sweep()
+            scratch_of(self._upload).sweep()
 
     def delete(self, name: str) -> None:
         """See ``store.Store``."""
         self._state.delete(_record(name) if self._is_weights(name) else name)
+
+    def clock(self) -> float:
+        """See ``store.Store``."""
+        return self._state.clock()
 
     def sent(self, name: str) -> SentFile:
         """What stands for a file of weights.
@@ -213,10 +223,6 @@ class HubOut:
         if self.location.upload is None:
             raise AssertionError(f"{self.location} is only read from")
         return self.location.upload
-
-    @property
-    def _scratch(self) -> Scratch:
-        return Scratch(self._upload.scratch, self._upload.scratch_limit)
 
     def _is_weights(self, name: str) -> bool:
         return not self.location.path and "/" not in name and name.endswith(".safetensors")

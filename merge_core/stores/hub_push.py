@@ -10,6 +10,7 @@ commit names its parent. Where its answer is lost, the head says whether it was 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,11 +24,16 @@ from huggingface_hub import (
 
 from merge_core.errors import AbsentError, StorageError, VerificationError, refuse, some_of
 from merge_core.storage import reported
-from merge_core.stores.hub_errors import HTTP_ERROR, HubPlace
+from merge_core.stores.hub import HubStore
+from merge_core.stores.hub_errors import HTTP_ERROR, LOG_IN, HubPlace
 from merge_core.stores.hub_files import HubEntry, pin, read_tree
 from merge_core.stores.hub_objects import HubObjects, Sent, asked, spoken, upload_info
 from merge_core.stores.hub_requests import PassingError, ask, quoted
+from merge_core.stores.location import Location
 from merge_core.stores.retries import PATIENT, Retries
+
+_NOBODYS = Sent(name="nobodys.safetensors", size=1, sha256=hashlib.sha256(b"\0").hexdigest())
+"""A file that is asked about, and never sent."""
 
 
 class HubPush(HubObjects):
@@ -99,14 +105,30 @@ class HubPush(HubObjects):
             raise refuse("the model exists already, and everybody can see it", str(target), remedy)
         return cls(target, said["sha"], retries)
 
+    def check_writable(self) -> None:
+        """Ask where a file could be sent to, and send none.
+
+        Raises:
+            StorageError: this account may not write to the model.
+        """
+        self.missing([_NOBODYS])
+
     @property
     def url(self) -> str:
         """Of the commit that is followed."""
         return _url(self._target, self.parent)
 
+    def __str__(self) -> str:
+        return str(self._target)
+
     def files(self) -> Mapping[str, HubEntry]:
         """What the model has in the commit that is followed."""
         return _files_at(self._target, self.parent, self._retries)
+
+    def read(self, name: str) -> bytes:
+        """All of a small file in the commit that is followed."""
+        there = Location(scheme="hf", root=self._target.repo, revision=self.parent)
+        return HubStore(there, retries=self._retries).get(name)
 
     def commit(
         self,
@@ -179,6 +201,27 @@ class HubPush(HubObjects):
             for name, content in wanted.items()
             if name not in files or not files[name].holds(content)
         ]
+
+
+def check_owner(repo: str, retries: Retries = PATIENT) -> None:
+    """Make sure that this account may make a model of that name, as far as the hub tells: what a
+    fine-grained token may do is seen when it does.
+
+    Raises:
+        StorageError: it may not, or the hub cannot be asked.
+    """
+    place = HubPlace(repo=repo, revision=constants.DEFAULT_REVISION)
+    said = asked(HfApi().whoami, place, retries)
+    role = said.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        remedy = f"Use one that may write: {LOG_IN}"
+        raise StorageError("the token may only read", str(place), remedy)
+    owner = repo.partition("/")[0]
+    names = [said["name"], *(one["name"] for one in said.get("orgs", ()))]
+    if role == "write" and owner.lower() not in map(str.lower, names):
+        what = f"the account {names[0]} may not make models of {owner}"
+        remedy = f"Choose another name, such as hf://{names[0]}/..., or another account: {LOG_IN}"
+        raise StorageError(what, str(place), remedy)
 
 
 def _files_at(target: HubPlace, commit: str, retries: Retries) -> Mapping[str, HubEntry]:

@@ -27,15 +27,23 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 def inode_of(status: os.stat_result) -> str:
     """Machine and device, then the number; empty where there is none to go by."""
-    device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
-    if _file_system(device) not in KEEPS:
+    if file_system_of(status) not in KEEPS:
         return ""
-    return f"{_boot()} {device} {status.st_ino}"
+    return f"{_boot()} {_device(status)} {status.st_ino}"
+
+
+def file_system_of(status: os.stat_result) -> str | None:
+    """The kind of file system that a file lies on; None where the kernel does not say."""
+    return _file_system(_device(status))
 
 
 def differ(one: str, other: str) -> bool:
     """Whether two such inodes are of one place, and not the same."""
     return one.rpartition(" ")[0] == other.rpartition(" ")[0] and one != other
+
+
+def _device(status: os.stat_result) -> str:
+    return f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
 
 
 @functools.cache

@@ -173,3 +173,9 @@ class Store(Protocol):
     def delete(self, name: str) -> None:
         """Remove a file, if it is there."""
         ...
+
+    def clock(self) -> float:
+        """The time by the clock that stamps files here, as far as it is told without a write; else
+        by this machine's.
+        """
+        ...
