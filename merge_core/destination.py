@@ -67,12 +67,12 @@ def check_location(out: Location, plan: MergePlan) -> list[Problem]:
 
 
 def check_access(out: Location) -> list[Problem]:
-    """Places that are to be written to without a signature, which no S3 lets anybody do."""
+    """Places that are to be written to without a signature, which no store lets anybody do."""
     remedy = "Leave --anonymous out: who may write there reads public buckets as well"
     return [
         Problem(f"{name} is to be written to, and --anonymous signs nothing", str(place), remedy)
         for name, place in _written(out)
-        if place.scheme == "s3" and place.access.anonymous
+        if place.scheme in ("s3", "gs") and place.access.anonymous
     ]
 
 
