@@ -23,6 +23,8 @@ class Item:
     """Lower ones go out first, and only items of one rank tell how long another of it takes."""
     device: str | None = None
     """The kind of worker that alone may do it; None: any."""
+    read_ahead: bool = False
+    """Whether a worker that is told of it reads its beginning early: it comes from a store."""
 
     @property
     def cost(self) -> int:

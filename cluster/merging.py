@@ -9,7 +9,7 @@ from typing import Any
 from actors.events import ItemDone, ItemFailed
 from actors.kept_collector import KeptCollector
 from cluster.loop import Loop
-from cluster.tasks import PROVING, VERIFYING, checking, merging
+from cluster.tasks import PROVING, VERIFYING, Task, checking, merging
 from merge_core.commit import check_of
 from merge_core.errors import InputError, LeaseLostError, RaymeldError, counted
 from merge_core.history import History
@@ -61,7 +61,7 @@ class Merging:
         proofs = [checking(found[n], shards[n].size, PROVING) for n in found]
         self._proofs = dict(zip(loop.add(proofs), found, strict=True))
         missing = {shard.index for shard in shards} - found.keys()
-        loop.add([merging(shards[index]) for index in sorted(missing & self.plan.stage)])
+        loop.add([self._merging(index) for index in sorted(missing & self.plan.stage)])
         self._checks = missing <= self.plan.stage  # otherwise the last stage proves them all
         loop.schedule.holds = self._checks and self.level not in AT_ONCE
         loop.run()
@@ -106,13 +106,17 @@ class Merging:
             self._loop.add([checking(check, shard.size, VERIFYING)])
         return event
 
+    def _merging(self, shard: int) -> Task:
+        ahead = not (self.plan.base.is_local or self.plan.base.access.cache)
+        return merging(self.plan.shards[shard], read_ahead=ahead)
+
     def _refute(self, shard: int) -> None:
         """Have a shard that failed its proof merged again."""
         self._refuted += 1
         name = self.plan.shards[shard].name
         self.history.say(f"{name} is not as its receipt says; merging it again")
         self._call("forget", shard)
-        self._loop.add([merging(self.plan.shards[shard])])
+        self._loop.add([self._merging(shard)])
 
     def _say_proven(self) -> None:
         proven = self._found - self._refuted

@@ -72,7 +72,9 @@ class Roster:
         others = len(crew.starting) + len(crew.idle)
         waiting = self.backlog.waiting(crew.kind.name)
         number = next(itertools.islice(waiting, others, None), None)
-        if number is None or self.backlog.is_reserved(number) or self.items[number].rank != rank:
+        if number is None or self.backlog.is_reserved(number):
+            return None
+        if not self.items[number].read_ahead or self.items[number].rank != rank:
             return None
         if self.attempts[number].tried or not self._is_for(crew, number):
             return None

@@ -44,9 +44,9 @@ class Task:
         return (self.argument, assign.attempt, assign.shrink, following)
 
 
-def merging(shard: Shard) -> Task:
-    """Have a shard merged."""
-    item = Item(size=shard.size, rank=MERGING, device=shard.device)
+def merging(shard: Shard, *, read_ahead: bool) -> Task:
+    """Have a shard merged, see ``Item``."""
+    item = Item(size=shard.size, rank=MERGING, device=shard.device, read_ahead=read_ahead)
     return Task(name=shard.name, item=item, method="merge", argument=shard.index)
 
 

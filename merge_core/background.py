@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
 from threading import Thread
 from typing import TypeVar
+
+LEAVE_SECONDS = 3.0
+"""Until work is left to itself: a request that is answered takes no longer, and one that is not may
+be tried again for minutes."""
 
 _T = TypeVar("_T")
 
@@ -24,3 +28,8 @@ def in_background(work: Callable[[], _T]) -> Future[_T]:
 
     Thread(target=run, daemon=True).start()
     return future
+
+
+def leave(work: Iterable[Future[_T]]) -> None:
+    """Wait for what is still under way when all is over, but not for long."""
+    wait(list(work), LEAVE_SECONDS)

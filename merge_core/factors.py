@@ -116,10 +116,7 @@ class FactorSource:
             yield
             return
         ranges = [Range(0, one.offset, one.offset + one.nbytes) for one in tensors]
-        with (
-            closing(Room(MOST_BLOCKS)) as room,
-            closing(ReadAhead([reader], ranges, room)) as ahead,
-        ):
+        with closing(ReadAhead([reader], ranges, Room(MOST_BLOCKS))) as ahead:
             self._reader = ahead.reader(0)
             try:
                 yield

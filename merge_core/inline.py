@@ -6,10 +6,12 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from merge_core.background import in_background, leave
 from merge_core.commit import Assembly
 from merge_core.errors import DeviceMemoryError
 from merge_core.history import Attempt, History
@@ -59,8 +61,8 @@ def merge_shards(
             )
             return stack.enter_context(contextlib.closing(worker))
 
-        publisher = stack.enter_context(ThreadPoolExecutor(1, "publish"))
         publishing: list[Future[bool]] = []
+        stack.callback(leave, publishing)
         for shard, then in zip_longest(shards, shards[1:]):
             worker = worker_on(pick_device(shard.device or device))
             following = then if then is not None and then.device == shard.device else None
@@ -69,7 +71,7 @@ def merge_shards(
             history.note(receipt.note)
             for one in publishing:
                 one.result()
-            publishing = [publisher.submit(assembly.accept, receipt)]
+            publishing[:] = [in_background(partial(assembly.accept, receipt))]
         for one in publishing:
             one.result()
 

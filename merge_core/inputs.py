@@ -45,10 +45,10 @@ class Inputs:
             self._base: list[Reader] = [
                 opened(closing(base.open(file))) for file in plan.base_files
             ]
-            self._room = opened(closing(Room()))
             self._opened = inputs.pop_all()
         self._readers = self._base
         self._ahead: dict[int, ReadAhead] = {}
+        self._room = Room()
         self._whole: set[int] = set()
         self._kept = _Kept(KEPT_TENSORS * len(plan.adapters))
 
@@ -141,6 +141,8 @@ class Inputs:
 
     def close(self) -> None:
         """Close the files."""
+        for ahead in self._ahead.values():
+            ahead.close()
         self._opened.close()
 
 

@@ -10,15 +10,14 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
+from merge_core.background import in_background, leave
 from merge_core.read_blocks import BLOCK_BYTES, KEPT_BYTES, Range, blocks_of, overlapping
 from merge_core.storage import SLACK, own_memory
 from merge_core.stores.store import Reader
-
-IN_FLIGHT = 8
-"""Requests at the same time, beside the uploads that as many lanes are waiting for."""
 
 AHEAD = 4
 """Blocks that are fetched before a lane wants them: a lane that uploads what it merged finds its
@@ -26,14 +25,15 @@ next block there."""
 
 MOST = 10
 """Blocks that are held: those that lanes are in the middle of, and those ahead. As many at the end
-of a shard, for the next one, while the last lanes upload."""
+of a shard, for the next one, while the last lanes upload. Also the most requests at a time, beside
+the uploads that lanes are waiting for."""
 
 MOST_BYTES = MOST * 2 * BLOCK_BYTES
 """That are held at a time; about half of it where what is read is long."""
 
 
 class Room:
-    """Memory for blocks and threads that fill them, for one ``ReadAhead`` after the other.
+    """Memory for blocks, for one ``ReadAhead`` after the other.
 
     Args:
         most: blocks that are held.
@@ -42,7 +42,6 @@ class Room:
     def __init__(self, most: int = MOST) -> None:
         self.most, self.held = most, 0
         self.lock = threading.Lock()
-        self.threads = ThreadPoolExecutor(IN_FLIGHT, "ahead")
         self._spare: list[memoryview] = []
 
     def take(self) -> memoryview:
@@ -54,11 +53,6 @@ class Room:
         """Take it back."""
         self.held -= 1
         self._spare.append(buffer)
-
-    def close(self) -> None:
-        """Wait for what is under way, and let go of everything."""
-        self.threads.shutdown(cancel_futures=True)
-        self._spare.clear()
 
 
 _LARGEST = 2 * BLOCK_BYTES + KEPT_BYTES + SLACK
@@ -122,15 +116,18 @@ class ReadAhead:
         self._read(target[done - wanted.first :], Range(wanted.file, done, wanted.behind))
 
     def close(self) -> None:
-        """Wait for what is under way, and let go of everything. Nobody reads any more."""
+        """Let go of everything, once what is under way has come; nobody reads any more. What a
+        store that is gone still owes is not waited for, and keeps its memory.
+        """
         with self._lock:
             there = list(self._there.values())
             self._there.clear()
             self._kept.clear()
-        wait([one.data for one in there if not one.data.cancel()])
+        leave(one.data for one in there)
         with self._lock:
             for one in there:
-                self._room.give(one.buffer)
+                if one.data.done():
+                    self._room.give(one.buffer)
 
     def _read(self, target: memoryview, part: Range) -> None:
         """Without a block."""
@@ -204,7 +201,7 @@ class ReadAhead:
         self._begun.add(number)
         block = self._order[number]
         buffer = self._room.take()
-        data = self._room.threads.submit(self._fetch, block, buffer)
+        data = in_background(partial(self._fetch, block, buffer))
         self._there[block] = _Fetched(buffer, data, self._wanted[block])
 
     def _make_room(self, number: int) -> None:

@@ -169,9 +169,12 @@ class PartFile:
         _remove_if_possible(self._path)
 
     def _close(self) -> None:
-        os.close(self._buffered)
-        if self._direct is not None:
-            os.close(self._direct)
+        # Numbers are used again: a lane that nobody waited for would write to another file.
+        buffered, self._buffered = self._buffered, -1
+        direct, self._direct = self._direct, None
+        os.close(buffered)
+        if direct is not None:
+            os.close(direct)
 
 
 def own_memory(nbytes: int) -> memoryview:

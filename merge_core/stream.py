@@ -11,10 +11,13 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
+from merge_core.background import in_background, leave
 from merge_core.digest import CELL_BYTES, new_cell, tensor_digest
 from merge_core.errors import NonFiniteError
 from merge_core.kernel import LoadedUpdates
@@ -156,22 +159,20 @@ class _Run:
         self._written = 0
 
     def wait_for(self, lanes: Sequence[Lane], watch: Callable[[int], None]) -> None:
-        """Start a thread a lane, report progress, and raise the first error of any."""
-        threads: list[threading.Thread] = []
+        """Start a thread a lane, report progress, and raise the first error of any.
+
+        Whoever stops it from outside does not wait for lanes that wait for a store that is gone.
+        """
+        working: list[Future[None]] = []
         try:
-            for lane in lanes:
-                thread = threading.Thread(target=self._work, args=(lane,))
-                thread.start()
-                threads.append(thread)
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(TICK_SECONDS)
+            working += [in_background(partial(self._work, lane)) for lane in lanes]
+            for one in working:
+                while wait([one], TICK_SECONDS).not_done:
                     watch(self._written)
             watch(self._written)
         finally:
             self._stopped = True
-            for thread in threads:
-                thread.join()
+            leave(working)
         if self._error is not None:
             raise self._error
 
@@ -204,6 +205,8 @@ class _Run:
             change.add(changed)
             digest.update(out)
             clock = _lap(spent, 1, clock)
+            if self._stopped:  # nobody may be waiting, and the part be gone
+                return
             self._part.write(out, work.task.target.offset + start)
             _lap(spent, 2, clock)
             with self._lock:

@@ -57,8 +57,8 @@ class Hangs(Merger):
             _until(self._out.local.with_name("hangs").exists)
         return super().merge(shard, attempt, shrink, then)
 
-    def _note(self, done: int) -> None:
-        super()._note(done)
+    def _note(self, name: str, done: int) -> None:
+        super()._note(name, done)
         if self._hanging:
             write_durably(self._out.local.with_name("hangs"), str(os.getpid()).encode())
             self._hang()

@@ -39,6 +39,7 @@ class Rehearsal:
     pinned: Mapping[int, str] = field(default_factory=dict)
     """Items that one kind alone may do."""
     holds: bool = False
+    read_ahead: bool = False
     schedule: Schedule = field(init=False)
     kind_of: dict[int, str] = field(default_factory=dict)
     starting: set[int] = field(default_factory=set)
@@ -73,7 +74,10 @@ class Rehearsal:
         self.schedule = Schedule(kinds)
         self.schedule.holds = self.holds
         self.schedule.extend(
-            {n: Item(size=size, device=self.pinned.get(n)) for n, size in self.sizes.items()}
+            {
+                n: Item(size=size, device=self.pinned.get(n), read_ahead=self.read_ahead)
+                for n, size in self.sizes.items()
+            }
         )
         self.pass_time(0)
 

@@ -181,7 +181,7 @@ def test_what_cannot_be_read_is_left_out(small: MergePlan, out: Path) -> None:
 def test_attempts_without_a_receipt_are_timed(small: MergePlan) -> None:
     noted: list[Attempt] = []
     timing = Timing(noted.append)
-    shard = merging(small.shards[0])
+    shard = merging(small.shards[0], read_ahead=False)
     check = checking(FileCheck(file=locate("/out/a"), level="digest", rows=()), 1, PROVING)
     for worker in range(5):
         timing.handle(WorkerReady(worker=worker, host=f"host-{worker}"))

@@ -61,7 +61,7 @@ def test_of_other_code_nothing_is_read_but_who_it_is(answer: Any, difference: st
 
 
 def test_an_examination_of_the_same_code_is_read_also_beside_another_torch() -> None:
-    found = examine_here([], None).examination
+    found = examine_here([], None, None).examination
     with_torch = dataclasses.replace(US, torch="1.0")
 
     assert read_examination(sign(found), US) == found

@@ -17,13 +17,15 @@ from network_faults import stall
 from s3_server import uploads
 
 from cluster.driver import _stopped_parts
-from merge_core import last_writes
+from merge_core import background, last_writes
 from merge_core.errors import RaymeldError, StorageError
 from merge_core.last_writes import write_last
 from merge_core.lease import Lease
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
+from merge_core.planner import make_plan
 from merge_core.progress import Progress
+from merge_core.stores.opening import open_store
 from merge_core.stores.s3 import S3Store
 
 ENDS_SOON = 5.0
@@ -71,7 +73,7 @@ def test_only_failures_of_a_store_are_no_errors() -> None:
 def test_python_ends_while_a_last_write_is_under_way() -> None:
     code = """
         import threading
-        from merge_core import last_writes
+        from merge_core import background, last_writes
         last_writes.SECONDS = 0.05
         last_writes.write_last("a", threading.Event().wait)
     """
@@ -92,6 +94,40 @@ def test_a_merge_that_loses_its_s3_ends_with_its_own_error_and_soon(
 
     with pytest.raises(RaymeldError, match="stopped"):
         merge(small, out, choice=TWO_LANES, watch=lose)
+    assert time.monotonic() - began[0] < ENDS_SOON
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("PUT", "partNumber="), ("GET", "/base/model.*safetensors"), ("POST", "uploadId=")],
+    ids=["a part", "a read", "a publication"],
+)
+def test_who_stops_a_merge_does_not_wait_for_answers_of_a_store_that_is_gone(
+    small: MergePlan,
+    s3_store: S3Store,
+    s3_proxy: FaultProxy,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    path: str,
+) -> None:
+    monkeypatch.setattr(last_writes, "SECONDS", 0.05)
+    monkeypatch.setattr(background, "LEAVE_SECONDS", 0.05)
+    base = s3_store.location / "base"
+    for file in small.base.local.iterdir():
+        open_store(base).put(file.name, file.read_bytes())
+    plan = make_plan(base, [small.adapters[0].path], shard_bytes=18_000, access=base.access)
+    began = list[float]()
+
+    def lose(progress: Progress) -> None:
+        if progress.phase == "merging" and not began:
+            s3_proxy.faults(Fault(stall(), times=None))
+            began.append(time.monotonic())
+            raise KeyboardInterrupt
+
+    # Of reads the first is one of headers, before the merge begins.
+    s3_proxy.faults(Fault(stall(), method=method, path=path, skip=method == "GET", times=None))
+    with pytest.raises(KeyboardInterrupt):
+        merge(plan, s3_store.location / "result", choice=TWO_LANES, watch=lose)
     assert time.monotonic() - began[0] < ENDS_SOON
 
 

@@ -48,7 +48,7 @@ class Recorded:
 
 @contextmanager
 def ahead_of(files: Sequence[Recorded], ranges: Sequence[Range]) -> Iterator[ReadAhead]:
-    with closing(Room()) as room, closing(ReadAhead(files, ranges, room)) as ahead:
+    with closing(ReadAhead(files, ranges, Room())) as ahead:
         yield ahead
 
 
@@ -202,10 +202,8 @@ def test_the_next_shard_is_fetched_in_the_room_that_is_left_once_all_of_this_one
     file, following = Recorded(), Recorded(lambda _: reached.release())
     whole, most = 3 * BLOCK_BYTES, 2 * MOST * BLOCK_BYTES
 
-    with (
-        closing(Room()) as room,
-        closing(ReadAhead([following], [Range(0, 0, most)], room)) as then,
-    ):
+    room = Room()
+    with closing(ReadAhead([following], [Range(0, 0, most)], room)) as then:
         with closing(ReadAhead([file], [Range(0, 0, whole)], room)) as ahead:
             ahead.then = then
             assert following.asked == []
@@ -228,10 +226,10 @@ def test_what_was_fetched_for_nobody_leaves_its_room() -> None:
     reached = threading.Semaphore(0)
     file = Recorded(lambda _: reached.release())
 
-    with closing(Room()) as room:
-        for number in range(3):
-            with closing(ReadAhead([file], [Range(0, 0, 5 * BLOCK_BYTES)], room)) as ahead:
-                read(ahead, 0, 0, 10)
-                assert reached.acquire(timeout=30)
-                assert room.held == 5, number
-            assert room.held == 0
+    room = Room()
+    for number in range(3):
+        with closing(ReadAhead([file], [Range(0, 0, 5 * BLOCK_BYTES)], room)) as ahead:
+            read(ahead, 0, 0, 10)
+            assert reached.acquire(timeout=30)
+            assert room.held == 5, number
+        assert room.held == 0

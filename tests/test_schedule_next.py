@@ -13,7 +13,7 @@ from cluster.schedule import Schedule
 
 def ready(items: int, most: int) -> Rehearsal:
     """Equal items, and workers that are up."""
-    pool = Rehearsal(dict.fromkeys(range(items), 10), most)
+    pool = Rehearsal(dict.fromkeys(range(items), 10), most, read_ahead=True)
     for worker in sorted(pool.starting):
         pool.tell(WorkerReady(worker=worker))
     return pool
@@ -65,7 +65,7 @@ def test_what_a_worker_was_told_is_anybody_s_once_it_is_gone_or_going() -> None:
 
 
 def test_a_larger_item_that_comes_back_goes_first() -> None:
-    pool = Rehearsal({0: 30, 1: 20, 2: 10}, 1)
+    pool = Rehearsal({0: 30, 1: 20, 2: 10}, 1, read_ahead=True)
     pool.tell(WorkerReady(worker=0))
     assert pool.next == {0: 1}
 
@@ -78,7 +78,7 @@ def test_a_larger_item_that_comes_back_goes_first() -> None:
 def test_nothing_of_another_rank_is_told() -> None:
     """Merges do not prepare for checks, nor checks for merges."""
     schedule = Schedule([WorkerKind(name="cpu", most=1, ceiling=1)])
-    schedule.extend({0: Item(size=1, rank=1), 1: Item(size=5, rank=2)})
+    schedule.extend({0: Item(size=1, rank=1), 1: Item(size=5, rank=2, read_ahead=True)})
     schedule.look(0)
 
     commands = schedule.handle(WorkerReady(worker=0), 1)
