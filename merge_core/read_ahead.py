@@ -23,10 +23,14 @@ AHEAD = 4
 """Blocks that are fetched before a lane wants them: a lane that uploads what it merged finds its
 next block there."""
 
-MOST = 10
+MOST = 8
 """Blocks that are held: those that lanes are in the middle of, and those ahead. As many at the end
 of a shard, for the next one, while the last lanes upload. Also the most requests at a time, beside
 the uploads that lanes are waiting for."""
+
+BEHIND = 2
+"""Blocks, beyond those that are held, after which one gives way of which not all was taken: no lane
+is so far behind the first, and what is wanted of a block may never be asked for."""
 
 MOST_BYTES = MOST * 2 * BLOCK_BYTES
 """That are held at a time; about half of it where what is read is long."""
@@ -205,10 +209,9 @@ class ReadAhead:
         self._there[block] = _Fetched(buffer, data, self._wanted[block])
 
     def _make_room(self, number: int) -> None:
-        """What is wanted of a block may never be asked for. No lane is so many blocks behind."""
         if self._there and self._room.held >= self._room.most:
             oldest = next(iter(self._there))
-            if self._number[oldest] <= number - self._room.most:
+            if self._number[oldest] <= number - self._room.most - BEHIND:
                 self._let_go(oldest)
 
     def _let_go(self, block: Range) -> None:
