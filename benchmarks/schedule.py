@@ -200,7 +200,7 @@ def run(shards: int, workers: int, stretch: int, out: Path) -> dict[str, Any]:
 
 
 def _task(number: int, rank: int, method: str) -> Task:
-    item = Item(size=SIZE - number, rank=rank)
+    item = Item(size=SIZE - number, rank=rank, read_ahead=True)
     return Task(name=f"model-{number:05}.safetensors", item=item, method=method, argument=number)
 
 

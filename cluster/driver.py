@@ -104,7 +104,7 @@ def _stopped_parts(out: Location, run: str) -> Iterator[None]:
     try:
         yield
     finally:
-        write_last(run, partial(_sweep, out, run))
+        write_last(out, partial(_sweep, out, run))
 
 
 def _sweep(out: Location, run: str) -> None:

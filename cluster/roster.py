@@ -55,7 +55,7 @@ class Roster:
                 crew.running[worker] = Run(item=number, since=now)
                 of = self.attempts[number]
                 of.begin(worker)
-                then = self._reserve(crew, worker, self.items[number].rank)
+                then = self._reserve(crew, worker, self.items[number])
                 commands.append(
                     Assign(
                         worker=worker, item=number, attempt=of.begun, shrink=of.shrink, then=then
@@ -63,18 +63,20 @@ class Roster:
                 )
         return commands
 
-    def _reserve(self, crew: Crew, worker: int, rank: int) -> int | None:
-        """What a worker that got an item of this rank does after it, if nobody is in more need.
+    def _reserve(self, crew: Crew, worker: int, item: Item) -> int | None:
+        """What a worker that got ``item`` does after it, if nobody is in more need of that.
 
         The first ones are for workers that come up. Nothing that failed before: who tries that next
         depends on who is up then.
         """
+        if not item.read_ahead:
+            return None
         others = len(crew.starting) + len(crew.idle)
         waiting = self.backlog.waiting(crew.kind.name)
         number = next(itertools.islice(waiting, others, None), None)
         if number is None or self.backlog.is_reserved(number):
             return None
-        if not self.items[number].read_ahead or self.items[number].rank != rank:
+        if not self.items[number].read_ahead or self.items[number].rank != item.rank:
             return None
         if self.attempts[number].tried or not self._is_for(crew, number):
             return None

@@ -110,7 +110,8 @@ class Assembly:
             self._store.sweep(shard.name)
             raise
         with contextlib.suppress(StorageError):  # it is accepted; the last sweep comes at the end
-            self._store.sweep(shard.name)
+            if is_held(self._out, self._run):
+                self._store.sweep(shard.name)
         return True
 
     def write_record(self) -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from merge_core.background import in_background, leave
+from merge_core.background import in_background
 from merge_core.commit import Assembly
 from merge_core.errors import DeviceMemoryError
 from merge_core.history import Attempt, History
+from merge_core.last_writes import write_last
 from merge_core.ledger import Receipt
 from merge_core.plan import MergePlan, Shard
 from merge_core.progress import Progress, WorkerProgress
@@ -62,11 +63,11 @@ def merge_shards(
             return stack.enter_context(contextlib.closing(worker))
 
         publishing: list[Future[bool]] = []
-        stack.callback(leave, publishing)
+        stack.callback(write_last, out, lambda: wait(publishing))  # before the lease is given back
         for shard, then in zip_longest(shards, shards[1:]):
             worker = worker_on(pick_device(shard.device or device))
             following = then if then is not None and then.device == shard.device else None
-            tick = _ticking(worker, plan, shard, history)
+            tick = _ticking(worker, plan, shard, history, publishing)
             receipt = _merge_shard(worker, shard, following, history, tick)
             history.note(receipt.note)
             for one in publishing:
@@ -77,13 +78,22 @@ def merge_shards(
 
 
 def _ticking(
-    worker: ShardWorker, plan: MergePlan, shard: Shard, history: History
+    worker: ShardWorker,
+    plan: MergePlan,
+    shard: Shard,
+    history: History,
+    publishing: Sequence[Future[bool]],
 ) -> Callable[[int], None]:
-    """What has a history told of the bytes of a shard that are done."""
+    """What has a history told of the bytes of a shard that are done, and raises what ended the
+    publication of the one before.
+    """
     before = sum(plan.shards[n].size for n in plan.stage if n < shard.index)
     total = sum(plan.shards[n].size for n in plan.stage)
 
     def tick(done: int) -> None:
+        for one in publishing:
+            if one.done():
+                one.result()
         doing = WorkerProgress(
             worker="inline",
             device=worker.describe_device(),

@@ -108,7 +108,9 @@ class Inputs:
         if self.plan.base.access.cache:  # whole files: nothing of the next one is asked for yet
             then = None
         wanted = [shard] if then is None else [shard, then]
-        for other in self._ahead.keys() - {one.index for one in wanted}:
+        # What is read again, or instead of what was expected, needs the room.
+        kept = {one.index for one in wanted} if shard.index in self._ahead else set[int]()
+        for other in self._ahead.keys() - kept:
             self._ahead.pop(other).close()
         for one in wanted:
             if one.index not in self._ahead:

@@ -43,7 +43,7 @@ class KeptJson:
 
     def close(self, content: Mapping[str, Any]) -> None:
         """Replace it for the last time, see ``last_writes``."""
-        write_last(self._run, partial(self._write_last, json.dumps(content).encode()))
+        write_last(self._out, partial(self._write_last, json.dumps(content).encode()))
 
     def _write_last(self, data: bytes) -> None:
         if self._writing is not None:

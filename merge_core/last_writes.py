@@ -11,21 +11,28 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 
 from merge_core.background import in_background
+from merge_core.stores.location import Access, Location
 
 SECONDS = 10.0
 """For one of them; what comes after one that took longer is not waited for."""
 
-_under_way: dict[str, Future[None]] = {}
-"""By run: what it began last, and did not wait for to the end."""
+_Store = tuple[str, str, Access]
+
+_under_way: dict[_Store, Future[None]] = {}
+"""What was begun last in each store, and not waited for to the end."""
 
 
-def write_last(run: str, work: Callable[[], None]) -> None:
-    """Have ``work`` done after what ``run`` began before, and wait for it, but not for long.
+def write_last(where: Location, work: Callable[[], object]) -> None:
+    """Have ``work`` done after what was begun so before in that store, and wait, but not for long.
 
     If that is not enough, the work goes on while this process lives. No failure of a store is an
     error, and Ctrl-C ends the waiting for all of it.
+
+    Args:
+        where: any place in the store.
     """
-    before = _under_way.get(run)
+    store = where.scheme, where.root, where.access
+    before = _under_way.get(store)
 
     def in_order() -> None:
         if before is not None:
@@ -34,7 +41,7 @@ def write_last(run: str, work: Callable[[], None]) -> None:
             work()
 
     given_up = before is not None and not before.done()
-    _under_way[run] = done = in_background(in_order)
+    _under_way[store] = done = in_background(in_order)
     with contextlib.suppress(TimeoutError):
         done.result(0 if given_up else SECONDS)
-        del _under_way[run]
+        del _under_way[store]

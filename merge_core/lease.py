@@ -76,23 +76,37 @@ class Lease:
         Raises:
             LeaseLostError: another merge has taken it.
         """
-        if not _advance(self._store, self._number, self.holder):
+        if not self._advance(self.holder):
             raise taken_over(self._out)
-        self._number += 1
 
     def release(self) -> None:
         """Let the next merge take it at once, see ``last_writes``: it also ends by itself."""
         self._ended.set()
-        write_last(self.holder.run, self._give_back)
+        write_last(self._out, self._give_back)
 
     def _give_back(self) -> None:
         self._thread.join()
         try:
-            _advance(self._store, self._number, None)
+            self._advance(None)
         except StorageError:
             if self._out.is_local:  # on a full disk, times can be changed
                 with contextlib.suppress(OSError):
                     os.utime((self._out / _name(self._number)).local, (0, 0))
+
+    def _advance(self, holder: Holder | None) -> bool:
+        """Put ``holder`` behind what is ours, see below.
+
+        A store may have done what it did not answer to: then the newest is ours already.
+        """
+        if not _advance(self._store, self._number, holder):
+            number, newest, _ = _newest(self._store)
+            if newest is None or newest.run != self.holder.run:
+                return False
+            if not _advance(self._store, number, holder):
+                return False
+            self._number = number
+        self._number += 1
+        return True
 
     def _take(self) -> int:
         number = self._await_free()

@@ -56,7 +56,8 @@ class Room:
     def give(self, buffer: memoryview) -> None:
         """Take it back."""
         self.held -= 1
-        self._spare.append(buffer)
+        if len(self._spare) < self.most:
+            self._spare.append(buffer)
 
 
 _LARGEST = 2 * BLOCK_BYTES + KEPT_BYTES + SLACK
@@ -93,6 +94,7 @@ class ReadAhead:
         self._kept: dict[Range, memoryview] = {}
         self._begun: set[int] = set()
         self._there: dict[Range, _Fetched] = {}
+        self._closed = False
         self.then: ReadAhead | None = None
         """What is read after this one: it has the room that is left when all is under way here."""
 
@@ -120,10 +122,11 @@ class ReadAhead:
         self._read(target[done - wanted.first :], Range(wanted.file, done, wanted.behind))
 
     def close(self) -> None:
-        """Let go of everything, once what is under way has come; nobody reads any more. What a
-        store that is gone still owes is not waited for, and keeps its memory.
+        """Let go of everything, once what is under way has come. What a store that is gone still
+        owes is not waited for, and keeps its memory.
         """
         with self._lock:
+            self._closed = True
             there = list(self._there.values())
             self._there.clear()
             self._kept.clear()
@@ -200,7 +203,7 @@ class ReadAhead:
             self.then.begin_ahead(0, self._room.most)
 
     def _begin(self, number: int) -> None:
-        if number in self._begun:
+        if number in self._begun or self._closed:
             return
         self._begun.add(number)
         block = self._order[number]

@@ -25,8 +25,11 @@ from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.progress import Progress
+from merge_core.stores.location import locate
 from merge_core.stores.opening import open_store
 from merge_core.stores.s3 import S3Store
+
+A, B = (locate(f"memory://{name}/out") for name in "ab")
 
 ENDS_SOON = 5.0
 """Seconds; a stalled answer alone is waited for 25 s, ten times."""
@@ -46,18 +49,18 @@ def test_what_takes_too_long_is_left_to_itself_and_nothing_after_it_is_waited_fo
 ) -> None:
     done: list[int] = []
     ended = threading.Event()
-    write_last("a", lambda: gone.wait() and done.append(1))
+    write_last(A, lambda: gone.wait() and done.append(1))
     monkeypatch.setattr(last_writes, "SECONDS", 1000.0)
 
-    write_last("a", lambda: done.append(2))
-    write_last("a", ended.set)
-    write_last("b", lambda: done.append(3))
+    write_last(A, lambda: done.append(2))
+    write_last(A, ended.set)
+    write_last(B, lambda: done.append(3))
     assert done == [3]
 
     gone.set()
     assert ended.wait(ENDS_SOON)
     assert done == [3, 1, 2]
-    write_last("a", lambda: done.append(4))  # waited for again
+    write_last(A, lambda: done.append(4))  # waited for again
     assert done == [3, 1, 2, 4]
 
 
@@ -65,17 +68,18 @@ def test_only_failures_of_a_store_are_no_errors() -> None:
     def fail(error: Exception) -> None:
         raise error
 
-    write_last("a", lambda: fail(StorageError("full")))
+    write_last(A, lambda: fail(StorageError("full")))
     with pytest.raises(ZeroDivisionError):
-        write_last("a", lambda: fail(ZeroDivisionError()))
+        write_last(A, lambda: fail(ZeroDivisionError()))
 
 
 def test_python_ends_while_a_last_write_is_under_way() -> None:
     code = """
         import threading
-        from merge_core import background, last_writes
+        from merge_core import last_writes
+        from merge_core.stores.location import locate
         last_writes.SECONDS = 0.05
-        last_writes.write_last("a", threading.Event().wait)
+        last_writes.write_last(locate("memory://a/out"), threading.Event().wait)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)
 

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from leases import age, lease_directory, move_elsewhere, take, take_over, unheard
 
 from merge_core import lease
-from merge_core.errors import InputError, LeaseLostError
+from merge_core.errors import InputError, LeaseLostError, StorageError
 from merge_core.lease import LEASE_SECONDS, Lease, holder_of, live_holder
 from merge_core.stores.location import locate
+from merge_core.stores.objects import ObjectsStore
 
 
 @pytest.fixture
@@ -84,6 +85,30 @@ def test_one_that_slept_cannot_renew_behind_the_back_of_its_successor(
         assert holder_of(locate(tmp_path)) == later.holder
         held.release()
         assert holder_of(locate(tmp_path)) == later.holder
+
+
+@pytest.mark.parametrize("unanswered", ["create", "list"])
+@pytest.mark.parametrize("after", ["renew", "release"])
+def test_a_renewal_that_was_done_and_not_answered_is_ours(
+    monkeypatch: pytest.MonkeyPatch, unanswered: str, after: str
+) -> None:
+    out = locate(f"memory://lease/{unanswered}-{after}")
+    honest = getattr(ObjectsStore, unanswered)
+
+    def lose_answer(store: ObjectsStore, *what: object) -> object:
+        honest(store, *what)
+        raise StorageError("no answer", str(out))
+
+    with Lease(out, unheard) as held:
+        with monkeypatch.context() as patch:
+            patch.setattr(ObjectsStore, unanswered, lose_answer)
+            with pytest.raises(StorageError, match="no answer"):
+                held.renew()
+        if after == "renew":
+            held.renew()
+            assert holder_of(out) == held.holder
+            held.renew()
+    assert holder_of(out) is None
 
 
 def test_a_renewed_lease_is_young_and_leaves_no_files_behind(held: Lease, tmp_path: Path) -> None:

@@ -78,7 +78,12 @@ def test_a_larger_item_that_comes_back_goes_first() -> None:
 def test_nothing_of_another_rank_is_told() -> None:
     """Merges do not prepare for checks, nor checks for merges."""
     schedule = Schedule([WorkerKind(name="cpu", most=1, ceiling=1)])
-    schedule.extend({0: Item(size=1, rank=1), 1: Item(size=5, rank=2, read_ahead=True)})
+    schedule.extend(
+        {
+            0: Item(size=1, rank=1, read_ahead=True),
+            1: Item(size=5, rank=2, read_ahead=True),
+        }
+    )
     schedule.look(0)
 
     commands = schedule.handle(WorkerReady(worker=0), 1)

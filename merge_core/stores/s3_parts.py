@@ -61,7 +61,7 @@ class Upload:
 
     def abort(self, where: Location) -> None:
         """Leave nothing of it, see ``last_writes``: the next sweep finds it. Never raises."""
-        write_last(self.attempt, partial(self._abort, where))
+        write_last(where, partial(self._abort, where))
 
     def _abort(self, where: Location) -> None:
         with contextlib.suppress(Exception):
