@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from merge_core.errors import InputError, Problem
+from merge_core.errors import InputError, Problem, StorageError
 from merge_core.lease import live_holder
 from merge_core.output import (
     accepted_shards,
@@ -61,6 +61,8 @@ def check_location(out: Location, plan: MergePlan) -> list[Problem]:
         if not unsigned and out.upload is None and (model := destination_of(out)) is not None:
             remedy = f"Give --out {model} --state {out}, or another --out"
             problems.append(Problem(f"is the state of a merge onto {model}", str(out), remedy))
+    except StorageError as error:  # which is an OSError
+        return [*problems, Problem(error.what, str(out), error.remedy)]
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle
         return [Problem(f"OUT cannot be made ({error})", str(out), "Choose another --out")]
     return problems

@@ -100,16 +100,19 @@ def check_model(out: Location, plan: MergePlan, *, overwrite: bool) -> None:
 
     Raises:
         InputError: everybody can see it, or it holds another merge, or what raymeld did not make.
-        StorageError: the hub cannot be asked.
+        StorageError: this account may not write to it, or the hub cannot be asked.
     """
     if out.upload is None:
         return
     from merge_core.hub_model import check_usable
-    from merge_core.stores.hub_push import HubPush
+    from merge_core.stores.hub_push import HubPush, check_owner
 
     record = {} if overwrite else open_hub_out(out).record  # which begins anew
     target = HubPush.look(out.root, out.revision, private=out.upload.private)
-    if target is not None:
+    if target is None:
+        check_owner(out.root)
+    else:
+        target.check_writable()
         check_usable(
             target,
             plan.fingerprint,

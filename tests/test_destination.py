@@ -26,7 +26,7 @@ from merge_core.factors import seal
 from merge_core.lease import Lease
 from merge_core.merge import MergeResult, merge
 from merge_core.planner import make_plan
-from merge_core.stores.location import locate
+from merge_core.stores.location import Location, locate
 
 GEOMETRY = Geometry(layers=1)
 FACTORS = random_factors(GEOMETRY.linear, {"model.layers.0.mlp.up_proj": 2})
@@ -229,6 +229,16 @@ def test_a_doctor_tells_of_an_out_that_is_not_ours_also_without_a_plan(out: Path
 
     assert done.exit_code == 1
     assert f"{out}: OUT is not empty, and raymeld did not make it" in done.stdout
+
+
+def test_an_out_that_cannot_be_looked_at_is_told_by_its_name_with_the_store_s_own_advice(
+    base: Path, adapter: Path, s3: Location
+) -> None:
+    access, out = str(s3.access.endpoint_url), "s3://nowhere/out"
+    words = [str(base), str(adapter), "--out", out, "--endpoint-url", access]
+    done = CliRunner().invoke(app, ["merge", *words, "--address", "inline"])
+    said = f"{out}: there is no such bucket. Check its name"
+    assert (done.exit_code, said in done.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,17 @@ def test_anybody_reads_a_public_bucket_and_nobody_else_writes_there(
         anonymous.sweep()
 
 
+def test_a_bucket_that_is_not_there_and_one_that_may_not_be_listed_are_said_in_words(
+    gs: Location,
+) -> None:
+    nowhere = GcsStore(Location(scheme="gs", root="nowhere"))
+    with pytest.raises(StorageError, match=r"^gs://nowhere: there is no such bucket[.] Check its"):
+        list(nowhere.list())
+    stranger = Location(scheme="gs", root=gs.root, access=Access(anonymous=True))
+    with pytest.raises(StorageError, match=rf"^gs://{gs.root}: access is denied[.] Log in"):
+        list(GcsStore(stranger).list())
+
+
 @pytest.mark.parametrize(
     ("url", "said"),
     [

@@ -47,6 +47,14 @@ def test_what_s3_answers_is_said_in_words(
         s3_store.get("base")
 
 
+def test_a_condition_that_nobody_made_is_not_taken_for_a_file_that_changed(
+    s3_store: S3Store, s3_proxy: FaultProxy
+) -> None:
+    s3_proxy.faults(Fault(refusal(412, "PreconditionFailed"), times=None))
+    with pytest.raises(StorageError, match="S3 answers PreconditionFailed"):
+        list(s3_store.list())
+
+
 def test_a_wrong_secret_is_said(s3: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
     stranger = fresh(s3)

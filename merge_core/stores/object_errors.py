@@ -23,6 +23,12 @@ _LOGIN = (
     "--anonymous only reads."
 )
 
+_SIGNS = (
+    ("<Code>NoSuchBucket<", "there is no such bucket", "Check its name."),
+    ("<Code>AccessDenied<", "access is denied", _LOGIN),
+    ("kind: Connect", "the server cannot be reached", "Check GOOGLE_BASE_URL and the network."),
+)
+
 Answer = TypeVar("Answer")
 
 
@@ -48,9 +54,17 @@ def reported(where: Location) -> Iterator[None]:
     except (exceptions.PermissionDeniedError, PermissionError) as error:
         raise StorageError("access is denied", str(where), _LOGIN) from error
     except (exceptions.BaseError, OSError) as error:
-        said = str(error).splitlines()[0]  # the rest is Rust's view of it
-        remedy = "The same command again goes on where it stopped."
-        raise StorageError(f"the store failed: {said}", str(where), remedy) from error
+        what, remedy = _explained(str(error))
+        raise StorageError(what, str(where), remedy) from error
+
+
+def _explained(text: str) -> tuple[str, str]:
+    """What is wrong and what to do, from the words of a list, for which obstore has no types."""
+    for sign, what, remedy in _SIGNS:
+        if sign in text:
+            return what, remedy
+    said = text.splitlines()[0].partition(": <")[0]  # the rest is XML, and Rust's view of it
+    return f"the store failed: {said}", "The same command again goes on where it stopped."
 
 
 def answered(request: Callable[[], Answer]) -> Answer:

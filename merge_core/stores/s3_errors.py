@@ -21,6 +21,8 @@ from merge_core.stores.location import Location
 ABSENT = frozenset(("404", "NoSuchKey"))
 TAKEN = frozenset(("412", "PreconditionFailed"))
 """Codes of a condition that does not hold: If-Match or If-None-Match."""
+_CONDITIONAL = frozenset(("GetObject", "PutObject", "CompleteMultipartUpload", "UploadPartCopy"))
+"""What is asked with one; a server may answer so to others for reasons of its own."""
 CONFLICT = frozenset(("409", "ConditionalRequestConflict", "OperationAborted"))
 """Codes of another writer in the same moment."""
 GONE = frozenset(("404", "NoSuchUpload", "NoSuchKey"))
@@ -172,7 +174,7 @@ def _of_answer(error: Any, where: Location) -> StorageError:
     code = code_of(error)
     if code in ABSENT:
         return absent(where)
-    if code in TAKEN:
+    if code in TAKEN and error.operation_name in _CONDITIONAL:
         return replaced(where)
     message = reprlib.repr(error.response["Error"].get("Message", ""))
     what, remedy = _BY_CODE.get(code, (f"S3 answers {code}: {message}", _RIGHTS))
