@@ -20,12 +20,12 @@ from cluster.timing import Timing
 from cluster.workers import ClusterOptions, size_fleet
 from merge_core.claim import begin, check_out, claim, holds_result
 from merge_core.history import recorded
-from merge_core.last_writes import write_last
 from merge_core.lease import is_held
 from merge_core.merge import MergeResult, result_of
 from merge_core.plan import MergePlan
 from merge_core.progress import Watch
 from merge_core.reachable import refuse_private
+from merge_core.stores.last_writes import write_last
 from merge_core.stores.location import Location, Place, locate_out
 from merge_core.stores.opening import open_store
 from merge_core.verdict import conclude, verify_deeper

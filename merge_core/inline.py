@@ -15,10 +15,10 @@ from merge_core.background import in_background
 from merge_core.commit import Assembly
 from merge_core.errors import DeviceMemoryError
 from merge_core.history import Attempt, History
-from merge_core.last_writes import write_last
 from merge_core.ledger import Receipt
 from merge_core.plan import MergePlan, Shard
 from merge_core.progress import Progress, WorkerProgress
+from merge_core.stores.last_writes import write_last
 from merge_core.stores.location import Location
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import Any
 
 from merge_core.background import in_background
 from merge_core.errors import StorageError
-from merge_core.last_writes import write_last
 from merge_core.lease import is_held
+from merge_core.stores.last_writes import write_last
 from merge_core.stores.location import Location
 from merge_core.stores.opening import open_store
 

@@ -20,8 +20,8 @@ from typing import Self
 
 from merge_core.errors import AbsentError, InputError, LeaseLostError, StorageError, refuse
 from merge_core.holder import UNKNOWN, Holder, read_holder, write_holder
-from merge_core.last_writes import write_last
 from merge_core.output import LEASE
+from merge_core.stores.last_writes import write_last
 from merge_core.stores.location import Location
 from merge_core.stores.opening import open_store
 from merge_core.stores.store import Store

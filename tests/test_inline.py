@@ -7,7 +7,6 @@ import threading
 import pytest
 from handmade import TWO_LANES
 
-from merge_core import last_writes
 from merge_core.commit import Assembly
 from merge_core.errors import StorageError
 from merge_core.lease import holder_of
@@ -15,6 +14,7 @@ from merge_core.ledger import Receipt
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.progress import Progress
+from merge_core.stores import last_writes
 from merge_core.stores.location import locate
 from merge_core.worker import ShardWorker
 

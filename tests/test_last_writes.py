@@ -17,14 +17,15 @@ from network_faults import stall
 from s3_server import uploads
 
 from cluster.driver import _stopped_parts
-from merge_core import background, last_writes
+from merge_core import background
 from merge_core.errors import RaymeldError, StorageError
-from merge_core.last_writes import write_last
 from merge_core.lease import Lease
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.progress import Progress
+from merge_core.stores import last_writes
+from merge_core.stores.last_writes import write_last
 from merge_core.stores.location import locate
 from merge_core.stores.opening import open_store
 from merge_core.stores.s3 import S3Store
@@ -76,7 +77,7 @@ def test_only_failures_of_a_store_are_no_errors() -> None:
 def test_python_ends_while_a_last_write_is_under_way() -> None:
     code = """
         import threading
-        from merge_core import last_writes
+        from merge_core.stores import last_writes
         from merge_core.stores.location import locate
         last_writes.SECONDS = 0.05
         last_writes.write_last(locate("memory://a/out"), threading.Event().wait)

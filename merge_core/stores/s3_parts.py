@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
-from merge_core.last_writes import write_last
 from merge_core.stores.failures import ATTEMPT, incomplete
+from merge_core.stores.last_writes import write_last
 from merge_core.stores.location import Location
 from merge_core.stores.s3_client import checksum_of, client_for, sends_checksums
 from merge_core.stores.s3_errors import reported

@@ -7,6 +7,7 @@ them is tried as often as what a merge cannot do without.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 
@@ -21,6 +22,8 @@ _Store = tuple[str, str, Access]
 _under_way: dict[_Store, Future[None]] = {}
 """What was begun last in each store, and not waited for to the end."""
 
+_lock = threading.Lock()
+
 
 def write_last(where: Location, work: Callable[[], object]) -> None:
     """Have ``work`` done after what was begun so before in that store, and wait, but not for long.
@@ -32,7 +35,6 @@ def write_last(where: Location, work: Callable[[], object]) -> None:
         where: any place in the store.
     """
     store = where.scheme, where.root, where.access
-    before = _under_way.get(store)
 
     def in_order() -> None:
         if before is not None:
@@ -40,8 +42,12 @@ def write_last(where: Location, work: Callable[[], object]) -> None:
         with contextlib.suppress(OSError):  # StorageError is one
             work()
 
-    given_up = before is not None and not before.done()
-    _under_way[store] = done = in_background(in_order)
+    with _lock:
+        before = _under_way.get(store)
+        given_up = before is not None and not before.done()
+        _under_way[store] = done = in_background(in_order)
     with contextlib.suppress(TimeoutError):
         done.result(0 if given_up else SECONDS)
-        del _under_way[store]
+        with _lock:
+            if _under_way.get(store) is done:
+                del _under_way[store]
