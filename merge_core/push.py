@@ -22,10 +22,9 @@ from merge_core.verify import MalformedError, ReadBack, read_back
 
 def push(
     out: Place,
-    repo: str,
+    model: Location,
     *,
     private: bool = True,
-    revision: str | None = None,
     overwrite: bool = False,
     say: Callable[[str], None],
     retries: Retries = PATIENT,
@@ -35,9 +34,8 @@ def push(
     Calling it again sends nothing that the hub holds, and commits nothing that it has.
 
     Args:
-        repo: ``org/name``; is made if there is no such model.
+        model: on the hub, see ``locate_model``; is made if there is none. A branch must exist.
         private: nobody else may see it.
-        revision: a branch that exists; None: the main one.
         overwrite: replace another merge that the model holds.
         say: told what is done.
 
@@ -50,7 +48,7 @@ def push(
     folder = locate_out(out)
     plan = _finished(folder)
     small, shards = small_files(folder, plan), [shard["name"] for shard in plan["shards"]]
-    target = HubPush.begin(repo, revision, private=private, retries=retries)
+    target = HubPush.begin(model.root, model.revision, private=private, retries=retries)
     check_usable(target, plan["fingerprint"], overwrite=overwrite)
     rows, _ = unfold_ledger(read_file(folder / LEDGER))
     sent = [_send(target, folder, name, rows, say) for name in shards]
@@ -58,7 +56,7 @@ def push(
         say("the model card names no base on the hub: BASE was none")
     url = commit_merge(target, plan, sent, small, verified_level(folder))
     if url == target.url:
-        say(f"{repo} has all of it already")
+        say(f"{model.root} has all of it already")
     return url
 
 

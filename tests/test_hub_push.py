@@ -61,10 +61,10 @@ def test_the_same_push_again_sends_and_commits_nothing(
 def test_a_branch_can_be_pushed_to(merged: Path, hub: Hub) -> None:
     repo = hub.repo("me/merge", {"README.md": b"mine"}, private=True)
     first = repo.refs["trial"] = repo.refs["main"]
-    push(merged, revision="trial")
+    push(merged, "me/merge@trial")
     assert repo.refs["main"] == first != repo.refs["trial"]
     with pytest.raises(StorageError, match="no branch, tag or commit 'none'"):
-        push(merged, revision="none")
+        push(merged, "hf://me/merge@none")
 
 
 def test_what_may_not_be_pushed_to_is_refused(merged: Path, hub: Hub) -> None:
