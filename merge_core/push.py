@@ -41,7 +41,8 @@ def push(
 
     Raises:
         InputError: ``out`` is no finished merge on a disk, or changed since it was verified; or the
-            model holds another merge, or what is none of raymeld's.
+            model holds another merge, or what is none of raymeld's; or there is no such branch, or
+            this account may not write there.
         StorageError: the hub cannot be reached, or refuses, or somebody else has committed.
         VerificationError: what the hub has afterwards is not what was sent.
     """
@@ -50,6 +51,7 @@ def push(
     small, shards = small_files(folder, plan), [shard["name"] for shard in plan["shards"]]
     target = HubPush.begin(model.root, model.revision, private=private, retries=retries)
     check_usable(target, plan["fingerprint"], overwrite=overwrite)
+    target.check_writable()
     rows, _ = unfold_ledger(read_file(folder / LEDGER))
     sent = [_send(target, folder, name, rows, say) for name in shards]
     if not names_base(small[CARD].decode(errors="replace")):
@@ -98,7 +100,9 @@ def _send(
     if changed := found.changed(digests):
         what = f"{name} changed since the merge: {some_of(changed)}"
         raise refuse(what, str(out), "Merge again")
-    sent = target.send(out.local / name, name)
+    sent = Sent(name=name, size=found.size, sha256=found.sha256)
+    if target.missing([sent]):
+        sent = target.send(out.local / name, name)
     if sent.sha256 != found.sha256:
         raise refuse(f"{name} changed while it was sent", str(out), "Push it again")
     say(f"the hub holds {name} ({sent.size / 1e9:.2f} GB)")

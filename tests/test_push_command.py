@@ -52,6 +52,11 @@ def test_a_merge_is_pushed_by_one_command(merged: Path, hub: Hub, tmp_path: Path
     assert "the hub holds model-00001-of-00004.safetensors" in done.stderr
     assert TOKEN not in done.stdout + done.stderr
 
+    again = push(merged, "me/merge", hub=hub, home=tmp_path, token=TOKEN)
+    assert again.returncode == 0
+    assert "me/merge has all of it already" in again.stderr
+    assert "Upload" not in again.stderr  # huggingface_hub's own bar, over nothing
+
 
 def test_a_model_is_public_where_that_is_asked_for(merged: Path, hub: Hub, tmp_path: Path) -> None:
     hub.tokens[TOKEN] = "me"
