@@ -18,7 +18,9 @@ def register(app: App) -> None:
 
 def push(
     out: Annotated[str, typer.Argument(metavar="OUT", help="The --out of a finished merge.")],
-    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The model; made if need be.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="ORG/NAME[@BRANCH]", help="The model; made if need be.")
+    ],
     public: Annotated[bool, typer.Option("--public", help="Anybody may see a new model.")] = False,
     revision: Annotated[
         str | None, typer.Option(metavar="BRANCH", help="One that exists; main, unless given.")
@@ -41,15 +43,16 @@ def push(
         from cluster import console
         from cluster.talk import Talk
         from merge_core.push import push as push_merge
+        from merge_core.stores.location import locate_model
 
+        model = locate_model(repo, revision)
         talk = Talk(quiet=quiet, out=out)
         url = push_merge(
             out,
-            repo,
+            model,
             private=not public,
-            revision=revision,
             overwrite=overwrite,
             say=talk.say,
         )
-        document = {"ok": True, "out": out, "model": repo, "commit": url}
+        document = {"ok": True, "out": out, "model": model.root, "commit": url}
         console.answer([f"pushed   {url}"], document, as_json=as_json)

@@ -74,11 +74,13 @@ def verify(  # noqa: PLR0913, PLR0917 - one parameter an option
     with answering(as_json=as_json, debug=debug, out=out):
         from cluster import console
         from cluster.talk import Talk
+        from merge_core.hub_model import refuse_recordless
         from merge_core.upload import destination_of
         from merge_core.verify import parse_weighted
 
         access = Access(endpoint_url=endpoint_url, region=region, anonymous=anonymous)
         place, source = locate_out(out, access), locate(base, access) if base else None
+        refuse_recordless(place)
         target = destination_of(place) or place
         given = [parse_weighted(text, access) for text in adapter] if adapter else None
         talk = Talk(quiet=quiet, out=out)

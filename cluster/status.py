@@ -11,6 +11,7 @@ from typing import Any
 from cluster.estimate_report import duration
 from merge_core.errors import StorageError, refuse
 from merge_core.holder import Holder
+from merge_core.hub_model import refuse_recordless
 from merge_core.lease import live_holder
 from merge_core.output import PLAN, accepted_shards
 from merge_core.progress import read_progress
@@ -73,6 +74,7 @@ def read_status(out: Location) -> Status:
         shards, fingerprint = plan["shards"], plan["fingerprint"]
         tensors = [[task["target"]["name"] for task in shard["tasks"]] for shard in shards]
     except (StorageError, ValueError, KeyError, TypeError):
+        refuse_recordless(out)
         remedy = "Name the --out or --state of one that was started; it is seen once its Ray is up"
         raise refuse("there is no merge", str(out), remedy) from None
     holder, finished = live_holder(out), is_there(out / CONFIG)

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 
 from merge_core.errors import refuse, some_of
 from merge_core.model_card import CARD
+from merge_core.output import LEDGER
 from merge_core.side_files import CONFIG, INDEX
+from merge_core.stores.location import Location
+from merge_core.stores.opening import is_there
 
 if TYPE_CHECKING:
     from merge_core.stores.hub_files import HubEntry
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 
 RECIPE = "raymeld.json"
 """In the model: what it was made of, and the sha256 of its files."""
+
+_KEPT = "what the hub has of a merge is the model alone, without the records of how it was made"
 
 _NEW = frozenset({".gitattributes", CARD})
 """All that the hub puts into a new model."""
@@ -29,6 +34,18 @@ class _Committed:
     fingerprint: str
     sha256: Mapping[str, str]
     """Of its files."""
+
+
+def refuse_recordless(model: Location) -> None:
+    """Say where the records of a merge are, if ``model`` is one on the hub and has none.
+
+    Raises:
+        InputError: it is.
+    """
+    is_read = model.scheme == "hf" and model.upload is None
+    if is_read and not is_there(model / LEDGER) and is_there(model / RECIPE):
+        remedy = "Give the --state of that merge, or the folder that was pushed"
+        raise refuse(_KEPT, str(model), remedy)
 
 
 def merge_there(target: HubPush, *, begun: bool = False) -> str | None:

@@ -22,10 +22,9 @@ from merge_core.verify import MalformedError, ReadBack, read_back
 
 def push(
     out: Place,
-    repo: str,
+    model: Location,
     *,
     private: bool = True,
-    revision: str | None = None,
     overwrite: bool = False,
     say: Callable[[str], None],
     retries: Retries = PATIENT,
@@ -35,30 +34,31 @@ def push(
     Calling it again sends nothing that the hub holds, and commits nothing that it has.
 
     Args:
-        repo: ``org/name``; is made if there is no such model.
+        model: on the hub, see ``locate_model``; is made if there is none. A branch must exist.
         private: nobody else may see it.
-        revision: a branch that exists; None: the main one.
         overwrite: replace another merge that the model holds.
         say: told what is done.
 
     Raises:
         InputError: ``out`` is no finished merge on a disk, or changed since it was verified; or the
-            model holds another merge, or what is none of raymeld's.
+            model holds another merge, or what is none of raymeld's; or there is no such branch, or
+            this account may not write there.
         StorageError: the hub cannot be reached, or refuses, or somebody else has committed.
         VerificationError: what the hub has afterwards is not what was sent.
     """
     folder = locate_out(out)
     plan = _finished(folder)
     small, shards = small_files(folder, plan), [shard["name"] for shard in plan["shards"]]
-    target = HubPush.begin(repo, revision, private=private, retries=retries)
+    target = HubPush.begin(model.root, model.revision, private=private, retries=retries)
     check_usable(target, plan["fingerprint"], overwrite=overwrite)
+    target.check_writable()
     rows, _ = unfold_ledger(read_file(folder / LEDGER))
     sent = [_send(target, folder, name, rows, say) for name in shards]
     if not names_base(small[CARD].decode(errors="replace")):
         say("the model card names no base on the hub: BASE was none")
     url = commit_merge(target, plan, sent, small, verified_level(folder))
     if url == target.url:
-        say(f"{repo} has all of it already")
+        say(f"{model.root} has all of it already")
     return url
 
 
@@ -100,7 +100,9 @@ def _send(
     if changed := found.changed(digests):
         what = f"{name} changed since the merge: {some_of(changed)}"
         raise refuse(what, str(out), "Merge again")
-    sent = target.send(out.local / name, name)
+    sent = Sent(name=name, size=found.size, sha256=found.sha256)
+    if target.missing([sent]):
+        sent = target.send(out.local / name, name)
     if sent.sha256 != found.sha256:
         raise refuse(f"{name} changed while it was sent", str(out), "Push it again")
     say(f"the hub holds {name} ({sent.size / 1e9:.2f} GB)")

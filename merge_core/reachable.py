@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from merge_core.digest import bytes_digest
-from merge_core.errors import AbsentError, Problem, StorageError, refuse
+from merge_core.errors import AbsentError, InputError, Problem, StorageError, refuse
 from merge_core.side_files import CONFIG, INDEX
 from merge_core.storage import reported, sync_directory, write_durably
 from merge_core.stores.location import Location, Upload, locate
@@ -145,6 +145,8 @@ def look_at_scratch(upload: Upload) -> ScratchSight:
     try:
         scratch.try_out()
         return ScratchSight(folder=folder, room=scratch.room, memory=scratch.in_memory)
+    except InputError as error:
+        return ScratchSight(folder=folder, refusal=error.problems[0])
     except StorageError as error:
         refusal = Problem(error.what, error.where, error.remedy)
         return ScratchSight(folder=folder, refusal=refusal)

@@ -83,7 +83,8 @@ def check_account(out: Location) -> None:
     tells that without a write.
 
     Raises:
-        StorageError: it may not, or the hub cannot be asked.
+        InputError: it may not.
+        StorageError: the hub cannot be asked.
     """
     from merge_core.stores.hub_push import HubPush, check_owner
 
@@ -99,8 +100,9 @@ def check_model(out: Location, plan: MergePlan, *, overwrite: bool) -> None:
     are left to ``output.check_usable``.
 
     Raises:
-        InputError: everybody can see it, or it holds another merge, or what raymeld did not make.
-        StorageError: this account may not write to it, or the hub cannot be asked.
+        InputError: everybody can see it, or it holds another merge, or what raymeld did not make;
+            or this account may not write there.
+        StorageError: the hub cannot be asked.
     """
     if out.upload is None:
         return
@@ -111,15 +113,15 @@ def check_model(out: Location, plan: MergePlan, *, overwrite: bool) -> None:
     target = HubPush.look(out.root, out.revision, private=out.upload.private)
     if target is None:
         check_owner(out.root)
-    else:
-        target.check_writable()
-        check_usable(
-            target,
-            plan.fingerprint,
-            overwrite=overwrite,
-            begun=bool(record),
-            replaces=record.get("replaces"),
-        )
+        return
+    check_usable(
+        target,
+        plan.fingerprint,
+        overwrite=overwrite,
+        begun=bool(record),
+        replaces=record.get("replaces"),
+    )
+    target.check_writable()  # before hours of work, not after
 
 
 def notes_on_model(out: Location) -> list[Problem]:
@@ -159,7 +161,7 @@ def check_scratch(out: Location) -> str:
     returns what ``scratch_in_memory`` does.
 
     Raises:
-        StorageError: it cannot.
+        InputError: it cannot.
     """
     if out.upload is not None:
         scratch_of(out.upload).try_out()
@@ -196,7 +198,7 @@ def make_ready(out: Location, plan: MergePlan, *, overwrite: bool) -> None:
 
     Raises:
         InputError: see ``check_model``.
-        StorageError: this account may not write to it.
+        StorageError: the hub cannot be asked.
     """
     if out.upload is None:
         return
@@ -205,7 +207,6 @@ def make_ready(out: Location, plan: MergePlan, *, overwrite: bool) -> None:
 
     store, upload = open_hub_out(out), out.upload
     target = HubPush.begin(out.root, out.revision, private=upload.private)
-    target.check_writable()  # before hours of work, not after
     before = store.record
     there = check_usable(
         target,

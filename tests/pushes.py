@@ -10,13 +10,14 @@ from hub_repos import Repo, sha256
 
 from merge_core import push as pushing
 from merge_core.model_card import for_hub
+from merge_core.stores.location import locate_model
 
 TOKEN = "hf_sesame"
 
 
-def push(out: Path, repo: str = "me/merge", said: list[str] | None = None, **how: object) -> str:
+def push(out: Path, model: str = "me/merge", said: list[str] | None = None, **how: object) -> str:
     told = (said if said is not None else []).append
-    return pushing.push(out, repo, say=told, retries=QUICK, **how)
+    return pushing.push(out, locate_model(model), say=told, retries=QUICK, **how)
 
 
 def files_of(out: Path) -> dict[str, bytes]:

@@ -70,7 +70,7 @@ def test_a_branch_can_be_merged_onto(target: Target, merged: Path) -> None:
     assert repo.refs["main"] == first
     assert repo.commits[repo.refs["trial"]][SHARDS[0]] == (merged / SHARDS[0]).read_bytes()
     target.out = replace(target.out, revision="none")
-    with pytest.raises(StorageError, match="no branch, tag or commit 'none'"):
+    with pytest.raises(InputError, match="no branch, tag or commit 'none'"):
         target.merge()
 
 

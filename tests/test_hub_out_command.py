@@ -187,9 +187,48 @@ def test_a_folder_is_the_state_of_one_merge_and_nothing_else(place: Place) -> No
 def test_a_token_that_may_not_write_ends_a_merge_before_it_begins(place: Place) -> None:
     place.hub.repo("me/merge", {}, private=True)
     place.hub.readers.add(TOKEN)
-    said = place.answer(*MERGE, *TO_HUB, code=1)["error"]
+    said = place.answer(*MERGE, *TO_HUB, code=2)["error"]
     assert "hf://me/merge@main: the hub answered 403 (you must use a write token" in said
+    said = place.answer(*MERGE, *TO_HUB, "--out", "hf://me/new", code=2)["error"]
+    assert "hf://me/new@main: the token may only read. Use one that may write" in said
     assert not (place.folder / "scratch").exists()
+    assert not (place.folder / "state").exists()
+    assert set(place.hub.repos) == {"me/merge"}
+
+
+@pytest.mark.parametrize("verb", ["plan", "merge"])
+def test_without_a_token_nothing_goes_there(
+    place: Place, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    address = ("--address", "inline") if verb == "merge" else ()
+    said = place.answer(verb, *INPUTS, *TO_HUB, *address, code=2)["error"]
+    assert "hf://me/merge@main: there is no token" in said
+
+
+@pytest.mark.parametrize("words", [("push", "local", "me/merge@none"), (*MERGE, *TO_HUB)])
+def test_a_branch_that_does_not_exist_is_wrong_input(place: Place, words: tuple[str, ...]) -> None:
+    place.hub.repo("me/merge", {}, private=True)
+    if words[0] == "push":
+        place.answer(*MERGE, "--out", "local")
+    else:
+        words = (*words, "--out", "hf://me/merge@none")
+    said = place.answer(*words, code=2)["error"]
+    assert "hf://me/merge@none: the model has no branch, tag or commit 'none'" in said
+    assert len(place.hub.repos["me/merge"].commits) == 1
+
+
+def test_a_scratch_that_cannot_be_used_is_wrong_input(place: Place) -> None:
+    said = place.answer(*MERGE, *OUT, "--state", "state", "--scratch", "/proc/foo", code=2)["error"]
+    assert said.startswith("--scratch /proc/foo: No such file or directory. Give --scratch a dir")
+
+
+def test_the_records_of_a_model_are_not_sought_on_the_hub(place: Place) -> None:
+    place.answer(*MERGE, *TO_HUB)
+    for verb in ("verify", "status"):
+        said = place.answer(verb, "hf://me/merge", code=2)["error"]
+        assert said.startswith("hf://me/merge: what the hub has of a merge is the model alone")
+        assert "Give the --state of that merge, or the folder that was pushed" in said
 
 
 def test_a_plan_says_nothing_against_a_model_that_is_yet_to_be_made(

@@ -14,7 +14,7 @@ from hub_repos import Xet, sha256
 from hub_server import Hub
 from pushes import assert_pushed, files_of, head, push
 
-from merge_core.errors import InputError, RaymeldError, StorageError
+from merge_core.errors import InputError, RaymeldError
 from merge_core.stores.hub import HubStore
 from merge_core.stores.hub_push import HubPush, Sent
 from merge_core.stores.location import locate
@@ -61,10 +61,10 @@ def test_the_same_push_again_sends_and_commits_nothing(
 def test_a_branch_can_be_pushed_to(merged: Path, hub: Hub) -> None:
     repo = hub.repo("me/merge", {"README.md": b"mine"}, private=True)
     first = repo.refs["trial"] = repo.refs["main"]
-    push(merged, revision="trial")
+    push(merged, "me/merge@trial")
     assert repo.refs["main"] == first != repo.refs["trial"]
-    with pytest.raises(StorageError, match="no branch, tag or commit 'none'"):
-        push(merged, revision="none")
+    with pytest.raises(InputError, match="no branch, tag or commit 'none'"):
+        push(merged, "hf://me/merge@none")
 
 
 def test_what_may_not_be_pushed_to_is_refused(merged: Path, hub: Hub) -> None:
@@ -163,7 +163,9 @@ def test_without_a_token_a_push_says_how_to_get_one(
     merged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(StorageError, match=r"401 .*`hf auth login`, or put a token into HF_TOKEN"):
+    with pytest.raises(
+        InputError, match=r"no token, .*`hf auth login`, or put a token into HF_TOKEN"
+    ):
         push(merged)
 
 

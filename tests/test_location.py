@@ -13,7 +13,14 @@ from cluster.workers import ClusterOptions
 from merge_core.errors import InputError
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
-from merge_core.stores.location import Access, Location, is_bare_hub_id, locate, locate_out
+from merge_core.stores.location import (
+    Access,
+    Location,
+    is_bare_hub_id,
+    locate,
+    locate_model,
+    locate_out,
+)
 from merge_core.stores.opening import open_store
 
 
@@ -85,6 +92,43 @@ def test_what_means_nothing_is_refused(text: str, what: str) -> None:
         locate(text)
     assert "secret" not in str(refused.value)
     assert "abc" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (("me/merge",), "hf://me/merge"),
+        (("hf://me/merge",), "hf://me/merge"),
+        (("me/merge@trial",), "hf://me/merge@trial"),
+        (("HF://me/merge@refs/pr/1",), "hf://me/merge@refs/pr/1"),
+        (("me/merge", "feature/two"), "hf://me/merge@feature/two"),
+        (("hf://me/merge@trial", "trial"), "hf://me/merge@trial"),
+    ],
+)
+def test_a_model_to_push_to_is_written_as_anywhere(words: tuple[str, ...], wanted: str) -> None:
+    assert str(locate_model(*words)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (("merge",), "merge: is no model on the hub. Write org/name"),
+        (("me@main",), "me@main: is no model on the hub"),
+        (("me/merge/folder",), "is no model on the hub"),
+        (("s3://bucket/key",), "is no model on the hub"),
+        (("/me/merge",), "is no model on the hub"),
+        (("me/my--merge",), "is no model on the hub"),
+        (("me/merge.git",), "is no model on the hub"),
+        (("me/merge.",), "is no model on the hub"),
+        (("me/merge@",), "is no model on the hub"),
+        (("me/merge@main", "trial"), "names another branch than --revision trial"),
+        (("https://me:secret@huggingface.co/me/merge",), "holds credentials"),
+    ],
+)
+def test_what_is_no_model_to_push_to_is_refused(words: tuple[str, ...], what: str) -> None:
+    with pytest.raises(InputError, match=what) as refused:
+        locate_model(*words)
+    assert "secret" not in str(refused.value)
 
 
 def test_a_result_in_memory_is_that_on_disk_and_is_refused_on_ray(

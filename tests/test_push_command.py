@@ -8,9 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from fault_proxy import FaultProxy
 from hub_server import Hub
 from pushes import TOKEN, assert_pushed
 from test_json import hold
+from typer.testing import CliRunner
+
+from cluster.cli import app
 
 
 def push(*words: object, hub: Hub, home: Path, token: str) -> subprocess.CompletedProcess[str]:
@@ -47,15 +52,33 @@ def test_a_merge_is_pushed_by_one_command(merged: Path, hub: Hub, tmp_path: Path
     assert "the hub holds model-00001-of-00004.safetensors" in done.stderr
     assert TOKEN not in done.stdout + done.stderr
 
+    again = push(merged, "me/merge", hub=hub, home=tmp_path, token=TOKEN)
+    assert again.returncode == 0
+    assert "me/merge has all of it already" in again.stderr
+    assert "Upload" not in again.stderr  # huggingface_hub's own bar, over nothing
+
 
 def test_a_model_is_public_where_that_is_asked_for(merged: Path, hub: Hub, tmp_path: Path) -> None:
     hub.tokens[TOKEN] = "me"
 
-    done = push(merged, "me/merge", "--public", "--overwrite", hub=hub, home=tmp_path, token=TOKEN)
+    done = push(
+        merged, "hf://me/merge@main", "--public", "--overwrite", hub=hub, home=tmp_path, token=TOKEN
+    )
 
     assert done.returncode == 0, done.stderr
     assert not hub.repos["me/merge"].private
     assert done.stdout.startswith(f"pushed   {hub.address}/me/merge/commit/")
+
+
+@pytest.mark.parametrize("words", [("only",), ("me/a--b",), ("me/merge@main", "--revision", "x")])
+def test_a_bad_name_is_refused_before_anything_is_asked(
+    merged: Path, before_hub: FaultProxy, words: tuple[str, ...]
+) -> None:
+    done = CliRunner().invoke(app, ["push", str(merged), *words])
+
+    assert done.exit_code == 2
+    assert words[0] in done.stderr
+    assert before_hub.tally().requests == 0
 
 
 def test_what_is_no_merge_is_not_pushed(hub: Hub, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
@@ -23,10 +24,15 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from merge_core.errors import AbsentError, StorageError, some_of
+from merge_core.errors import AbsentError, StorageError, refuse, some_of
 
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 """What the HTTP library of huggingface_hub raises; which library that is differs by version."""
+
+
+class DeniedError(StorageError):
+    """This account may not do that."""
+
 
 LOG_IN = "`hf auth login`, or put a token into HF_TOKEN"
 
@@ -55,13 +61,42 @@ def told(place: HubPlace) -> Iterator[None]:
     """Turn what huggingface_hub raises inside into errors of ours.
 
     Raises:
+        InputError: see ``endpoint``.
         AbsentError: there is no such model, revision or file, as far as this account can see.
+        DeniedError: the hub does not let this account do so.
         StorageError: any other failure.
     """
+    endpoint()
     try:
         yield
     except (HTTP_ERROR, OfflineModeIsEnabled, EntryNotFoundError) as error:
         raise in_words(error, place) from None  # it holds the token
+
+
+@contextlib.contextmanager
+def before_all() -> Iterator[None]:
+    """Take a wrong name or token for the wrong input that it is while nothing is under way.
+
+    Raises:
+        InputError: there is no such model or branch, or this account may not do what was tried.
+    """
+    try:
+        yield
+    except (AbsentError, DeniedError) as error:
+        raise refuse(error.what, error.where, error.remedy) from None
+
+
+def endpoint() -> str:
+    """The hub's address: HF_ENDPOINT, or Hugging Face's own.
+
+    Raises:
+        InputError: it holds credentials, which would be printed.
+    """
+    host = urlsplit(constants.ENDPOINT).netloc
+    if "@" in host:
+        remedy = "Leave them out: a token belongs into HF_TOKEN, or to `hf auth login`"
+        raise refuse("HF_ENDPOINT holds credentials", host.rpartition("@")[2], remedy)
+    return constants.ENDPOINT
 
 
 def in_words(error: Exception, place: HubPlace) -> StorageError:
@@ -94,7 +129,7 @@ def absent(place: HubPlace) -> AbsentError:
 
 
 def _page(place: HubPlace) -> str:
-    return f"{constants.ENDPOINT}/{place.repo}"
+    return f"{endpoint()}/{place.repo}"
 
 
 def _not_cached(error: Any, place: HubPlace) -> StorageError:
@@ -102,14 +137,14 @@ def _not_cached(error: Any, place: HubPlace) -> StorageError:
 
 
 def _unreachable(error: Exception, place: HubPlace) -> StorageError:
-    what = f"{constants.ENDPOINT} cannot be reached ({type(error).__name__})"
+    what = f"{endpoint()} cannot be reached ({type(error).__name__})"
     remedy = "Check the network, proxies and HF_ENDPOINT; HF_HUB_OFFLINE=1 takes what is cached"
     return StorageError(what, str(place), remedy)
 
 
 def _gated(_: Any, place: HubPlace) -> StorageError:
     what = "the model is gated, and this account has not been let in"
-    return StorageError(what, str(place), f"Accept its terms at {_page(place)}, then {LOG_IN}")
+    return DeniedError(what, str(place), f"Accept its terms at {_page(place)}, then {LOG_IN}")
 
 
 def _disabled(_: Any, place: HubPlace) -> StorageError:
@@ -135,7 +170,8 @@ def _refused(error: Any, place: HubPlace) -> StorageError:
     status, said = error.response.status_code, (error.server_message or "").strip()
     what = f"the hub answered {status}" + (f" ({said})" if said else "")
     remedy = _REMEDIES.get(status, "Try again later; see https://status.huggingface.co")
-    return StorageError(what, str(place), remedy)
+    kind = DeniedError if status in (401, 403) else StorageError
+    return kind(what, str(place), remedy)
 
 
 _REMEDIES: Mapping[int, str] = {

@@ -98,7 +98,7 @@ class HubObjects:
         Raises:
             StorageError: see ``send``; or the hub does not say that it holds it.
         """
-        with _without_bars():
+        with without_bars():
             sent = self.send(path, name, through_lfs=self._forgets)
             lost = self.missing([sent])
             if lost and not self._forgets:
@@ -177,7 +177,7 @@ def _bound(request: Any) -> None:
 
 
 @contextlib.contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Without huggingface_hub's own progress bars, which would disturb a merge's, and its logs."""
     if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
         yield  # the environment has decided, or somebody before

@@ -25,9 +25,9 @@ from huggingface_hub import (
 from merge_core.errors import AbsentError, StorageError, VerificationError, refuse, some_of
 from merge_core.storage import reported
 from merge_core.stores.hub import HubStore
-from merge_core.stores.hub_errors import HTTP_ERROR, LOG_IN, HubPlace
+from merge_core.stores.hub_errors import HTTP_ERROR, LOG_IN, HubPlace, before_all, endpoint
 from merge_core.stores.hub_files import HubEntry, pin, read_tree
-from merge_core.stores.hub_objects import HubObjects, Sent, asked, spoken, upload_info
+from merge_core.stores.hub_objects import HubObjects, Sent, asked, spoken, upload_info, without_bars
 from merge_core.stores.hub_requests import PassingError, ask, quoted
 from merge_core.stores.location import Location
 from merge_core.stores.retries import PATIENT, Retries
@@ -64,15 +64,19 @@ class HubPush(HubObjects):
             private: nobody else may see it, even if it exists already.
 
         Raises:
-            InputError: it exists, and is not private.
-            StorageError: this account may not make it, or write to it.
+            InputError: it exists, and is not private; or see ``before_all``.
+            StorageError: the hub cannot be asked.
         """
+        there = cls.look(repo, revision, private=private, retries=retries)
+        if there is not None:
+            return there
         place = HubPlace(repo=repo, revision=revision or constants.DEFAULT_REVISION)
 
         def make() -> None:
             HfApi().create_repo(repo, private=private, exist_ok=True)
 
-        asked(make, place, retries)
+        with before_all():
+            asked(make, place, retries)
         found = cls.look(repo, revision, private=private, retries=retries)
         if found is None:
             raise StorageError("the model was made, and is not there", str(place), "Try again")
@@ -91,15 +95,19 @@ class HubPush(HubObjects):
 
         Raises:
             InputError: as ``begin`` does.
-            StorageError: it cannot be looked at, or there is no such branch.
+            StorageError: the hub cannot be asked.
         """
         target = HubPlace(repo=repo, revision=revision or constants.DEFAULT_REVISION)
-        try:
-            said, _ = ask(target, f"/revision/{quoted(target.revision)}", retries)
-        except AbsentError:
-            if target.revision == constants.DEFAULT_REVISION and get_token() is not None:
-                return None
-            raise
+        if get_token() is None:
+            what, remedy = "there is no token, and nobody writes without", "Use one that may write"
+            raise refuse(what, str(target), f"{remedy}: {LOG_IN}")
+        with before_all():
+            try:
+                said, _ = ask(target, f"/revision/{quoted(target.revision)}", retries)
+            except AbsentError:
+                if target.revision == constants.DEFAULT_REVISION:
+                    return None
+                raise
         if private and not said["private"]:
             remedy = "Choose another name, or say --public"
             raise refuse("the model exists already, and everybody can see it", str(target), remedy)
@@ -109,9 +117,11 @@ class HubPush(HubObjects):
         """Ask where a file could be sent to, and send none.
 
         Raises:
-            StorageError: this account may not write to the model.
+            InputError: this account may not write to the model.
+            StorageError: the hub cannot be asked.
         """
-        self.missing([_NOBODYS])
+        with before_all():
+            self.missing([_NOBODYS])
 
     @property
     def url(self) -> str:
@@ -158,7 +168,7 @@ class HubPush(HubObjects):
 
         def attempt() -> str:
             try:
-                with spoken():
+                with spoken(), without_bars():
                     made = HfApi().create_commit(
                         self._target.repo,
                         operations,
@@ -208,20 +218,22 @@ def check_owner(repo: str, retries: Retries = PATIENT) -> None:
     fine-grained token may do is seen when it does.
 
     Raises:
-        StorageError: it may not, or the hub cannot be asked.
+        InputError: it may not.
+        StorageError: the hub cannot be asked.
     """
     place = HubPlace(repo=repo, revision=constants.DEFAULT_REVISION)
-    said = asked(HfApi().whoami, place, retries)
+    with before_all():
+        said = asked(HfApi().whoami, place, retries)
     role = said.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
         remedy = f"Use one that may write: {LOG_IN}"
-        raise StorageError("the token may only read", str(place), remedy)
+        raise refuse("the token may only read", str(place), remedy)
     owner = repo.partition("/")[0]
     names = [said["name"], *(one["name"] for one in said.get("orgs", ()))]
     if role == "write" and owner.lower() not in map(str.lower, names):
         what = f"the account {names[0]} may not make models of {owner}"
         remedy = f"Choose another name, such as hf://{names[0]}/..., or another account: {LOG_IN}"
-        raise StorageError(what, str(place), remedy)
+        raise refuse(what, str(place), remedy)
 
 
 def _files_at(target: HubPlace, commit: str, retries: Retries) -> Mapping[str, HubEntry]:
@@ -230,7 +242,7 @@ def _files_at(target: HubPlace, commit: str, retries: Retries) -> Mapping[str, H
 
 
 def _url(target: HubPlace, commit: str) -> str:
-    return f"{constants.ENDPOINT}/{target.repo}/commit/{commit}"
+    return f"{endpoint()}/{target.repo}/commit/{commit}"
 
 
 def _bytes_of(file: Path | bytes) -> bytes:

@@ -17,7 +17,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from merge_core import __version__
 from merge_core.errors import StorageError
-from merge_core.stores.hub_errors import HTTP_ERROR, HubPlace, told
+from merge_core.stores.hub_errors import HTTP_ERROR, HubPlace, endpoint, told
 from merge_core.stores.retries import Retries, asked_by
 
 PASSING = frozenset({408, 429, 500, 502, 503, 504})
@@ -97,7 +97,7 @@ def ask(place: HubPlace, route: str, retries: Retries, **params: str) -> tuple[A
     Args:
         route: behind ``/api/models/org/name``, quoted.
     """
-    url = f"{constants.ENDPOINT}/api/models/{place.repo}{route}"
+    url = f"{endpoint()}/api/models/{place.repo}{route}"
 
     def attempt() -> tuple[Any, dict[str, str]]:
         response = get_session().get(url, params=params, headers=own_headers(), timeout=timeout())

@@ -21,7 +21,11 @@ from merge_core.errors import refuse
 
 _URL = re.compile(r"^(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)$", re.DOTALL)
 _BUCKET = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,221}$")
-_HUB_PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
+_HUB_PART = (
+    r"(?![^/@]*(--|\.\.))[A-Za-z0-9]([A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?(?<!\.git)(?![A-Za-z0-9._-])"
+)
+"""As huggingface_hub has it, which refuses others before it asks for anything."""
+
 _HUB_ID = re.compile(rf"^{_HUB_PART}/{_HUB_PART}$")
 _HUB = re.compile(
     rf"^(?P<id>{_HUB_PART}/{_HUB_PART})"
@@ -152,6 +156,29 @@ def locate_out(text: Place, access: Access = DEFAULT_ACCESS) -> Location:
         InputError: see ``locate``.
     """
     return locate(text, access, exists=lambda _: True)
+
+
+def locate_model(text: str, branch: str | None = None) -> Location:
+    """The model on the hub that ``text`` means where it can mean nothing else: ``org/name`` or
+    ``hf://org/name``, each with or without ``@branch``.
+
+    Args:
+        branch: given beside it; None: that of ``text``, if any.
+
+    Raises:
+        InputError: it is none, or only a folder of one, or names another branch.
+    """
+    url = _URL.match(text)
+    if url is not None:
+        _refuse_secrets(url["rest"], text)
+    match = _HUB.match(text if url is None else url["rest"])
+    if match is None or match["path"] or (url is not None and url["scheme"].lower() != "hf"):
+        raise refuse("is no model on the hub", text, "Write org/name[@branch], hf:// or not")
+    named = match["revision"]
+    if branch is not None and named not in (None, branch):
+        what = f"names another branch than --revision {branch}"
+        raise refuse(what, text, "Give one of them")
+    return Location(scheme="hf", root=match["id"], revision=branch or named)
 
 
 def onto_hub(model: Location, upload: Upload) -> Location:

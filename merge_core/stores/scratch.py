@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from merge_core.errors import StorageError, counted, some_of
+from merge_core.errors import StorageError, counted, refuse, some_of
 from merge_core.storage import PartFile, reported
 from merge_core.stores.inodes import file_system_of
 from merge_core.stores.location import Upload
@@ -119,16 +119,20 @@ class Scratch:
         """Make sure that files can be written there, and leave nothing of that.
 
         Raises:
-            StorageError: they cannot.
+            InputError: they cannot.
         """
-        with reported(self.folder), _explained(self.folder):
-            if self._is_own and os.path.lexists(self.folder):
-                self._refuse_foreign()
-            for path in (self.folder / _LOCK, *self.folder.glob(f"*{_SUFFIX}")):
-                with contextlib.suppress(FileNotFoundError):
-                    path.open("r+b").close()
-            with tempfile.TemporaryFile(dir=nearest(self.folder)):
-                pass
+        try:
+            with reported(self.folder), _explained(self.folder):
+                if self._is_own and os.path.lexists(self.folder):
+                    self._refuse_foreign()
+                for path in (self.folder / _LOCK, *self.folder.glob(f"*{_SUFFIX}")):
+                    with contextlib.suppress(FileNotFoundError):
+                        path.open("r+b").close()
+                with tempfile.TemporaryFile(dir=nearest(self.folder)):
+                    pass
+        except StorageError as error:
+            remedy = "Give --scratch a directory that this user may write to"
+            raise refuse(error.what, f"--scratch {self.folder}", remedy) from error
 
     @property
     def room(self) -> int:
