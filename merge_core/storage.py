@@ -273,9 +273,8 @@ def _write_all(descriptor: Callable[[], int], data: memoryview, offset: int) -> 
 
 
 def _open_direct(path: Path, flags: int) -> int:
-    """-1 where there is no direct access."""
     if not _DIRECT:
-        return -1
+        return -1  # no direct access here
     try:
         return os.open(path, flags | _DIRECT)
     except OSError as error:
