@@ -72,13 +72,15 @@ def is_finished(out: Location, plan: MergePlan) -> bool:
             return False
     except StorageError:
         return False
-    sizes = {shard.name: shard.size for shard in plan.shards}
-    sizes |= {side.name: side.file.size for side in plan.side_files}
+    shards = {shard.name: shard.size for shard in plan.shards}
+    sizes = {side.name: side.file.size for side in plan.side_files}
+    if out.upload is None:
+        sizes |= shards
     found = {listed.name: listed.size for listed in open_store(out).list()}
     made = {CARD, *[INDEX] * (len(plan.shards) > 1)}  # a card may be written on
     if not made <= found.keys() or any(found.get(name) != size for name, size in sizes.items()):
         return False
-    return out.upload is None or open_hub_out(out).is_on_branch(shard.name for shard in plan.shards)
+    return out.upload is None or open_hub_out(out).is_on_branch(shards)
 
 
 def verified_level(out: Location) -> str:
@@ -259,7 +261,8 @@ def written_bytes(out: Location) -> int:
     """Bytes of an earlier merge's shards, which this one replaces or needs no room for."""
     earlier = read_plan(out)
     names = {shard["name"] for shard in earlier["shards"]} if earlier else set()
-    return sum(listed.size for listed in open_store(out).list() if listed.name in names)
+    listed = (one for one in open_store(out).list() if one.name in names)
+    return sum(one.size or 0 for one in listed)  # a disk, which alone may be full, tells them
 
 
 def read_plan(out: Location) -> dict[str, Any] | None:

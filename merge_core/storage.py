@@ -12,7 +12,7 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from merge_core.errors import AbsentError, RaymeldError, StorageError, replaced
@@ -66,7 +66,7 @@ class RangeReader:
             StorageError: the read failed, or the file ends before the range does.
         """
         with reported(self._path):
-            if self._direct is not None and not self._refused and nbytes >= DIRECT_MIN_BYTES:
+            if self._direct >= 0 and not self._refused and nbytes >= DIRECT_MIN_BYTES:
                 start = offset // ALIGNMENT * ALIGNMENT
                 lead = offset - start
                 try:
@@ -103,7 +103,7 @@ class RangeReader:
     def close(self) -> None:
         """Close both descriptors."""
         os.close(self._buffered)
-        if self._direct is not None:
+        if self._direct >= 0:
             os.close(self._direct)
 
 
@@ -119,7 +119,7 @@ class PartFile:
     def __init__(self, path: Path, size: int) -> None:
         """Create ``path``, which must not exist, with ``size`` bytes allocated."""
         self._path = path
-        self._direct: int | None = None
+        self._direct = -1
         self._refused = False
         with reported(path):
             self._buffered = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -138,21 +138,21 @@ class PartFile:
         """
         whole = len(data) // ALIGNMENT * ALIGNMENT
         with reported(self._path):
-            if self._direct is not None and not self._refused and offset % ALIGNMENT == 0 and whole:
+            if self._direct >= 0 and not self._refused and offset % ALIGNMENT == 0 and whole:
                 try:
-                    _write_all(self._direct, data[:whole], offset)
+                    _write_all(lambda: self._direct, data[:whole], offset)
                 except OSError as error:
                     if error.errno not in _REFUSALS:
                         raise
                     self._refused = True
                 else:
                     data, offset = data[whole:], offset + whole
-            _write_all(self._buffered, data, offset)
+            _write_all(lambda: self._buffered, data, offset)
 
     def write_small(self, data: bytes, offset: int) -> None:
         """Write ``data``, which may lie anywhere in memory, through the page cache."""
         with reported(self._path):
-            _write_all(self._buffered, memoryview(data), offset)
+            _write_all(lambda: self._buffered, memoryview(data), offset)
 
     def finish(self) -> str:
         """Make the content durable and close; returns the file's name, which is made durable by who
@@ -170,10 +170,10 @@ class PartFile:
 
     def _close(self) -> None:
         # Numbers are used again: a lane that nobody waited for would write to another file.
-        buffered, self._buffered = self._buffered, -1
-        direct, self._direct = self._direct, None
+        buffered, direct = self._buffered, self._direct
+        self._buffered = self._direct = -1
         os.close(buffered)
-        if direct is not None:
+        if direct >= 0:
             os.close(direct)
 
 
@@ -193,7 +193,7 @@ def write_durably(path: Path, data: bytes, *, durable: bool = True) -> None:
         durable: False: after a crash of the machine it may hold anything.
     """
     with _replacing(path, durable=durable) as descriptor, reported(path):
-        _write_all(descriptor, memoryview(data), 0)
+        _write_all(lambda: descriptor, memoryview(data), 0)
 
 
 def create_durably(path: Path, data: bytes) -> bool:
@@ -204,7 +204,7 @@ def create_durably(path: Path, data: bytes) -> bool:
         except FileExistsError:
             return False
         try:
-            _write_all(descriptor, memoryview(data), 0)
+            _write_all(lambda: descriptor, memoryview(data), 0)
             os.fsync(descriptor)
         except OSError:  # a full disk: half a file would look like somebody else's
             _remove_if_possible(path)
@@ -266,20 +266,20 @@ def round_up(value: int) -> int:
     return -(-value // ALIGNMENT) * ALIGNMENT
 
 
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+def _write_all(descriptor: Callable[[], int], data: memoryview, offset: int) -> None:
     done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], offset + done)
+    while done < len(data):  # who closes a part does not wait for its writes
+        done += os.pwrite(descriptor(), data[done:], offset + done)
 
 
-def _open_direct(path: Path, flags: int) -> int | None:
+def _open_direct(path: Path, flags: int) -> int:
     if not _DIRECT:
-        return None
+        return -1  # no direct access here
     try:
         return os.open(path, flags | _DIRECT)
     except OSError as error:
         if error.errno in _REFUSALS:
-            return None
+            return -1
         raise
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import parse_qs, urlsplit
+
 import pytest
 from fault_proxy import Fault, FaultProxy
 from gcs_server import Gcs
@@ -48,9 +50,13 @@ def test_uploads_of_parts_are_aborted_and_no_others(swept: GcsStore, gcs: Gcs) -
     assert keys(gcs) == sorted(OTHERS)
 
 
-def test_uploads_of_the_parts_of_one_file_are_aborted(swept: GcsStore, gcs: Gcs) -> None:
+def test_uploads_of_the_parts_of_one_file_are_aborted_and_those_of_others_not_listed(
+    swept: GcsStore, gcs: Gcs, gs_proxy: FaultProxy
+) -> None:
     swept.sweep("model-1")
     assert keys(gcs) == sorted((OURS[1], *OTHERS))
+    queries = [parse_qs(urlsplit(one.target).query) for one in gs_proxy.seen("GET", "uploads")]
+    assert [query["prefix"] for query in queries] == [["out/.raymeld/parts/model-1/"]]
 
 
 def test_all_of_a_bucket_may_be_out(gs: Location, gcs: Gcs) -> None:

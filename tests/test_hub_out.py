@@ -14,8 +14,11 @@ from network_faults import drop, lose_answer
 from pushes import assert_pushed, files_of, head
 
 from merge_core.errors import InputError, StorageError
+from merge_core.factors import seal
 from merge_core.hub_commit import commit_merge
-from merge_core.output import RECEIPTS
+from merge_core.output import RECEIPTS, is_finished
+from merge_core.stores.hub_out import SENT
+from merge_core.stores.opening import open_hub_out
 from merge_core.verdict import conclude
 
 pytestmark = [
@@ -45,6 +48,21 @@ def test_it_is_what_the_merge_on_a_disk_is_in_one_commit(
     assert result.verified.level == "digest"
     assert set(files_of(target.state)) == set(files_of(merged)) - set(SHARDS)
     assert not (target.state / RECEIPTS).exists()
+
+
+@pytest.mark.parametrize("change", [{"size": 1}, {"sha256": "0" * 64}], ids=["size", "content"])
+def test_it_is_finished_as_long_as_its_branch_holds_what_was_planned_and_sent(
+    target: Target, change: dict[str, Any]
+) -> None:
+    target.merge()
+    plan, out = seal(target.plan), open_hub_out(target.out)
+    assert is_finished(target.out, plan)
+
+    other = replace(out.sent(SHARDS[1]), **change)
+    out.put(f"{SENT}/{SHARDS[1]}.json", other.to_json())
+    assert not is_finished(target.out, plan)
+    out.delete(SHARDS[1])
+    assert not is_finished(target.out, plan)
 
 
 def test_nothing_is_seen_before_the_commit_and_one_file_waits_at_a_time(

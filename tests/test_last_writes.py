@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from backends import DATA
 from fault_proxy import Fault, FaultProxy
 from handmade import TWO_LANES
 from leases import unheard
@@ -25,6 +26,7 @@ from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
 from merge_core.progress import Progress
 from merge_core.stores import last_writes
+from merge_core.stores.gcs import GcsStore
 from merge_core.stores.last_writes import write_last
 from merge_core.stores.location import locate
 from merge_core.stores.opening import open_store
@@ -150,6 +152,21 @@ def test_a_driver_that_loses_its_s3_does_not_wait_for_the_parts_of_its_workers(
         began = time.monotonic()
         with _stopped_parts(out, lease.holder.run):
             pass
+    assert time.monotonic() - began < ENDS_SOON
+
+
+@pytest.mark.parametrize("method", ["POST", "DELETE"], ids=["under way", "removed"])
+def test_a_part_in_gcs_whose_store_is_gone_is_discarded_soon(
+    gs_store: GcsStore, gs_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(last_writes, "SECONDS", 0.05)
+    gs_proxy.faults(Fault(stall(), method=method, times=None))
+    part = gs_store.start("model", len(DATA), "1-a")
+    part.write(memoryview(DATA), 0)
+    if method == "DELETE":
+        part.finish()
+    began = time.monotonic()
+    part.discard()
     assert time.monotonic() - began < ENDS_SOON
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
-from fault_proxy import Fault, FaultProxy, How
+from fault_proxy import Exchange, Fault, FaultProxy, How
 from handmade import (
     GEOMETRY,
     TWO_LANES,
@@ -20,6 +23,7 @@ from handmade import (
 from network_faults import drop, say
 from s3_server import refusal, uploads
 
+from merge_core import background
 from merge_core.errors import StorageError
 from merge_core.merge import merge
 from merge_core.model_card import CARD
@@ -31,6 +35,7 @@ from merge_core.stores.location import Access, Location
 from merge_core.stores.opening import open_store, read_file
 from merge_core.stores.s3 import S3Store
 from merge_core.stores.s3_client import client_for
+from merge_core.stores.s3_copy import S3CopiedPart
 from merge_core.stores.s3_retries import COPYING
 
 LAST = {name: shape for name, shape in GEOMETRY.linear.items() if ".layers.1." in name}
@@ -156,6 +161,28 @@ def test_a_file_that_is_replaced_before_it_is_copied_ends_the_merge(
         merge(plan, out, choice=TWO_LANES)
     assert [one for one in contents(out) if one.endswith(".safetensors")] == []
     assert uploads(out) == []
+
+
+def test_who_stops_a_merge_does_not_wait_for_copies_of_a_store_that_is_gone(
+    base: Location, few: Path, s3_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "LEAVE_SECONDS", 0.05)
+    monkeypatch.setattr(s3_copy, "COPY_BYTES", 10_000)
+    plan = planned(base, few)
+    origin = next(copied for s in plan.shards if (copied := copied_file(plan, s, base.parent)))
+    began = list[float]()
+
+    def lose(exchange: Exchange) -> None:
+        if not began:
+            began.append(time.monotonic())
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        exchange.wait_for_client()
+
+    s3_proxy.faults(Fault(lose, method="PUT", path="partNumber", times=None))
+    with pytest.raises(KeyboardInterrupt):
+        S3CopiedPart(base.parent / "copy", base / origin.name, origin, "1-a")
+    assert time.monotonic() - began[0] < 5
+    assert uploads(base.parent) == []
 
 
 def test_only_a_whole_file_of_the_same_s3_is_copied(

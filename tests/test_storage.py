@@ -302,3 +302,27 @@ def test_a_file_system_that_refuses_direct_io_at_the_first_use_costs_no_byte_and
 
     assert (tmp_path / "part").read_bytes() == CONTENT
     assert descriptors() == before
+
+
+@pytest.mark.parametrize("write", ["write", "write_small"])
+def test_a_write_under_way_when_its_part_is_discarded_does_not_go_on_in_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    part, others = PartFile(tmp_path / "part", SIZE), list[Any]()
+    pwrite = os.pwrite
+
+    def short(descriptor: int, data: memoryview, offset: int) -> int:
+        done = pwrite(descriptor, data[:ALIGNMENT], offset)
+        if not others:
+            part.discard()
+            others.extend((tmp_path / name).open("xb") for name in ("a", "b"))
+            assert descriptor in [other.fileno() for other in others]
+        return done
+
+    monkeypatch.setattr(os, "pwrite", short)
+    with pytest.raises(StorageError, match="part: Bad file descriptor"):
+        getattr(part, write)(pages(2 * ALIGNMENT), 0)
+
+    assert [os.fstat(other.fileno()).st_size for other in others] == [0, 0]
+    for other in others:
+        other.close()

@@ -13,7 +13,8 @@ from merge_core.errors import VerificationError
 from merge_core.merge import merge
 from merge_core.plan import MergePlan
 from merge_core.planner import make_plan
-from merge_core.stores.opening import open_store
+from merge_core.stores.location import locate
+from merge_core.stores.opening import lacks_tls, open_store
 from merge_core.stores.s3 import S3Store
 
 
@@ -50,3 +51,14 @@ def test_the_plan_says_that_it_reads_without_tls(local: MergePlan, remote: Merge
     said = [note for note in remote.notes if "--verify numeric" in note]
     assert [note.partition(":")[0] for note in said] == ["BASE is read over http, without TLS"]
     assert not any("TLS" in note for note in local.notes)
+
+
+@pytest.mark.parametrize(
+    ("address", "lacks"), [("http://10.0.0.1:4443", True), ("https://10.0.0.1", False), ("", False)]
+)
+def test_a_base_in_gcs_is_read_without_tls_where_its_address_says_so(
+    monkeypatch: pytest.MonkeyPatch, address: str, *, lacks: bool
+) -> None:
+    monkeypatch.setenv("GOOGLE_BASE_URL", address)
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    assert lacks_tls(locate("gs://bucket/base")) is lacks

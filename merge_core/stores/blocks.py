@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 from merge_core.errors import replaced
 from merge_core.storage import own_memory
+from merge_core.stores.concurrently import concurrently
 from merge_core.stores.location import Location
 from merge_core.stores.store import FileIdentity
 
@@ -25,23 +25,18 @@ def fill_in_blocks(
     """Have ``fill`` read all of ``target``, which lies at ``offset``, in blocks of about one size.
 
     Raises:
-        Exception: what ``fill`` raises first, once the blocks that are under way have ended.
+        Exception: one that ``fill`` raises, once the blocks that are under way have ended.
     """
     blocks = -(-len(target) // BLOCK_BYTES)
     if blocks <= 1:
         fill(target, offset)
         return
     size = -(-len(target) // blocks)
-    with ThreadPoolExecutor(min(blocks, IN_FLIGHT), "range") as threads:
-        started = [
-            threads.submit(fill, target[start : start + size], offset + start)
-            for start in range(0, len(target), size)
-        ]
-        try:
-            for each in started:
-                each.result()
-        finally:
-            threads.shutdown(cancel_futures=True)
+
+    def fill_block(start: int) -> None:
+        fill(target[start : start + size], offset + start)
+
+    concurrently(fill_block, range(0, len(target), size), IN_FLIGHT)
 
 
 class BlockReader(ABC):

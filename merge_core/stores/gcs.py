@@ -40,10 +40,9 @@ class GcsStore(ObjectsStore):
 
     def sweep(self, name: str | None = None) -> None:
         """See ``store.Store``: uploads first, each may still become a part."""
-        folder = self.location / PARTS
-        only = None if name is None else (folder / name).path
+        folder = self.location / (PARTS if name is None else f"{PARTS}/{name}")
         with logged_in(folder):
-            abort_uploads(folder, lambda key: only is None or key.rpartition("/")[0] == only)
+            abort_uploads(folder, lambda key: name is None or key.rpartition("/")[0] == folder.path)
         ObjectsStore.sweep(self, name)
 
     def _prove_refusal(self, name: str, data: bytes) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self
@@ -79,14 +79,12 @@ class HubOut:
         return FileIdentity(name=name, size=sent.size, pin=sent.sha256)
 
     def list(self, below: str = "") -> Iterator[Listed]:
-        """See ``store.Store``."""
+        """See ``store.Store``. The size of weights would cost a read of each one's record."""
         for found in self._state.list(below):
             yield found
             name = found.name.removeprefix(f"{SENT}/").removesuffix(".json")
-            is_record = not below and "/" not in name and found.name == _record(name)
-            sent = self._sent(found.name) if is_record else None
-            if sent is not None:
-                yield dataclasses.replace(found, name=name, size=sent.size)
+            if not below and "/" not in name and found.name == _record(name):
+                yield dataclasses.replace(found, name=name, size=None)
 
     def get(self, name: str) -> bytes:
         """See ``store.Store``."""
@@ -209,14 +207,18 @@ class HubOut:
         asked = Sent(name=name, size=sent.size, sha256=sent.sha256)
         return not self.objects.missing([asked])
 
-    def is_on_branch(self, names: Iterable[str]) -> bool:
-        """Whether the branch has these files of weights now."""
+    def is_on_branch(self, sizes: Mapping[str, int]) -> bool:
+        """Whether the branch has these files of weights now, as they were sent in these sizes."""
         try:
             place, _ = pin(self.target, PATIENT)
             files = read_tree(place, "", 0.0, PATIENT).files
-            return all(n in files and files[n].holds(self.sent(n).sha256) for n in names)
+            sent = {name: self.sent(name) for name in sizes}
         except AbsentError:
             return False
+        return all(
+            one.size == sizes[name] and name in files and files[name].holds(one.sha256)
+            for name, one in sent.items()
+        )
 
     @property
     def _upload(self) -> Upload:

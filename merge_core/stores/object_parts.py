@@ -11,6 +11,7 @@ import obstore
 
 from merge_core.errors import StorageError
 from merge_core.stores.failures import ATTEMPT, incomplete
+from merge_core.stores.last_writes import write_last
 from merge_core.stores.location import Location
 from merge_core.stores.object_errors import reported
 
@@ -82,8 +83,11 @@ class ObjectPartWriter:
         with self._moved:
             self._ended = True
             self._moved.notify_all()
+        write_last(self._where, self._remove)  # the next sweep finds it
+
+    def _remove(self) -> None:
         self._thread.join()
-        with contextlib.suppress(Exception):  # the next sweep finds it
+        with contextlib.suppress(Exception):
             obstore.delete(self._backend, self._where.path)
 
     def _send(self) -> None:

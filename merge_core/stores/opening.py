@@ -126,6 +126,10 @@ def lacks_tls(folder: Location) -> bool:
         from merge_core.stores.s3_client import client_for
 
         return str(client_for(folder.access).meta.endpoint_url).startswith("http://")
+    if folder.scheme == "gs":
+        from merge_core.stores.gcs_client import base_url
+
+        return base_url().startswith("http://")
     if folder.scheme == "hf":
         from huggingface_hub import constants
 

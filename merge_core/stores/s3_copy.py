@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from merge_core.errors import NotCopiedError
+from merge_core.stores.concurrently import concurrently
 from merge_core.stores.location import Location
 from merge_core.stores.s3_client import client_for
 from merge_core.stores.s3_errors import code_of, reported, status_of
@@ -41,8 +41,7 @@ class S3CopiedPart:
         with reported(where):
             self._upload = Upload.begin(where, attempt)
         try:
-            with ThreadPoolExecutor(COPIES, "s3-copy") as threads:
-                list(threads.map(self._copy, range(0, file.size, self._part_bytes)))
+            concurrently(self._copy, range(0, file.size, self._part_bytes), COPIES)
         except BaseException:
             self.discard()
             raise

@@ -44,7 +44,8 @@ class Listed:
     """A file as a list has it."""
 
     name: str
-    size: int
+    size: int | None
+    """None: the list does not tell; ``Store.look`` does."""
     modified: float
     """By the store's own clock, in seconds since the epoch."""
 
