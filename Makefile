@@ -51,4 +51,5 @@ bench: setup
 CHOSEN = $(if $(filter command line,$(origin MODEL)),--model $(MODEL))
 bench-storage: setup
 	$(BIN)/python benchmarks/storage.py --dir $(DIR) $(CHOSEN)
+	$(BIN)/python benchmarks/storage.py --link 80 --dir $(DIR) $(CHOSEN)
 	$(BIN)/python benchmarks/hub.py --dir $(DIR) $(CHOSEN)
