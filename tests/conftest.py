@@ -236,7 +236,6 @@ def gs(gcs: Gcs, monkeypatch: pytest.MonkeyPatch) -> Location:
     gcs_client.login.cache_clear()
     location = Location(scheme="gs", root=f"bucket-{next(BUCKETS)}")
     gcs.buckets[location.root] = {}
-    gcs.uploads.clear()  # of tests before
     return location
 
 

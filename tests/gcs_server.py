@@ -108,6 +108,10 @@ class Gcs:
         self.uploads[number] = Upload(bucket=bucket, key=key, meta=dict(meta))
         return number
 
+    def uploads_of(self, bucket: str) -> dict[str, Upload]:
+        """Those under way: other tests leave some in buckets of their own."""
+        return {number: one for number, one in self.uploads.items() if one.bucket == bucket}
+
     def give_token(self, form: dict[str, str]) -> dict[str, Any]:
         """What the token endpoint answers: to a signature, or to what another issuer gave a pod."""
         if form["grant_type"] == EXCHANGE:

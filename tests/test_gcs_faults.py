@@ -195,9 +195,9 @@ def test_an_upload_whose_beginning_is_never_answered_is_an_error_and_swept(
     with pytest.raises(StorageError, match="parts/model/1-a: the store failed: "):
         part.finish()
     part.discard()
-    assert len(gcs.uploads) == 1
+    assert len(gcs.uploads_of(gs_store.location.root)) == 1
     gs_store.sweep("model")
-    assert gcs.uploads == {}
+    assert gcs.uploads_of(gs_store.location.root) == {}
     assert list(gs_store.list()) == []
 
 
@@ -207,9 +207,9 @@ def test_an_upload_of_which_nobody_heard_is_swept(
     gs_proxy.faults(Fault(lose_answer, method="POST", path="uploads"))
     gs_store.publish(written(gs_store, "model"), "model", len(DATA))
     assert gs_store.get("model") == DATA
-    assert len(gcs.uploads) == 1
+    assert len(gcs.uploads_of(gs_store.location.root)) == 1
     gs_store.sweep("model")
-    assert gcs.uploads == {}
+    assert gcs.uploads_of(gs_store.location.root) == {}
     assert [one.name for one in gs_store.list()] == ["model"]
 
 
@@ -241,7 +241,7 @@ def test_a_chunk_that_cannot_be_sent_is_an_error_and_leaves_no_upload(
     with pytest.raises(StorageError, match="parts/model/1-a: the store failed"):
         part.finish()
     part.discard()
-    assert gcs.uploads == {}
+    assert gcs.uploads_of(gs_store.location.root) == {}
 
 
 @pytest.mark.parametrize("lost", [1, 3])

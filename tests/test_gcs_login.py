@@ -35,7 +35,7 @@ def test_a_pod_of_another_cloud_gets_in_with_what_its_own_issuer_gave_it(
     assert store.get("a") == DATA
     gcs.begin(gs.root, ".raymeld/parts/model/1-a")
     store.sweep()
-    assert gcs.uploads == {}
+    assert gcs.uploads_of(gs.root) == {}
 
 
 def test_a_token_that_has_an_end_is_renewed_before_it(gs_store: GcsStore, gcs: Gcs) -> None:

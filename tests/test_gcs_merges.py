@@ -107,7 +107,7 @@ def address(places: Places) -> Iterator[str]:
 def assert_done(places: Places, out: str, expected: dict[str, bytes]) -> None:
     """All is there as on a disk, and no upload and no part is left."""
     assert places.files(out) == expected
-    assert places.gcs.uploads == {}
+    assert places.gcs.uploads_of(BUCKET) == {}
     assert not [key for key in places.gcs.buckets[BUCKET] if "/parts/" in key]
 
 
@@ -222,10 +222,10 @@ def test_a_merge_that_dies_in_an_upload_leaves_what_the_same_command_finishes(
         died = subprocess.run(kills.command([], *words), capture_output=True, text=True)
         assert died.returncode == -9, died.stderr
         assert_whole(out, expected)
-    assert len(places.gcs.uploads) == 2
+    assert len(places.gcs.uploads_of(BUCKET)) == 2
     places.proxy.faults()
     places.run(*words)
-    assert list(places.gcs.uploads) == [other]
+    assert list(places.gcs.uploads_of(BUCKET)) == [other]
     del places.gcs.uploads[other]
     assert_done(places, out, expected)
 

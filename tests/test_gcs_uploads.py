@@ -20,9 +20,9 @@ def left_behind(gcs: Gcs, bucket: str, *keys: str) -> None:
         gcs.begin(bucket, key)
 
 
-def keys(gcs: Gcs) -> list[str]:
+def keys(gcs: Gcs, store: GcsStore) -> list[str]:
     """Of the uploads under way."""
-    return sorted(upload.key for upload in gcs.uploads.values())
+    return sorted(upload.key for upload in gcs.uploads_of(store.location.root).values())
 
 
 OURS = ("out/.raymeld/parts/model-1/1-a", "out/.raymeld/parts/model-10/1-b")
@@ -45,16 +45,16 @@ def swept(gs_store: GcsStore, gcs: Gcs, monkeypatch: pytest.MonkeyPatch) -> GcsS
 
 def test_uploads_of_parts_are_aborted_and_no_others(swept: GcsStore, gcs: Gcs) -> None:
     swept.sweep()
-    assert keys(gcs) == sorted(OTHERS)
+    assert keys(gcs, swept) == sorted(OTHERS)
     swept.sweep()
-    assert keys(gcs) == sorted(OTHERS)
+    assert keys(gcs, swept) == sorted(OTHERS)
 
 
 def test_uploads_of_the_parts_of_one_file_are_aborted_and_those_of_others_not_listed(
     swept: GcsStore, gcs: Gcs, gs_proxy: FaultProxy
 ) -> None:
     swept.sweep("model-1")
-    assert keys(gcs) == sorted((OURS[1], *OTHERS))
+    assert keys(gcs, swept) == sorted((OURS[1], *OTHERS))
     queries = [parse_qs(urlsplit(one.target).query) for one in gs_proxy.seen("GET", "uploads")]
     assert [query["prefix"] for query in queries] == [["out/.raymeld/parts/model-1/"]]
 
@@ -62,7 +62,7 @@ def test_uploads_of_the_parts_of_one_file_are_aborted_and_those_of_others_not_li
 def test_all_of_a_bucket_may_be_out(gs: Location, gcs: Gcs) -> None:
     left_behind(gcs, gs.root, ".raymeld/parts/model-1/1-a", *OTHERS)
     GcsStore(gs).sweep()
-    assert keys(gcs) == sorted(OTHERS)
+    assert keys(gcs, GcsStore(gs)) == sorted(OTHERS)
 
 
 @pytest.mark.parametrize("how", [drop, lose_answer, say(503), say(429)])
@@ -72,7 +72,7 @@ def test_a_sweep_that_fails_once_goes_on(
 ) -> None:
     gs_proxy.faults(Fault(how, method=method, path="upload", skip=1))
     swept.sweep()
-    assert keys(gcs) == sorted(OTHERS)
+    assert keys(gcs, swept) == sorted(OTHERS)
 
 
 def test_who_may_not_list_uploads_is_told_which_right_is_missing(
